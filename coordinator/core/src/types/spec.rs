@@ -1,0 +1,357 @@
+//! The job specification: checked, with its defaults filled in.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Millis, ids::is_name_char};
+
+/// Bounds on what one job may ask for, each with its reason.
+pub mod limits {
+    use super::Millis;
+
+    /// Longest name: it becomes a column in listings and a label in metrics.
+    pub const NAME_BYTES_MAX: usize = 128;
+    /// Most arguments of a command.
+    pub const COMMAND_ARGS_MAX: usize = 1024;
+    /// Longest single argument or variable: Linux's MAX_ARG_STRLEN is 128 KiB, terminator included.
+    pub const ARG_BYTES_MAX: usize = 128 * 1024 - 1;
+    /// All arguments and variables together: a spec travels to every node and is stored with its job.
+    pub const SPEC_BYTES_MAX: usize = 256 * 1024;
+    /// Most environment variables.
+    pub const ENV_VARS_MAX: usize = 1024;
+    /// Longest path, Linux's PATH_MAX.
+    pub const PATH_BYTES_MAX: usize = 4096;
+    /// Most labels in a node selector.
+    pub const SELECTOR_LABELS_MAX: usize = 64;
+    /// Longest label key or value.
+    pub const NODE_LABEL_BYTES_MAX: usize = 256;
+    /// Most nodes in a gang.
+    pub const NODES_MAX: u32 = 16_384;
+    /// Most ranks on a node: far above any number of GPUs or cores in one machine.
+    pub const PROCS_PER_NODE_MAX: u32 = 1024;
+    /// Most ranks in a gang: what the largest published training runs use, times four.
+    pub const WORLD_SIZE_MAX: u32 = 131_072;
+    /// Most restarts of a gang.
+    pub const RESTARTS_MAX: u32 = 100_000;
+    /// Longest grace or start timeout.
+    pub const SPAN_MAX: Millis = Millis::from_secs(24 * 3600);
+    /// Default time between SIGTERM and SIGKILL, torchrun's.
+    pub const STOP_GRACE_DEFAULT: Millis = Millis::from_secs(30);
+    /// Default time from placement until every rank runs.
+    pub const START_TIMEOUT_DEFAULT: Millis = Millis::from_secs(120);
+}
+
+/// Variables that the worker sets for every rank; a job cannot set them.
+pub const RESERVED_ENV: [&str; 15] = [
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "LOCAL_WORLD_SIZE",
+    "WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+];
+
+/// An amount of resources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Whole GPUs.
+    pub gpus: u32,
+    /// Thousandths of a CPU core.
+    pub cpu_millis: u32,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
+impl Resources {
+    /// Whether nothing is asked for.
+    pub fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// `self` for each of `count` processes, or the largest value where that does not fit.
+    #[must_use]
+    pub fn times(self, count: u32) -> Self {
+        Self {
+            gpus: self.gpus.saturating_mul(count),
+            cpu_millis: self.cpu_millis.saturating_mul(count),
+            memory_bytes: self.memory_bytes.saturating_mul(u64::from(count)),
+        }
+    }
+
+    /// The sum.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            gpus: self.gpus.saturating_add(other.gpus),
+            cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
+            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
+        }
+    }
+
+    /// What is left of `self` once `other` is taken; zero where it is less.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        Self {
+            gpus: self.gpus.saturating_sub(other.gpus),
+            cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
+            memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
+        }
+    }
+}
+
+/// A checked job specification. Made by [`JobSpec::check`]; the counts are at least 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Name for listings.
+    pub name: String,
+    /// Program and arguments; the first is not empty.
+    pub command: Vec<String>,
+    /// Variables added to every rank's environment.
+    pub env: BTreeMap<String, String>,
+    /// Absolute directory the ranks start in; none means the log directory.
+    pub working_dir: Option<String>,
+    /// Fewest nodes.
+    pub min_nodes: u32,
+    /// Most nodes, at least `min_nodes`.
+    pub max_nodes: u32,
+    /// Ranks per node.
+    pub procs_per_node: u32,
+    /// What each rank holds.
+    pub per_proc: Resources,
+    /// Restarts allowed after faults.
+    pub max_restarts: u32,
+    /// Higher is placed first.
+    pub priority: i32,
+    /// Labels a node must carry.
+    pub node_selector: BTreeMap<String, String>,
+    /// Handed to the ranks as MUSTER_CHECKPOINT_DIR.
+    pub checkpoint_dir: Option<String>,
+    /// Time between SIGTERM and SIGKILL.
+    pub stop_grace: Millis,
+    /// Longest time from placement until every rank runs.
+    pub start_timeout: Millis,
+}
+
+/// One thing that is wrong with a specification.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {description}")]
+pub struct SpecError {
+    /// Field of JobSpec, by its proto name, such as `env["RANK"]`.
+    pub field: String,
+    /// What is wrong and what to do, as a lowercase fragment.
+    pub description: String,
+}
+
+impl JobSpec {
+    /// Checks every rule, fills in the name, and returns every violation rather than the first.
+    pub fn check(mut self) -> Result<Self, Vec<SpecError>> {
+        let mut errors = Errors(Vec::new());
+        self.check_command(&mut errors);
+        self.check_env(&mut errors);
+        self.check_counts(&mut errors);
+        self.check_rest(&mut errors);
+        if errors.0.is_empty() { Ok(self) } else { Err(errors.0) }
+    }
+
+    /// Ranks in a gang of `nodes` nodes.
+    pub fn world_size(&self, nodes: u32) -> u32 {
+        nodes * self.procs_per_node
+    }
+
+    fn check_command(&mut self, errors: &mut Errors) {
+        match self.command.first() {
+            None => errors.add("command", "is empty: name the program and its arguments".into()),
+            Some(program) if program.trim().is_empty() => {
+                errors.add("command[0]", "is empty: the first element is the program".into());
+            }
+            Some(program) if self.name.is_empty() => {
+                let base = program.rsplit('/').next().unwrap_or(program);
+                self.name = base.chars().map(|c| if is_name_char(c) { c } else { '-' }).take(32).collect();
+            }
+            Some(_) => {}
+        }
+        if self.command.len() > limits::COMMAND_ARGS_MAX {
+            let count = self.command.len();
+            errors.add("command", format!("has {count} elements; at most {} fit", limits::COMMAND_ARGS_MAX));
+        }
+        for (i, arg) in self.command.iter().enumerate() {
+            errors.check_text(&format!("command[{i}]"), arg, limits::ARG_BYTES_MAX);
+        }
+        errors.check_name("name", &self.name);
+    }
+
+    fn check_env(&self, errors: &mut Errors) {
+        if self.env.len() > limits::ENV_VARS_MAX {
+            errors.add("env", format!("has {} entries; at most {} fit", self.env.len(), limits::ENV_VARS_MAX));
+        }
+        for (key, value) in &self.env {
+            let shown: String = key.chars().take(64).collect();
+            let field = format!("env[{shown:?}]");
+            if key.is_empty() || key.contains('=') {
+                errors.add(&field, "is not a variable name: it is empty or contains '='".into());
+            }
+            errors.check_text(&field, key, limits::NAME_BYTES_MAX);
+            errors.check_text(&field, value, limits::ARG_BYTES_MAX);
+            if key.starts_with("MUSTER_") || RESERVED_ENV.contains(&key.as_str()) {
+                errors.add(&field, "is set by Muster for each rank; remove it from the job".into());
+            }
+        }
+        let bytes: usize = self.command.iter().map(String::len).sum::<usize>()
+            + self.env.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
+        if bytes > limits::SPEC_BYTES_MAX {
+            errors.add(
+                "command",
+                format!("and env have {bytes} bytes together; at most {} fit", limits::SPEC_BYTES_MAX),
+            );
+        }
+    }
+
+    fn check_counts(&mut self, errors: &mut Errors) {
+        if self.max_nodes == 0 {
+            self.max_nodes = self.min_nodes;
+        }
+        errors.check_range("min_nodes", self.min_nodes, 1, limits::NODES_MAX);
+        errors.check_range("procs_per_node", self.procs_per_node, 1, limits::PROCS_PER_NODE_MAX);
+        errors.check_range("max_restarts", self.max_restarts, 0, limits::RESTARTS_MAX);
+        if self.max_nodes < self.min_nodes {
+            errors.add("max_nodes", format!("is {}, less than min_nodes, {}", self.max_nodes, self.min_nodes));
+        } else if self.max_nodes > limits::NODES_MAX {
+            errors.check_range("max_nodes", self.max_nodes, 1, limits::NODES_MAX);
+        } else if self.max_nodes.saturating_mul(self.procs_per_node) > limits::WORLD_SIZE_MAX {
+            errors.add(
+                "max_nodes",
+                format!(
+                    "times procs_per_node is {} ranks; at most {} are allowed",
+                    self.max_nodes.saturating_mul(self.procs_per_node),
+                    limits::WORLD_SIZE_MAX
+                ),
+            );
+        }
+    }
+
+    fn check_rest(&self, errors: &mut Errors) {
+        for (field, dir) in [("working_dir", &self.working_dir), ("checkpoint_dir", &self.checkpoint_dir)] {
+            if let Some(dir) = dir {
+                errors.check_text(field, dir, limits::PATH_BYTES_MAX);
+                if !dir.starts_with('/') {
+                    errors.add(field, format!("is {dir:?}; nodes need an absolute path"));
+                }
+            }
+        }
+        if self.node_selector.len() > limits::SELECTOR_LABELS_MAX {
+            errors.add("node_selector", format!("has more than {} labels", limits::SELECTOR_LABELS_MAX));
+        }
+        for (key, value) in self.node_selector.iter().take(limits::SELECTOR_LABELS_MAX) {
+            errors.check_text("node_selector", key, limits::NODE_LABEL_BYTES_MAX);
+            errors.check_text("node_selector", value, limits::NODE_LABEL_BYTES_MAX);
+        }
+        if self.stop_grace > limits::SPAN_MAX {
+            errors.add("stop_grace", "is longer than 24h".into());
+        }
+        if self.start_timeout > limits::SPAN_MAX || self.start_timeout < Millis::from_secs(1) {
+            errors.add("start_timeout", "is not between 1s and 24h".into());
+        }
+    }
+}
+
+struct Errors(Vec<SpecError>);
+
+impl Errors {
+    /// Most violations reported at once; a hostile spec must not make a giant answer.
+    const MAX: usize = 32;
+
+    fn add(&mut self, field: &str, description: String) {
+        if self.0.len() < Self::MAX {
+            self.0.push(SpecError { field: field.to_owned(), description });
+        }
+    }
+
+    fn check_text(&mut self, field: &str, text: &str, bytes_max: usize) {
+        if text.len() > bytes_max {
+            self.add(field, format!("has {} bytes; at most {bytes_max} fit", text.len()));
+        }
+        if text.contains('\0') {
+            self.add(field, "contains a NUL byte, which no program can receive".into());
+        }
+    }
+
+    fn check_name(&mut self, field: &str, name: &str) {
+        self.check_text(field, name, limits::NAME_BYTES_MAX);
+        if let Some(bad) = name.chars().find(|c| !is_name_char(*c)) {
+            self.add(field, format!("contains {bad:?}; use letters, digits, '.', '_' and '-'"));
+        }
+    }
+
+    fn check_range(&mut self, field: &str, value: u32, min: u32, max: u32) {
+        if !(min..=max).contains(&value) {
+            self.add(field, format!("is {value}; it must be between {min} and {max}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> JobSpec {
+        JobSpec {
+            name: String::new(),
+            command: vec!["/usr/bin/env".into(), "true".into()],
+            env: BTreeMap::new(),
+            working_dir: None,
+            min_nodes: 1,
+            max_nodes: 0,
+            procs_per_node: 1,
+            per_proc: Resources::default(),
+            max_restarts: 0,
+            priority: 0,
+            node_selector: BTreeMap::new(),
+            checkpoint_dir: None,
+            stop_grace: limits::STOP_GRACE_DEFAULT,
+            start_timeout: limits::START_TIMEOUT_DEFAULT,
+        }
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let spec = valid().check().unwrap();
+        assert_eq!((spec.name.as_str(), spec.max_nodes), ("env", 1));
+    }
+
+    #[test]
+    fn each_violation_names_its_field() {
+        type Break = fn(&mut JobSpec);
+        let table: [(&str, Break); 14] = [
+            ("command", |s| s.command.clear()),
+            ("command[0]", |s| s.command[0] = " ".into()),
+            ("command[1]", |s| s.command[1] = "a\0b".into()),
+            ("command", |s| s.command = vec!["x".repeat(100_000); 3]),
+            ("name", |s| s.name = "a b".into()),
+            ("min_nodes", |s| s.min_nodes = 0),
+            ("min_nodes", |s| s.min_nodes = u32::MAX),
+            ("max_nodes", |s| (s.min_nodes, s.max_nodes) = (3, 2)),
+            ("max_nodes", |s| (s.min_nodes, s.procs_per_node) = (16_384, 1024)),
+            ("procs_per_node", |s| s.procs_per_node = 0),
+            ("procs_per_node", |s| s.procs_per_node = 1025),
+            ("env[\"RANK\"]", |s| _ = s.env.insert("RANK".into(), "1".into())),
+            ("env[\"A=B\"]", |s| _ = s.env.insert("A=B".into(), "1".into())),
+            ("working_dir", |s| s.working_dir = Some("relative".into())),
+        ];
+        for (field, break_it) in table {
+            let mut spec = valid();
+            break_it(&mut spec);
+            let errors = spec.check().unwrap_err();
+            assert!(errors.iter().any(|e| e.field == field), "{field}: {errors:?}");
+        }
+    }
+}
