@@ -2,5 +2,20 @@
 //!
 //! Decisions are functions of (state, input, now). Nothing here does I/O, reads a clock, knows tokio or
 //! the wire format; the driver in `muster-coordinator` feeds inputs in and carries effects out.
+//!
+//! Time: `now` is Unix time in milliseconds that never goes back while the process lives (the driver takes
+//! the wall clock once and adds monotonic time), so a clock that is set changes no lease.
 
+mod core;
+mod effects;
+mod gang;
+mod job;
+mod node;
+mod schedule;
 pub mod types;
+
+pub use core::{Config, Core, Input, Meta, Snapshot};
+pub use effects::{Effects, Event, Refusal, Reply, ToNode, Write};
+pub use job::{Gang, Job, JobState, PastGeneration, RootCause};
+pub use node::{Device, Inventory, Join, Node, NodeState, Reserved};
+pub use schedule::{Candidate, Plan, solve};

@@ -192,7 +192,8 @@ impl JobSpec {
 
     fn check_env(&self, errors: &mut Errors) {
         if self.env.len() > limits::ENV_VARS_MAX {
-            errors.add("env", format!("has {} entries; at most {} fit", self.env.len(), limits::ENV_VARS_MAX));
+            errors
+                .add("env", format!("has {} entries; at most {} fit", self.env.len(), limits::ENV_VARS_MAX));
         }
         for (key, value) in &self.env {
             let shown: String = key.chars().take(64).collect();
@@ -224,7 +225,8 @@ impl JobSpec {
         errors.check_range("procs_per_node", self.procs_per_node, 1, limits::PROCS_PER_NODE_MAX);
         errors.check_range("max_restarts", self.max_restarts, 0, limits::RESTARTS_MAX);
         if self.max_nodes < self.min_nodes {
-            errors.add("max_nodes", format!("is {}, less than min_nodes, {}", self.max_nodes, self.min_nodes));
+            errors
+                .add("max_nodes", format!("is {}, less than min_nodes, {}", self.max_nodes, self.min_nodes));
         } else if self.max_nodes > limits::NODES_MAX {
             errors.check_range("max_nodes", self.max_nodes, 1, limits::NODES_MAX);
         } else if self.max_nodes.saturating_mul(self.procs_per_node) > limits::WORLD_SIZE_MAX {

@@ -1,0 +1,141 @@
+//! What a step asks of the driver, in the order in which it must be carried out: writes are durable before
+//! anything is sent, replied or shown.
+
+use std::collections::BTreeSet;
+
+use crate::core::Meta;
+use crate::job::Job;
+use crate::node::Node;
+use crate::schedule::Plan;
+use crate::types::{Assignment, JobId, NodeName, Session};
+
+/// Everything one step asks for.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// To be made durable first, all or none.
+    pub writes: Vec<Write>,
+    /// Then sent, each on the session it names or not at all.
+    pub sends: Vec<(NodeName, Session, ToNode)>,
+    /// Then answered, if the input was a request.
+    pub reply: Option<Result<Reply, Refusal>>,
+    /// Then shown to whoever watches.
+    pub events: BTreeSet<Event>,
+    pub(crate) stored_jobs: BTreeSet<JobId>,
+    pub(crate) stored_nodes: BTreeSet<NodeName>,
+    pub(crate) meta_changed: bool,
+}
+
+impl Effects {
+    /// The job's record must be written again.
+    pub(crate) fn store_job(&mut self, id: &JobId) {
+        self.stored_jobs.insert(id.clone());
+        self.show_job(id);
+    }
+
+    /// Something about the job that is not stored has changed.
+    pub(crate) fn show_job(&mut self, id: &JobId) {
+        self.events.insert(Event::Job(id.clone()));
+    }
+
+    /// The node's record must be written again.
+    pub(crate) fn store_node(&mut self, name: &NodeName) {
+        self.stored_nodes.insert(name.clone());
+        self.show_node(name);
+    }
+
+    /// Something about the node that is not stored has changed.
+    pub(crate) fn show_node(&mut self, name: &NodeName) {
+        self.events.insert(Event::Node(name.clone()));
+    }
+}
+
+/// One durable change.
+#[derive(Clone, Debug)]
+pub enum Write {
+    /// Counters and identity of the cluster.
+    Meta(Meta),
+    /// Put a job.
+    Job(Box<Job>),
+    /// Remove a job.
+    DeleteJob(JobId),
+    /// Put a node.
+    Node(Box<Node>),
+    /// Remove a node.
+    DeleteNode(NodeName),
+}
+
+/// A message to a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToNode {
+    /// The whole desired state, first message of a session.
+    Welcome(Vec<Assignment>),
+    /// The desired state of one gang.
+    Assign(Box<Assignment>),
+    /// The session is over: a newer one of the same daemon, or another daemon, took its place.
+    Close(String),
+}
+
+/// A change that watchers see.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Event {
+    /// The job changed.
+    Job(JobId),
+    /// The node changed.
+    Node(NodeName),
+    /// The job is gone; what is kept beside the state (metrics) goes with it.
+    JobDeleted(JobId),
+}
+
+/// Answer to a request.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// The job as it is once the writes are durable.
+    Job(Box<Job>),
+    /// The node as it is once the writes are durable.
+    Node(Box<Node>),
+    /// Where a job would go.
+    Plan(Plan),
+    /// A session was opened.
+    Session(Session),
+}
+
+/// Why a request is refused, in the words shown to the user.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// There is no such job.
+    #[error("no job {0} is known; `muster jobs -a` lists those that are")]
+    NoJob(String),
+    /// There is no such node.
+    #[error("no node {0} is known; `muster nodes` lists those that are")]
+    NoNode(String),
+    /// The request id was used for something else.
+    #[error(
+        "request_id {request_id:?} was already used to submit job {job}, with another spec; choose a new one"
+    )]
+    RequestReused {
+        /// The id.
+        request_id: String,
+        /// The job it made.
+        job: JobId,
+    },
+    /// Too many jobs wait.
+    #[error("{queued} jobs are waiting already, the most that are kept; try again when some have run")]
+    QueueFull {
+        /// How many wait.
+        queued: usize,
+    },
+    /// Too many nodes.
+    #[error("{nodes} nodes are known already, the most that are kept")]
+    TooManyNodes {
+        /// How many there are.
+        nodes: usize,
+    },
+    /// Another live daemon holds the name.
+    #[error(
+        "node name {0} is held by another live daemon; start this one with another --name, or stop the other"
+    )]
+    NameHeld(NodeName),
+    /// Session without Join, or after another daemon took the name.
+    #[error("node {0} has not joined with this incarnation; call Join first")]
+    NotJoined(NodeName),
+}

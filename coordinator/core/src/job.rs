@@ -1,0 +1,253 @@
+//! A job and its gang, as stored.
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{
+    Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Rank,
+    RankExit, RequestId,
+};
+
+/// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
+pub const PAST_GENERATIONS_MAX: usize = 8;
+
+/// Where a job is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum JobState {
+    /// Waiting for nodes.
+    Queued,
+    /// Placed; being prepared and launched.
+    Starting,
+    /// Every rank was launched.
+    Running,
+    /// Stopping after a fault, or waiting to be placed again.
+    Restarting,
+    /// Stopping for good.
+    Stopping,
+    /// Every rank ended with exit code 0.
+    Succeeded,
+    /// Ended by a fault.
+    Failed,
+    /// Ended by a cancel.
+    Cancelled,
+}
+
+impl JobState {
+    /// Whether the state never changes again.
+    pub fn is_terminal(self) -> bool {
+        match self {
+            Self::Queued | Self::Starting | Self::Running | Self::Restarting | Self::Stopping => false,
+            Self::Succeeded | Self::Failed | Self::Cancelled => true,
+        }
+    }
+}
+
+/// A submitted job.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// Identity.
+    pub id: JobId,
+    /// Position among all submissions; the queue's order among equal priorities.
+    pub order: u64,
+    /// The caller's id for the submission.
+    pub request_id: Option<RequestId>,
+    /// What was asked for.
+    pub spec: JobSpec,
+    /// Where it is in its life.
+    pub state: JobState,
+    /// Current or last start; 0 before the first.
+    pub generation: Generation,
+    /// Restarts spent.
+    pub restarts_used: u32,
+    /// Why it is where it is.
+    pub reason: String,
+    /// The gang while the job holds nodes.
+    pub gang: Option<Gang>,
+    /// The failure that ended the current or last generation.
+    pub exit: Option<RootCause>,
+    /// Generations that have ended, oldest first, the last one included once the gang is gone.
+    pub past: Vec<PastGeneration>,
+    /// When it was stored.
+    pub created: Millis,
+    /// When every rank of the first generation ran.
+    pub started: Option<Millis>,
+    /// When it reached its last state.
+    pub finished: Option<Millis>,
+    /// Not to be placed again before this.
+    pub not_before: Millis,
+}
+
+/// The rank whose exit ended a generation: the first failure observed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootCause {
+    /// Generation it belonged to.
+    pub generation: Generation,
+    /// Node it ran on.
+    pub node: NodeName,
+    /// How it ended.
+    pub exit: RankExit,
+}
+
+/// A generation that has ended, and where its logs are.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PastGeneration {
+    /// Which start.
+    pub generation: Generation,
+    /// Its nodes in rank order.
+    pub placements: Vec<NodePlacement>,
+}
+
+/// How a gang that is being stopped ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    Fail,
+    Restart,
+    Cancel,
+}
+
+/// All ranks of a job, placed as one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Gang {
+    /// The nodes in rank order: rank 0's node first, ranks contiguous on each.
+    pub placements: Vec<NodePlacement>,
+    /// What every node shall do.
+    pub desired: DesiredPhase,
+    /// Port that rank 0's node chose.
+    pub master_port: Option<u16>,
+    pub(crate) outcome: Option<Outcome>,
+    /// When this generation was placed.
+    pub placed: Millis,
+    /// What each node reported, by group rank. Not stored: nodes report everything when they reconnect, so
+    /// a gang of n nodes costs a handful of writes rather than n.
+    #[serde(skip)]
+    pub(crate) observed: Vec<Observed>,
+    #[serde(skip)]
+    pub(crate) counts: Counts,
+}
+
+/// Where a node's part of a gang is, as far as the coordinator knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Observed {
+    #[default]
+    Unknown,
+    Prepared,
+    Running,
+    /// No rank runs and none will: reported, or the node is gone.
+    Stopped,
+}
+
+/// How many nodes have come at least this far.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub prepared: usize,
+    pub running: usize,
+    pub stopped: usize,
+}
+
+impl Gang {
+    pub(crate) fn new(placements: Vec<NodePlacement>, now: Millis) -> Self {
+        let observed = vec![Observed::Unknown; placements.len()];
+        Self {
+            placements,
+            desired: DesiredPhase::Prepared,
+            master_port: None,
+            outcome: None,
+            placed: now,
+            observed,
+            counts: Counts::default(),
+        }
+    }
+
+    /// After loading: nothing has been observed yet.
+    pub(crate) fn reset_observed(&mut self) {
+        self.observed = vec![Observed::Unknown; self.placements.len()];
+        self.counts = Counts::default();
+    }
+
+    /// Moves a node forward; a report that is behind what is known changes nothing.
+    pub(crate) fn observe(&mut self, group_rank: usize, seen: Observed) -> bool {
+        let before = self.observed[group_rank];
+        if seen <= before {
+            return false;
+        }
+        self.observed[group_rank] = seen;
+        let reached = |at: Observed| usize::from(before < at && at <= seen);
+        self.counts.prepared += reached(Observed::Prepared);
+        self.counts.running += reached(Observed::Running);
+        self.counts.stopped += reached(Observed::Stopped);
+        true
+    }
+
+    pub(crate) fn all_prepared(&self) -> bool {
+        self.counts.prepared == self.placements.len()
+    }
+
+    pub(crate) fn all_running(&self) -> bool {
+        self.counts.running == self.placements.len()
+    }
+
+    pub(crate) fn all_stopped(&self) -> bool {
+        self.counts.stopped == self.placements.len()
+    }
+}
+
+impl Job {
+    /// The current gang's id.
+    pub fn gang_id(&self) -> GangId {
+        GangId { job: self.id.clone(), generation: self.generation }
+    }
+
+    /// Nodes of the current or last generation, in rank order.
+    pub fn placements(&self) -> &[NodePlacement] {
+        match (&self.gang, self.past.last()) {
+            (Some(gang), _) => &gang.placements,
+            (None, Some(past)) => &past.placements,
+            (None, None) => &[],
+        }
+    }
+
+    /// Nodes of one generation, if it is still known.
+    pub fn placements_of(&self, generation: Generation) -> Option<&[NodePlacement]> {
+        if self.gang.is_some() && generation == self.generation {
+            return Some(self.placements());
+        }
+        let past = self.past.iter().find(|past| past.generation == generation)?;
+        Some(&past.placements)
+    }
+
+    /// Ranks of the current or last generation.
+    pub fn world_size(&self) -> u32 {
+        self.placements().iter().map(|p| p.procs).sum()
+    }
+
+    /// MASTER_ADDR and MASTER_PORT of the current gang, once known.
+    pub fn master(&self) -> Option<(std::net::IpAddr, u16)> {
+        let gang = self.gang.as_ref()?;
+        Some((gang.placements.first()?.address, gang.master_port?))
+    }
+
+    /// What the node of `group_rank` shall do, if the job has a gang.
+    pub fn assignment(&self, group_rank: usize) -> Option<Assignment> {
+        let gang = self.gang.as_ref()?;
+        Some(self.assignment_as(gang.placements.get(group_rank)?, gang.desired))
+    }
+
+    pub(crate) fn assignment_as(&self, placement: &NodePlacement, phase: DesiredPhase) -> Assignment {
+        let first = self.placements().first().unwrap_or(placement);
+        Assignment {
+            gang: self.gang_id(),
+            phase,
+            spec: self.spec.clone(),
+            placement: placement.clone(),
+            world_size: self.world_size(),
+            group_world_size: self.placements().len() as u32,
+            master_addr: first.address,
+            master_port: self.gang.as_ref().and_then(|gang| gang.master_port),
+            restart_count: self.restarts_used,
+        }
+    }
+
+    /// The node of a rank in the current or last generation.
+    pub fn node_of(&self, rank: Rank) -> Option<&NodePlacement> {
+        self.placements().iter().find(|placement| placement.holds(rank))
+    }
+}

@@ -1,0 +1,164 @@
+//! Nodes, their leases, and what jobs hold of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources, Session};
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Index on the node.
+    pub index: u32,
+    /// Identity that survives a reboot.
+    pub uuid: String,
+    /// Model.
+    pub model: String,
+    /// Bytes of device memory.
+    pub memory_bytes: u64,
+}
+
+/// What a machine has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Totals.
+    pub total: Resources,
+    /// GPUs.
+    pub gpus: Vec<Device>,
+    /// Labels for node selectors.
+    pub labels: BTreeMap<String, String>,
+    /// Host name.
+    pub hostname: String,
+    /// Version of the daemon.
+    pub version: String,
+}
+
+/// A daemon's registration.
+#[derive(Clone, Debug)]
+pub struct Join {
+    /// Name of the node.
+    pub name: NodeName,
+    /// Address at which others reach it.
+    pub address: IpAddr,
+    /// This start of the daemon.
+    pub incarnation: Incarnation,
+    /// This boot of the machine.
+    pub boot_id: String,
+    /// What the machine has.
+    pub inventory: Inventory,
+}
+
+/// Whether a node can be given work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeState {
+    /// Its session is open and its lease held.
+    Ready,
+    /// Its session broke, or the coordinator has just started; the lease has not ended.
+    #[default]
+    Disconnected,
+    /// Its lease ended without a word.
+    Lost,
+    /// It said goodbye.
+    Left,
+}
+
+/// What jobs hold of a node. Derived from placements, never stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Sum over the jobs.
+    pub amount: Resources,
+    /// GPU indices held.
+    pub gpus: BTreeSet<u32>,
+    /// Jobs with a gang here, each with the node's group rank in it.
+    pub jobs: BTreeMap<JobId, usize>,
+    /// The job that has the node for itself, if one has.
+    pub exclusive: Option<JobId>,
+}
+
+/// A machine that runs ranks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Node {
+    /// Name.
+    pub name: NodeName,
+    /// Address at which others reach it.
+    pub address: IpAddr,
+    /// The daemon that joined last.
+    pub incarnation: Incarnation,
+    /// Boot of the machine it joined from.
+    pub boot_id: String,
+    /// What the machine has.
+    pub inventory: Inventory,
+    /// Why it is cordoned, if it is.
+    pub cordon: Option<String>,
+    /// When it first joined.
+    pub joined: Millis,
+    /// When its state last changed.
+    pub changed: Millis,
+    /// Whether it can be given work.
+    #[serde(skip)]
+    pub state: NodeState,
+    /// The open session.
+    #[serde(skip)]
+    pub session: Option<Session>,
+    /// When the lease ends unless renewed.
+    #[serde(skip)]
+    pub lease_expires: Millis,
+    /// What jobs hold.
+    #[serde(skip)]
+    pub reserved: Reserved,
+}
+
+impl Node {
+    pub(crate) fn new(join: Join, now: Millis) -> Self {
+        Self {
+            name: join.name,
+            address: join.address,
+            incarnation: join.incarnation,
+            boot_id: join.boot_id,
+            inventory: join.inventory,
+            cordon: None,
+            joined: now,
+            changed: now,
+            state: NodeState::Disconnected,
+            session: None,
+            lease_expires: now,
+            reserved: Reserved::default(),
+        }
+    }
+
+    /// What no job holds.
+    pub fn free(&self) -> Resources {
+        self.inventory.total.minus(self.reserved.amount)
+    }
+
+    /// GPU indices that no job holds, lowest first.
+    pub fn free_gpus(&self) -> impl Iterator<Item = u32> {
+        self.inventory.gpus.iter().map(|gpu| gpu.index).filter(|index| !self.reserved.gpus.contains(index))
+    }
+
+    pub(crate) fn reserve(&mut self, job: &JobId, spec: &JobSpec, placement: &NodePlacement) {
+        if self.reserved.jobs.insert(job.clone(), placement.group_rank as usize).is_some() {
+            return;
+        }
+        self.reserved.amount = self.reserved.amount.plus(spec.per_proc.times(placement.procs));
+        self.reserved.gpus.extend(&placement.gpus);
+        if spec.per_proc.is_zero() {
+            self.reserved.exclusive = Some(job.clone());
+        }
+    }
+
+    pub(crate) fn release(&mut self, job: &JobId, spec: &JobSpec, placement: &NodePlacement) {
+        if self.reserved.jobs.remove(job).is_none() {
+            return;
+        }
+        self.reserved.amount = self.reserved.amount.minus(spec.per_proc.times(placement.procs));
+        for gpu in &placement.gpus {
+            self.reserved.gpus.remove(gpu);
+        }
+        if self.reserved.exclusive.as_ref() == Some(job) {
+            self.reserved.exclusive = None;
+        }
+    }
+}

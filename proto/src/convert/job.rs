@@ -1,0 +1,95 @@
+//! The job specification.
+
+use muster_core::types::{JobSpec, Resources, SpecError, limits};
+
+use super::time::{duration_to_wire, span_from_wire};
+use crate::v1;
+
+/// Checks a specification and fills in its defaults. Returns every violation, not just the first.
+pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
+    let non_empty = |text: String| (!text.is_empty()).then_some(text);
+    let mut errors = Vec::new();
+    let mut span = |field, value: Option<&_>, default| {
+        span_from_wire(field, value, default).unwrap_or_else(|error| {
+            errors.push(error);
+            default
+        })
+    };
+    let stop_grace = span("stop_grace", wire.stop_grace.as_ref(), limits::STOP_GRACE_DEFAULT);
+    let start_timeout = span("start_timeout", wire.start_timeout.as_ref(), limits::START_TIMEOUT_DEFAULT);
+    let checked = JobSpec {
+        name: wire.name,
+        command: wire.command,
+        env: wire.env,
+        working_dir: non_empty(wire.working_dir),
+        min_nodes: wire.min_nodes.unwrap_or(1),
+        max_nodes: wire.max_nodes,
+        procs_per_node: wire.procs_per_node.unwrap_or(1),
+        per_proc: wire.per_proc.map(resources_from_wire).unwrap_or_default(),
+        max_restarts: wire.max_restarts.unwrap_or(0),
+        priority: wire.priority,
+        node_selector: wire.node_selector,
+        checkpoint_dir: non_empty(wire.checkpoint_dir),
+        stop_grace,
+        start_timeout,
+    }
+    .check();
+    match checked {
+        Ok(spec) if errors.is_empty() => Ok(spec),
+        Ok(_) => Err(errors),
+        Err(more) => Err(errors.into_iter().chain(more).collect()),
+    }
+}
+
+/// A specification with its defaults filled in.
+pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
+    v1::JobSpec {
+        name: spec.name.clone(),
+        command: spec.command.clone(),
+        env: spec.env.clone(),
+        working_dir: spec.working_dir.clone().unwrap_or_default(),
+        min_nodes: Some(spec.min_nodes),
+        max_nodes: spec.max_nodes,
+        procs_per_node: Some(spec.procs_per_node),
+        per_proc: Some(resources_to_wire(spec.per_proc)),
+        max_restarts: Some(spec.max_restarts),
+        priority: spec.priority,
+        node_selector: spec.node_selector.clone(),
+        checkpoint_dir: spec.checkpoint_dir.clone().unwrap_or_default(),
+        stop_grace: Some(duration_to_wire(spec.stop_grace)),
+        start_timeout: Some(duration_to_wire(spec.start_timeout)),
+    }
+}
+
+/// Resources as they are; every value is valid.
+pub fn resources_from_wire(wire: v1::Resources) -> Resources {
+    Resources { gpus: wire.gpus, cpu_millis: wire.cpu_millis, memory_bytes: wire.memory_bytes }
+}
+
+/// Resources as they are.
+pub fn resources_to_wire(resources: Resources) -> v1::Resources {
+    v1::Resources {
+        gpus: resources.gpus,
+        cpu_millis: resources.cpu_millis,
+        memory_bytes: resources.memory_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checked_spec_survives_the_wire() {
+        let wire = v1::JobSpec { command: vec!["sh".into()], min_nodes: Some(2), ..Default::default() };
+        let spec = spec_from_wire(wire).unwrap();
+        assert_eq!((spec.max_nodes, spec.procs_per_node), (2, 1));
+        assert_eq!(spec_from_wire(spec_to_wire(&spec)).unwrap(), spec);
+    }
+
+    #[test]
+    fn an_explicit_zero_is_refused_but_an_absent_count_is_one() {
+        let wire = v1::JobSpec { command: vec!["sh".into()], min_nodes: Some(0), ..Default::default() };
+        assert_eq!(spec_from_wire(wire).unwrap_err()[0].field, "min_nodes");
+    }
+}
