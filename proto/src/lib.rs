@@ -7,7 +7,13 @@ pub mod convert;
 
 /// Messages, clients and servers generated from `muster/v1/*.proto`.
 pub mod v1 {
-    #![allow(clippy::pedantic, clippy::allow_attributes, missing_docs, reason = "generated code")]
+    #![allow(
+        clippy::all,
+        clippy::pedantic,
+        clippy::allow_attributes_without_reason,
+        missing_docs,
+        reason = "generated code"
+    )]
     tonic::include_proto!("muster.v1");
 }
 

@@ -1,0 +1,390 @@
+//! The one task that owns the core. It feeds inputs in, makes writes durable in groups, and only then lets
+//! anything leave: messages to nodes, replies, events, and what readers saw.
+//!
+//! While one group is being written, steps go on and the next group fills. A store that cannot be written for
+//! now (a full disk) turns the coordinator read-only: heartbeats are heard, training goes on, submissions
+//! are refused with what to do, and the waiting group is tried again.
+
+mod handle;
+mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
+use muster_core::{Core, Effects, Event, Input, Job, Node, Refusal, Reply, ToNode};
+use muster_proto::{convert, v1};
+use muster_store::{Batch, Error as StoreError, Fence, Store};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{error, info, warn};
+
+use crate::clock::Clock;
+use crate::links::{Link, Links};
+use crate::metrics::Metrics;
+use crate::{Error, persist};
+use handle::{Answer, Command, JobWatch, Later, NodeWatch};
+pub(crate) use handle::{Handle, RequestError};
+use watch::Watchers;
+
+/// Commands that may wait for the driver; senders wait beyond it.
+const INBOX_MAX: usize = 4096;
+/// Effects that may wait for the store; beyond it the inbox is not read.
+const DEFERRED_MAX: usize = 65_536;
+/// Time between attempts to write a group that did not fit on the disk.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// An effect that waits until the writes before it are durable.
+enum Deferred {
+    Send(NodeName, Session, ToNode),
+    Reply(oneshot::Sender<Answer>, Answer),
+    JobChanged(Arc<Job>),
+    NodeChanged(Arc<Node>),
+    JobDeleted(muster_core::types::JobId),
+    Run(Later),
+    /// A watcher sees what came before it as one state, and every change that comes after.
+    WatchJob(Result<Box<Job>, Refusal>, JobWatch),
+    WatchNodes(Vec<Node>, NodeWatch),
+}
+
+/// Writes, and what waits for them.
+#[derive(Default)]
+struct Group {
+    batch: Batch,
+    deferred: Vec<Deferred>,
+}
+
+type Commit = tokio::task::JoinHandle<(Box<dyn Store>, Batch, Result<(), StoreError>)>;
+
+/// The task's state.
+pub(crate) struct Driver {
+    core: Core,
+    clock: Clock,
+    fence: Fence,
+    lease: Millis,
+    /// None while a commit holds it.
+    store: Option<Box<dyn Store>>,
+    /// The group being written.
+    writing: Option<(Commit, Vec<Deferred>)>,
+    /// The group being filled.
+    filling: Group,
+    /// Why the store cannot be written, while it cannot.
+    degraded: Option<String>,
+    inbox: mpsc::Receiver<Command>,
+    links: Links,
+    metrics: Metrics,
+    watchers: Watchers,
+}
+
+/// Takes leadership, loads the state and makes the driver; [`Driver::run`] runs it.
+pub(crate) fn start(
+    mut store: Box<dyn Store>,
+    config: muster_core::Config,
+    metrics: Metrics,
+) -> Result<(Handle, Driver), Error> {
+    let fence = store.campaign()?;
+    let snapshot = persist::load(&mut *store)?;
+    info!(jobs = snapshot.jobs.len(), nodes = snapshot.nodes.len(), fence = fence.0, "state loaded");
+    let clock = Clock::start();
+    let seed = uuid::Uuid::new_v4().as_u64_pair().0;
+    let lease = config.lease;
+    let (core, effects) = Core::load(clock.now(), config, seed, snapshot);
+    let (sender, inbox) = mpsc::channel(INBOX_MAX);
+    let links = Links::default();
+    let handle = Handle { inbox: sender, links: links.clone(), clock };
+    let mut driver = Driver {
+        core,
+        clock,
+        fence,
+        lease,
+        store: Some(store),
+        writing: None,
+        filling: Group::default(),
+        degraded: None,
+        inbox,
+        links,
+        metrics,
+        watchers: Watchers::default(),
+    };
+    driver.take(effects, None);
+    Ok((handle, driver))
+}
+
+impl Driver {
+    /// Runs until `stop`, then finishes what is to be written.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), Error> {
+        // Woken at least this often, so that a pause of the whole process is noticed as one.
+        let wake_max = Duration::from_millis(self.lease.0 / 4).max(Duration::from_millis(10));
+        let mut woken = self.clock.now();
+        loop {
+            self.flush();
+            let idle = self.next_wake(wake_max);
+            let room = self.filling.deferred.len() < DEFERRED_MAX;
+            let input = tokio::select! {
+                biased;
+                done = finished(&mut self.writing) => {
+                    self.written(done?)?;
+                    None
+                }
+                command = self.inbox.recv(), if room => match command {
+                    Some(command) => Some(command),
+                    None => break,
+                },
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(idle) => None,
+            };
+            let now = self.clock.now();
+            if now.since(woken).0 > self.lease.0 / 2 {
+                warn!(
+                    paused_ms = now.since(woken).0,
+                    "the coordinator did not run for a while; leases are extended"
+                );
+                self.step(Input::Stalled, None);
+            }
+            woken = now;
+            match input {
+                Some(command) => self.command(command),
+                None if self.core.next_deadline().is_some_and(|at| at <= now) => self.step(Input::Tick, None),
+                None => {}
+            }
+        }
+        self.drain().await
+    }
+
+    fn next_wake(&self, wake_max: Duration) -> Duration {
+        let due = self.core.next_deadline().map(|at| Duration::from_millis(at.since(self.clock.now()).0));
+        due.map_or(wake_max, |due| due.min(wake_max))
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Request { input, reply } => match &self.degraded {
+                Some(why) => drop(reply.send(Err(RequestError::StoreUnavailable(why.clone())))),
+                None => self.step(*input, Some(reply)),
+            },
+            Command::FromNode(input) => self.step(*input, None),
+            Command::OpenSession { node, incarnation, gangs, sender, reply } => {
+                self.open_session(&node, incarnation, gangs, sender, reply);
+            }
+            Command::Read(look) => {
+                let later = look(&self.core);
+                if self.degraded.is_some() {
+                    later();
+                } else {
+                    self.filling.deferred.push(Deferred::Run(later));
+                }
+            }
+            Command::WatchJob { id, reply } => {
+                let job = self.core.job(&id).cloned();
+                self.filling.deferred.push(Deferred::WatchJob(job.map(Box::new), reply));
+            }
+            Command::WatchNodes { reply } => {
+                let nodes = self.core.nodes_after(None).cloned().collect();
+                self.filling.deferred.push(Deferred::WatchNodes(nodes, reply));
+            }
+        }
+    }
+
+    fn open_session(
+        &mut self,
+        node: &NodeName,
+        incarnation: Incarnation,
+        gangs: Vec<GangReport>,
+        sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+        reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
+    ) {
+        let hello = Input::Hello { node: node.clone(), incarnation, gangs };
+        let mut effects = self.core.step(self.clock.now(), hello);
+        let answer = match effects.reply.take() {
+            Some(Ok(Reply::Session(session))) => {
+                let link = Link::new(session, sender);
+                if let Some(older) = self.links.replace(node, link.clone()) {
+                    older.close(Status::aborted("a newer session of this node was opened"));
+                }
+                info!(%node, %session, "node connected");
+                Ok(link)
+            }
+            Some(Err(refusal)) => Err(refusal.into()),
+            Some(Ok(_)) | None => Err(RequestError::Stopping),
+        };
+        self.take(effects, None);
+        self.filling.deferred.push(Deferred::Run(Box::new(move || drop(reply.send(answer)))));
+    }
+
+    fn step(&mut self, input: Input, reply: Option<oneshot::Sender<Answer>>) {
+        let effects = self.core.step(self.clock.now(), input);
+        self.take(effects, reply);
+    }
+
+    /// Adds a step's effects to the group being filled, in the order of the contract.
+    fn take(&mut self, mut effects: Effects, reply: Option<oneshot::Sender<Answer>>) {
+        for write in &effects.writes {
+            persist::encode(&mut self.filling.batch, write);
+        }
+        let deferred = &mut self.filling.deferred;
+        deferred.extend(
+            effects.sends.into_iter().map(|(node, session, what)| Deferred::Send(node, session, what)),
+        );
+        if let (Some(reply), Some(answer)) = (reply, effects.reply.take()) {
+            deferred.push(Deferred::Reply(reply, answer.map_err(RequestError::from)));
+        }
+        for event in effects.events {
+            match event {
+                Event::Job(id) => {
+                    if let Ok(job) = self.core.job(id.as_str()) {
+                        deferred.push(Deferred::JobChanged(Arc::new(job.clone())));
+                    }
+                }
+                Event::Node(name) => {
+                    if let Ok(node) = self.core.node(name.as_str()) {
+                        deferred.push(Deferred::NodeChanged(Arc::new(node.clone())));
+                    }
+                }
+                Event::JobDeleted(id) => deferred.push(Deferred::JobDeleted(id)),
+            }
+        }
+    }
+
+    /// Starts to write the group that has filled, or carries it out if there is nothing to write.
+    fn flush(&mut self) {
+        if self.writing.is_some() || self.store.is_none() {
+            return;
+        }
+        if self.filling.batch.is_empty() {
+            let deferred = std::mem::take(&mut self.filling.deferred);
+            self.carry_out(deferred);
+        } else if let Some(mut store) = self.store.take() {
+            let Group { batch, deferred } = std::mem::take(&mut self.filling);
+            let (fence, wait) = (self.fence, self.degraded.is_some());
+            let commit = tokio::task::spawn_blocking(move || {
+                if wait {
+                    std::thread::sleep(STORE_RETRY);
+                }
+                let result = store.commit(fence, &batch);
+                (store, batch, result)
+            });
+            self.writing = Some((commit, deferred));
+        }
+    }
+
+    fn written(&mut self, done: (Box<dyn Store>, Batch, Result<(), StoreError>)) -> Result<(), Error> {
+        let (store, batch, result) = done;
+        self.store = Some(store);
+        let deferred = self.writing.take().map(|(_, deferred)| deferred).unwrap_or_default();
+        match result {
+            Ok(()) => {
+                if self.degraded.take().is_some() {
+                    info!("the store can be written again");
+                }
+                self.carry_out(deferred);
+                Ok(())
+            }
+            Err(StoreError::Retryable(why)) => {
+                if self.degraded.is_none() {
+                    error!(%why, "the store cannot be written; submissions are refused until it can");
+                }
+                self.degraded = Some(why.clone());
+                self.wait_for_store(batch, deferred, &why);
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts a group that could not be written in front of what came after it. Its callers are not left
+    /// waiting: they may repeat the call, which is harmless by its request id.
+    fn wait_for_store(&mut self, mut batch: Batch, deferred: Vec<Deferred>, why: &str) {
+        let later = std::mem::take(&mut self.filling);
+        batch.append(later.batch);
+        let all = deferred.into_iter().chain(later.deferred);
+        let mut kept = Vec::new();
+        for effect in all {
+            match effect {
+                Deferred::Reply(reply, _) => {
+                    reply.send(Err(RequestError::StoreUnavailable(why.to_owned()))).ok();
+                }
+                Deferred::Run(later) => later(),
+                effect => kept.push(effect),
+            }
+        }
+        self.filling = Group { batch, deferred: kept };
+    }
+
+    fn carry_out(&mut self, deferred: Vec<Deferred>) {
+        for effect in deferred {
+            match effect {
+                Deferred::Send(node, session, what) => self.send(&node, session, what),
+                Deferred::Reply(reply, answer) => drop(reply.send(answer)),
+                Deferred::JobChanged(job) => {
+                    info!(job_id = %job.id, state = ?job.state, generation = job.generation.0, reason = %job.reason, "job");
+                    self.watchers.job_changed(&job);
+                }
+                Deferred::NodeChanged(node) => self.watchers.node_changed(&node),
+                Deferred::JobDeleted(id) => self.metrics.delete(&id),
+                Deferred::Run(later) => later(),
+                Deferred::WatchJob(job, reply) => {
+                    let watched = job.map(|job| {
+                        let changes = self.watchers.job(&job);
+                        (*job, changes)
+                    });
+                    drop(reply.send(watched));
+                }
+                Deferred::WatchNodes(nodes, reply) => drop(reply.send((nodes, self.watchers.nodes()))),
+            }
+        }
+    }
+
+    fn send(&mut self, node: &NodeName, session: Session, what: ToNode) {
+        let Some(link) = self.links.get(node).filter(|link| link.session == session) else { return };
+        let message = match what {
+            ToNode::Welcome(assignments) => v1::session_response::Message::Welcome(v1::Welcome {
+                session: session.0,
+                assignments: assignments.iter().map(convert::assignment_to_wire).collect(),
+            }),
+            ToNode::Assign(assignment) => {
+                v1::session_response::Message::Assignment(convert::assignment_to_wire(&assignment))
+            }
+            ToNode::Close(why) => {
+                warn!(%node, %session, %why, "session closed");
+                self.links.remove(node, session);
+                link.close(Status::aborted(why));
+                return;
+            }
+        };
+        if !link.send(message) {
+            // The whole desired state goes out again when the node opens its next session.
+            warn!(%node, %session, "node does not keep up; its session is closed");
+            self.links.remove(node, session);
+            link.close(Status::resource_exhausted("too many messages wait for this node; connect again"));
+            self.step(Input::Disconnected { node: node.clone(), session }, None);
+        }
+    }
+
+    /// Writes what is left. A store that still cannot be written keeps what was durable: nothing that was
+    /// acknowledged is lost.
+    async fn drain(mut self) -> Result<(), Error> {
+        while self.writing.is_some() || !self.filling.batch.is_empty() || !self.filling.deferred.is_empty() {
+            self.flush();
+            if self.writing.is_some() {
+                let done = finished(&mut self.writing).await?;
+                self.written(done)?;
+                if let Some(why) = &self.degraded {
+                    warn!(%why, "stopped before the last decisions could be stored");
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The result of the commit under way; pending for ever if there is none.
+async fn finished(
+    writing: &mut Option<(Commit, Vec<Deferred>)>,
+) -> Result<(Box<dyn Store>, Batch, Result<(), StoreError>), Error> {
+    match writing {
+        Some((commit, _)) => Ok(commit.await?),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,128 @@
+//! How the handlers reach the driver: commands into its inbox, and their answers.
+
+use std::sync::Arc;
+
+use muster_core::types::{GangReport, Incarnation, NodeName};
+use muster_core::{Core, Input, Job, Node, Refusal, Reply};
+use muster_proto::v1;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tonic::Status;
+
+use crate::clock::Clock;
+use crate::links::{Link, Links};
+
+/// What a request comes back with.
+pub(crate) type Answer = Result<Reply, RequestError>;
+pub(super) type Later = Box<dyn FnOnce() + Send>;
+type ReadFn = Box<dyn FnOnce(&Core) -> Later + Send>;
+
+/// Why a request has no reply.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    StoreUnavailable(String),
+    #[error("the coordinator is shutting down")]
+    Stopping,
+}
+
+pub(super) enum Command {
+    Request {
+        input: Box<Input>,
+        reply: oneshot::Sender<Answer>,
+    },
+    FromNode(Box<Input>),
+    OpenSession {
+        node: NodeName,
+        incarnation: Incarnation,
+        gangs: Vec<GangReport>,
+        sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+        reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
+    },
+    Read(ReadFn),
+    WatchJob {
+        id: String,
+        reply: JobWatch,
+    },
+    WatchNodes {
+        reply: NodeWatch,
+    },
+}
+
+pub(super) type JobWatch = oneshot::Sender<Result<(Job, broadcast::Receiver<Arc<Job>>), Refusal>>;
+pub(super) type NodeWatch = oneshot::Sender<(Vec<Node>, broadcast::Receiver<Arc<Node>>)>;
+
+/// How handlers reach the driver.
+#[derive(Clone, Debug)]
+pub(crate) struct Handle {
+    pub(super) inbox: mpsc::Sender<Command>,
+    pub(super) links: Links,
+    pub(super) clock: Clock,
+}
+
+impl Handle {
+    /// A mutation: answered once it is durable.
+    pub async fn request(&self, input: Input) -> Answer {
+        let input = Box::new(input);
+        self.ask(|reply| Command::Request { input, reply }).await?
+    }
+
+    /// Something a node says: acted on in order, never answered.
+    pub async fn tell(&self, input: Input) -> Result<(), RequestError> {
+        let command = Command::FromNode(Box::new(input));
+        self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
+    }
+
+    /// Opens a node's session; `sender` is its stream.
+    pub async fn open_session(
+        &self,
+        node: NodeName,
+        incarnation: Incarnation,
+        gangs: Vec<GangReport>,
+        sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+    ) -> Result<Arc<Link>, RequestError> {
+        self.ask(|reply| Command::OpenSession { node, incarnation, gangs, sender, reply }).await?
+    }
+
+    /// Looks at the state. What is seen is durable by the time this returns.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Core) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        self.ask(|reply| {
+            Command::Read(Box::new(move |core| {
+                let seen = look(core);
+                Box::new(move || {
+                    reply.send(seen).ok();
+                })
+            }))
+        })
+        .await
+    }
+
+    /// The job now, and each of its later states.
+    pub async fn watch_job(&self, id: &str) -> Result<(Job, broadcast::Receiver<Arc<Job>>), RequestError> {
+        let id = id.to_owned();
+        Ok(self.ask(|reply| Command::WatchJob { id, reply }).await??)
+    }
+
+    /// Every node now, and each one that changes.
+    pub async fn watch_nodes(&self) -> Result<(Vec<Node>, broadcast::Receiver<Arc<Node>>), RequestError> {
+        self.ask(|reply| Command::WatchNodes { reply }).await
+    }
+
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, RequestError> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(make(reply)).await.map_err(|_| RequestError::Stopping)?;
+        answer.await.map_err(|_| RequestError::Stopping)
+    }
+}

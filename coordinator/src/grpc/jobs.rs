@@ -1,0 +1,182 @@
+//! JobService.
+
+use muster_core::types::RequestId;
+use muster_core::{Input, Job, Plan, Reply};
+use muster_proto::convert::{self, field_error};
+use muster_proto::v1::{self, job_service_server::JobService};
+use tonic::{Request, Response, Status};
+
+use super::{Api, Stream, unexpected_reply};
+use crate::view;
+
+/// Jobs on a page if the caller does not say.
+const PAGE_DEFAULT: u32 = 100;
+/// Most jobs on a page: a page of the largest specs would not fit a message, and usual ones do easily.
+const PAGE_MAX: u32 = 1000;
+/// Bytes of one response, below the 4 MiB that gRPC clients take; a page ends early rather than exceed it.
+const PAGE_BYTES_MAX: usize = 3 << 20;
+/// Longest reason of a cancel or cordon.
+pub(super) const REASON_BYTES_MAX: usize = 1024;
+
+impl Api {
+    async fn job_with_metrics(&self, job: &Job) -> v1::Job {
+        let latest = self.metrics.series(&job.id).await.latest(job.generation);
+        view::job(job, latest)
+    }
+}
+
+fn checked_spec(spec: Option<v1::JobSpec>) -> Result<Box<muster_core::types::JobSpec>, Status> {
+    let spec = spec.ok_or_else(|| convert::invalid_argument(&[field_error("spec", "is missing")]))?;
+    convert::spec_from_wire(spec).map(Box::new).map_err(|errors| {
+        let errors: Vec<_> =
+            errors.iter().map(|e| field_error(&format!("spec.{}", e.field), &*e.description)).collect();
+        convert::invalid_argument(&errors)
+    })
+}
+
+fn checked_reason(reason: String) -> Result<String, Status> {
+    if reason.len() > REASON_BYTES_MAX {
+        let why = format!("has {} bytes; at most {REASON_BYTES_MAX} fit", reason.len());
+        return Err(convert::invalid_argument(&[field_error("reason", why)]));
+    }
+    Ok(reason)
+}
+
+fn job_reply(reply: Reply) -> Result<Box<Job>, Status> {
+    match reply {
+        Reply::Job(job) => Ok(job),
+        Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) => Err(unexpected_reply()),
+    }
+}
+
+#[tonic::async_trait]
+impl JobService for Api {
+    async fn submit_job(
+        &self,
+        request: Request<v1::SubmitJobRequest>,
+    ) -> Result<Response<v1::SubmitJobResponse>, Status> {
+        let v1::SubmitJobRequest { request_id, spec } = request.into_inner();
+        let spec = checked_spec(spec)?;
+        let request_id = match request_id {
+            empty if empty.is_empty() => None,
+            id => Some(
+                RequestId::new(id)
+                    .map_err(|why| convert::invalid_argument(&[field_error("request_id", why)]))?,
+            ),
+        };
+        let job = job_reply(self.driver.request(Input::Submit { request_id, spec }).await?)?;
+        let job = Some(self.job_with_metrics(&job).await);
+        Ok(Response::new(v1::SubmitJobResponse { job }))
+    }
+
+    async fn plan_job(
+        &self,
+        request: Request<v1::PlanJobRequest>,
+    ) -> Result<Response<v1::PlanJobResponse>, Status> {
+        let spec = checked_spec(request.into_inner().spec)?;
+        let (placement, reason) = match self.driver.request(Input::PlanJob(spec)).await? {
+            Reply::Plan(Plan::Place(nodes)) => {
+                (nodes.iter().map(convert::placement_to_wire).collect(), String::new())
+            }
+            Reply::Plan(Plan::Wait(reason)) => (Vec::new(), reason),
+            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) => return Err(unexpected_reply()),
+        };
+        Ok(Response::new(v1::PlanJobResponse { placement, reason }))
+    }
+
+    async fn get_job(
+        &self,
+        request: Request<v1::GetJobRequest>,
+    ) -> Result<Response<v1::GetJobResponse>, Status> {
+        let job = self.find_job(request.into_inner().job_id).await?;
+        let job = Some(self.job_with_metrics(&job).await);
+        Ok(Response::new(v1::GetJobResponse { job }))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<v1::ListJobsRequest>,
+    ) -> Result<Response<v1::ListJobsResponse>, Status> {
+        let request = request.into_inner();
+        let before = match request.page_token.as_str() {
+            "" => u64::MAX,
+            token => token.parse().map_err(|_| {
+                let why = "is not a token that ListJobs returned; leave it empty for the first page";
+                convert::invalid_argument(&[field_error("page_token", why)])
+            })?,
+        };
+        let size =
+            if request.page_size == 0 { PAGE_DEFAULT } else { request.page_size.min(PAGE_MAX) } as usize;
+        let states: Vec<v1::JobState> = request.states().collect();
+        let jobs: Vec<(u64, Job)> = self
+            .driver
+            .read(move |core| {
+                let wanted =
+                    |job: &&Job| states.is_empty() || states.iter().any(|s| view::job_state(job.state) == *s);
+                core.jobs_before(before)
+                    .filter(wanted)
+                    .take(size + 1)
+                    .map(|job| (job.order, job.clone()))
+                    .collect()
+            })
+            .await?;
+        let (mut page, mut bytes, mut last) = (Vec::new(), 0, 0);
+        let found = jobs.len();
+        for (order, job) in jobs.into_iter().take(size) {
+            let shown = view::job(&job, self.metrics.latest_if_loaded(&job.id, job.generation));
+            bytes += prost::Message::encoded_len(&shown);
+            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
+                break;
+            }
+            page.push(shown);
+            last = order;
+        }
+        let next_page_token = if page.len() < found { last.to_string() } else { String::new() };
+        Ok(Response::new(v1::ListJobsResponse { jobs: page, next_page_token }))
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<v1::CancelJobRequest>,
+    ) -> Result<Response<v1::CancelJobResponse>, Status> {
+        let v1::CancelJobRequest { job_id, reason } = request.into_inner();
+        let reason = checked_reason(reason)?;
+        let job = job_reply(self.driver.request(Input::Cancel { job: job_id, reason }).await?)?;
+        let job = Some(self.job_with_metrics(&job).await);
+        Ok(Response::new(v1::CancelJobResponse { job }))
+    }
+
+    type WatchJobStream = Stream<v1::WatchJobResponse>;
+
+    async fn watch_job(
+        &self,
+        request: Request<v1::WatchJobRequest>,
+    ) -> Result<Response<Self::WatchJobStream>, Status> {
+        self.clone().stream_job(request.into_inner().job_id).await.map(Response::new)
+    }
+
+    type StreamMetricsStream = Stream<v1::StreamMetricsResponse>;
+
+    async fn stream_metrics(
+        &self,
+        request: Request<v1::StreamMetricsRequest>,
+    ) -> Result<Response<Self::StreamMetricsStream>, Status> {
+        self.clone().stream_points(request.into_inner()).await.map(Response::new)
+    }
+
+    type StreamLogsStream = Stream<v1::StreamLogsResponse>;
+
+    async fn stream_logs(
+        &self,
+        request: Request<v1::StreamLogsRequest>,
+    ) -> Result<Response<Self::StreamLogsStream>, Status> {
+        self.clone().stream_output(request.into_inner()).await.map(Response::new)
+    }
+}
+
+impl Api {
+    pub(super) async fn find_job(&self, id: String) -> Result<Job, Status> {
+        let found = self.driver.read(move |core| core.job(&id).cloned()).await?;
+        Ok(found.map_err(crate::driver::RequestError::from)?)
+    }
+}

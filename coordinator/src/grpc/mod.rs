@@ -1,0 +1,92 @@
+//! Thin handlers: wire to checked types, one call of the driver, checked types to wire.
+
+mod cluster;
+mod jobs;
+mod logs;
+mod nodes;
+mod streams;
+mod worker;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use muster_core::Refusal;
+use muster_proto::convert;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+
+use crate::driver::{Handle, RequestError};
+use crate::metrics::Metrics;
+
+/// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
+/// cannot take all memory.
+const STREAMS_MAX: usize = 10_000;
+/// Messages of a stream that wait for its client.
+const STREAM_QUEUE: usize = 16;
+
+/// A server stream fed by a task.
+pub(crate) type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+/// What every handler needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Api {
+    pub driver: Handle,
+    pub metrics: Metrics,
+    /// Ends every stream when the coordinator stops.
+    pub shutdown: CancellationToken,
+    pub lease: Duration,
+    pub heartbeat: Duration,
+    streams: Arc<Semaphore>,
+}
+
+impl Api {
+    pub fn new(
+        driver: Handle,
+        metrics: Metrics,
+        config: &crate::Config,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let (lease, heartbeat) = (config.lease, config.heartbeat);
+        Self { driver, metrics, shutdown, lease, heartbeat, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    }
+
+    /// A place among the open streams, held until the stream ends.
+    fn stream_permit(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.streams.clone().try_acquire_owned().map_err(|_| {
+            let message =
+                format!("{STREAMS_MAX} streams are open already, the most that are served; try again later");
+            convert::refusal(Code::ResourceExhausted, "TOO_MANY_STREAMS", message)
+        })
+    }
+}
+
+impl From<RequestError> for Status {
+    fn from(error: RequestError) -> Self {
+        let message = error.to_string();
+        match error {
+            RequestError::Refused(refusal) => refused(&refusal, message),
+            RequestError::StoreUnavailable(_) => {
+                convert::unavailable("STORE_UNAVAILABLE", message, Duration::from_secs(2))
+            }
+            RequestError::Stopping => convert::unavailable("STOPPING", message, Duration::from_secs(1)),
+        }
+    }
+}
+
+fn refused(refusal: &Refusal, message: String) -> Status {
+    match refusal {
+        Refusal::NoJob(_) => convert::refusal(Code::NotFound, "NO_SUCH_JOB", message),
+        Refusal::NoNode(_) => convert::refusal(Code::NotFound, "NO_SUCH_NODE", message),
+        Refusal::RequestReused { .. } => convert::refusal(Code::AlreadyExists, "REQUEST_ID_REUSED", message),
+        Refusal::QueueFull { .. } => convert::refusal(Code::ResourceExhausted, "QUEUE_FULL", message),
+        Refusal::TooManyNodes { .. } => convert::refusal(Code::ResourceExhausted, "TOO_MANY_NODES", message),
+        Refusal::NameHeld(_) => convert::refusal(Code::AlreadyExists, "NODE_NAME_HELD", message),
+        Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),
+    }
+}
+
+fn unexpected_reply() -> Status {
+    Status::internal("the core gave a reply of another kind than the request; this is a bug in muster")
+}

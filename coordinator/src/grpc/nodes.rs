@@ -1,0 +1,90 @@
+//! NodeService.
+
+use muster_core::types::NodeName;
+use muster_core::{Input, Node, Reply};
+use muster_proto::convert::{self, field_error};
+use muster_proto::v1::{self, node_service_server::NodeService};
+use tonic::{Request, Response, Status};
+
+use super::jobs::REASON_BYTES_MAX;
+use super::{Api, Stream, unexpected_reply};
+use crate::view;
+
+/// Nodes on a page.
+const PAGE_MAX: u32 = 1000;
+
+#[tonic::async_trait]
+impl NodeService for Api {
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let request = request.into_inner();
+        let after = match request.page_token {
+            empty if empty.is_empty() => None,
+            token => Some(
+                NodeName::new(token)
+                    .map_err(|why| convert::invalid_argument(&[field_error("page_token", why)]))?,
+            ),
+        };
+        let size = if request.page_size == 0 { PAGE_MAX } else { request.page_size.min(PAGE_MAX) } as usize;
+        let mut nodes: Vec<Node> = self
+            .driver
+            .read(move |core| core.nodes_after(after.as_ref()).take(size + 1).cloned().collect())
+            .await?;
+        let more = nodes.len() > size;
+        nodes.truncate(size);
+        let last = nodes.last().filter(|_| more).map(|node| node.name.to_string());
+        let nodes = nodes.iter().map(view::node).collect();
+        Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token: last.unwrap_or_default() }))
+    }
+
+    async fn get_node(
+        &self,
+        request: Request<v1::GetNodeRequest>,
+    ) -> Result<Response<v1::GetNodeResponse>, Status> {
+        let name = request.into_inner().node_name;
+        let found = self.driver.read(move |core| core.node(&name).cloned()).await?;
+        let node = found.map_err(crate::driver::RequestError::from)?;
+        Ok(Response::new(v1::GetNodeResponse { node: Some(view::node(&node)) }))
+    }
+
+    type WatchNodesStream = Stream<v1::WatchNodesResponse>;
+
+    async fn watch_nodes(
+        &self,
+        _request: Request<v1::WatchNodesRequest>,
+    ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        self.clone().stream_nodes().await.map(Response::new)
+    }
+
+    async fn cordon_node(
+        &self,
+        request: Request<v1::CordonNodeRequest>,
+    ) -> Result<Response<v1::CordonNodeResponse>, Status> {
+        let v1::CordonNodeRequest { node_name, reason } = request.into_inner();
+        if reason.len() > REASON_BYTES_MAX {
+            let why = format!("has {} bytes; at most {REASON_BYTES_MAX} fit", reason.len());
+            return Err(convert::invalid_argument(&[field_error("reason", why)]));
+        }
+        let node = Some(self.set_cordon(node_name, Some(reason)).await?);
+        Ok(Response::new(v1::CordonNodeResponse { node }))
+    }
+
+    async fn uncordon_node(
+        &self,
+        request: Request<v1::UncordonNodeRequest>,
+    ) -> Result<Response<v1::UncordonNodeResponse>, Status> {
+        let node = Some(self.set_cordon(request.into_inner().node_name, None).await?);
+        Ok(Response::new(v1::UncordonNodeResponse { node }))
+    }
+}
+
+impl Api {
+    async fn set_cordon(&self, node: String, cordon: Option<String>) -> Result<v1::Node, Status> {
+        match self.driver.request(Input::SetCordon { node, cordon }).await? {
+            Reply::Node(node) => Ok(view::node(&node)),
+            Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) => Err(unexpected_reply()),
+        }
+    }
+}

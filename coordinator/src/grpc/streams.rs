@@ -1,0 +1,148 @@
+//! WatchJob, WatchNodes and StreamMetrics: a task each, fed by the driver's changes, held to its client's pace.
+
+use std::sync::Arc;
+
+use muster_core::types::Rank;
+use muster_core::{Job, Node};
+use muster_proto::{convert, v1};
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::mpsc;
+use tonic::{Code, Status};
+
+use super::{Api, STREAM_QUEUE, Stream};
+use crate::metrics::Point;
+use crate::view;
+
+/// Points taken out of a series at a time.
+const POINTS_AT_ONCE: usize = 256;
+
+/// A client that lets thousands of changes pile up is told, rather than given a stream with holes.
+fn too_slow() -> Status {
+    let message =
+        "changes came faster than this client read them; call again to start from the present state";
+    convert::refusal(Code::ResourceExhausted, "TOO_SLOW", message)
+}
+
+fn stopping() -> Status {
+    crate::driver::RequestError::Stopping.into()
+}
+
+impl Api {
+    pub(super) async fn stream_job(self, job_id: String) -> Result<Stream<v1::WatchJobResponse>, Status> {
+        let permit = self.stream_permit()?;
+        let (job, mut changes) = self.driver.watch_job(&job_id).await?;
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        tokio::spawn(async move {
+            let _permit = permit;
+            let mut job = Arc::new(job);
+            loop {
+                let latest = self.metrics.series(&job.id).await.latest(job.generation);
+                let response = v1::WatchJobResponse { job: Some(view::job(&job, latest)) };
+                if sender.send(Ok(response)).await.is_err() || job.state.is_terminal() {
+                    return;
+                }
+                job = tokio::select! {
+                    changed = changes.recv() => match changed {
+                        Ok(job) => job,
+                        Err(RecvError::Lagged(_)) => return drop(sender.send(Err(too_slow())).await),
+                        Err(RecvError::Closed) => return drop(sender.send(Err(stopping())).await),
+                    },
+                    () = self.shutdown.cancelled() => return drop(sender.send(Err(stopping())).await),
+                    () = sender.closed() => return,
+                };
+            }
+        });
+        Ok(Stream::new(receiver))
+    }
+
+    pub(super) async fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
+        let permit = self.stream_permit()?;
+        let (nodes, mut changes) = self.driver.watch_nodes().await?;
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        let response = |node: &Node| Ok(v1::WatchNodesResponse { node: Some(view::node(node)) });
+        tokio::spawn(async move {
+            let _permit = permit;
+            for node in &nodes {
+                if sender.send(response(node)).await.is_err() {
+                    return;
+                }
+            }
+            loop {
+                let next = tokio::select! {
+                    changed = changes.recv() => match changed {
+                        Ok(node) => response(&node),
+                        Err(RecvError::Lagged(_)) => Err(too_slow()),
+                        Err(RecvError::Closed) => Err(stopping()),
+                    },
+                    () = self.shutdown.cancelled() => Err(stopping()),
+                    () = sender.closed() => return,
+                };
+                let last = next.is_err();
+                if sender.send(next).await.is_err() || last {
+                    return;
+                }
+            }
+        });
+        Ok(Stream::new(receiver))
+    }
+
+    pub(super) async fn stream_points(
+        self,
+        request: v1::StreamMetricsRequest,
+    ) -> Result<Stream<v1::StreamMetricsResponse>, Status> {
+        let permit = self.stream_permit()?;
+        let (job, mut changes) = self.driver.watch_job(&request.job_id).await?;
+        let series = self.metrics.series(&job.id).await;
+        let mut grown = series.watch();
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        tokio::spawn(async move {
+            let _permit = permit;
+            let (mut after, mut ended) = (request.after_index, job.state.is_terminal() || !request.follow);
+            loop {
+                // Marked seen before the points are taken, so that none that comes meanwhile is missed.
+                grown.borrow_and_update();
+                let points = series.after(after, POINTS_AT_ONCE);
+                let whole = points.len() < POINTS_AT_ONCE;
+                for (index, point) in points {
+                    after = index;
+                    if wanted(&point, request.rank) {
+                        let response = v1::StreamMetricsResponse { point: Some(view::point(&point)), index };
+                        if sender.send(Ok(response)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                if !whole {
+                    continue;
+                }
+                if ended {
+                    return;
+                }
+                tokio::select! {
+                    changed = grown.changed() => if changed.is_err() { return },
+                    // A node sends a rank's points before it reports the rank's exit: once the job has ended,
+                    // the series is whole, and one more look takes the rest.
+                    () = job_ended(&mut changes) => ended = true,
+                    () = self.shutdown.cancelled() => return drop(sender.send(Err(stopping())).await),
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Ok(Stream::new(receiver))
+    }
+}
+
+fn wanted(point: &Point, rank: Option<u32>) -> bool {
+    rank.is_none_or(|rank| point.rank == Rank(rank))
+}
+
+/// Returns once the job has ended. A watcher that lagged looks at the newest state next.
+pub(super) async fn job_ended(changes: &mut broadcast::Receiver<Arc<Job>>) {
+    loop {
+        match changes.recv().await {
+            Ok(job) if job.state.is_terminal() => return,
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}

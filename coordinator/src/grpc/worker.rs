@@ -1,0 +1,242 @@
+//! WorkerService: registration, and the one stream of each node.
+
+use std::sync::Arc;
+
+use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank};
+use muster_core::{Device, Input, Inventory, Join};
+use muster_proto::convert::{self, FieldError, field_error};
+use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::{Api, Stream};
+use crate::links::{LINK_QUEUE_MAX, Link};
+use crate::metrics::Point;
+
+/// Labels, GPUs and text of an inventory, far above what real machines have.
+const LABELS_MAX: usize = 256;
+const GPUS_MAX: usize = 256;
+const TEXT_BYTES_MAX: usize = 1024;
+/// Gangs a node reports in Hello.
+const GANGS_MAX: usize = 1024;
+/// Points in a batch, names in a point, bytes in a name; as the API says.
+const POINTS_MAX: usize = 512;
+const VALUES_MAX: usize = 64;
+const VALUE_NAME_BYTES_MAX: usize = 128;
+
+fn invalid(error: FieldError) -> Status {
+    convert::invalid_argument(&[error])
+}
+
+#[tonic::async_trait]
+impl WorkerService for Api {
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let join = checked_join(request.into_inner()).map_err(invalid)?;
+        let (name, address) = (join.name.clone(), join.address);
+        self.driver.request(Input::Join(Box::new(join))).await?;
+        info!(node = %name, %address, "node joined");
+        Ok(Response::new(v1::JoinResponse {
+            lease: Some(convert::duration_to_wire_std(self.lease)),
+            heartbeat_interval: Some(convert::duration_to_wire_std(self.heartbeat)),
+        }))
+    }
+
+    type SessionStream = Stream<v1::SessionResponse>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut incoming = request.into_inner();
+        // A stream that opens and then says nothing is not held open.
+        let first = tokio::time::timeout(self.lease, incoming.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no Hello came within a lease"))??;
+        let Some(Message::Hello(hello)) = first.and_then(|first| first.message) else {
+            return Err(invalid(field_error("message", "of a session must be hello first")));
+        };
+        if hello.gangs.len() > GANGS_MAX {
+            return Err(invalid(field_error("hello.gangs", format!("holds more than {GANGS_MAX} gangs"))));
+        }
+        let node =
+            NodeName::new(hello.node_name).map_err(|why| invalid(field_error("hello.node_name", why)))?;
+        let incarnation = Incarnation::new(hello.incarnation)
+            .map_err(|why| invalid(field_error("hello.incarnation", why)))?;
+        let gangs = hello.gangs.into_iter().map(convert::gang_report_from_wire).collect::<Result<_, _>>();
+        let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
+        let link =
+            self.driver.open_session(node.clone(), incarnation, gangs.map_err(invalid)?, sender).await?;
+        tokio::spawn(self.clone().listen(node, link, incoming));
+        Ok(Response::new(Stream::new(receiver)))
+    }
+}
+
+impl Api {
+    /// Reads a session until it ends, for whatever reason, and says so to the core.
+    async fn listen(self, node: NodeName, link: Arc<Link>, mut incoming: Streaming<v1::SessionRequest>) {
+        let session = link.session;
+        let why = loop {
+            let next = tokio::select! {
+                next = incoming.next() => next,
+                () = self.shutdown.cancelled() => break "the coordinator stops".to_owned(),
+            };
+            let message = match next {
+                Some(Ok(message)) => message.message,
+                Some(Err(status)) => break status.message().to_owned(),
+                None => break "the node closed it".to_owned(),
+            };
+            let goodbye = matches!(message, Some(Message::Goodbye(_)));
+            if let Err(status) = self.hear(&node, &link, message).await {
+                warn!(%node, %session, error = status.message(), "session refused");
+                let message = status.message().to_owned();
+                link.close(status);
+                break message;
+            }
+            if goodbye {
+                break "goodbye".to_owned();
+            }
+        };
+        info!(%node, %session, %why, "node disconnected");
+        self.driver.links().remove(&node, session);
+        link.close(Status::aborted(why));
+        self.driver.tell(Input::Disconnected { node, session }).await.ok();
+    }
+
+    async fn hear(&self, node: &NodeName, link: &Link, message: Option<Message>) -> Result<(), Status> {
+        let (name, session) = (node.clone(), link.session);
+        match message {
+            Some(Message::Heartbeat(heartbeat)) => {
+                self.driver.tell(Input::Heartbeat { node: name, session }).await?;
+                let ack = v1::HeartbeatAck { seq: heartbeat.seq };
+                link.send(v1::session_response::Message::HeartbeatAck(ack));
+            }
+            Some(Message::Gang(report)) => {
+                let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
+                self.driver.tell(Input::Report { node: name, session, report }).await?;
+            }
+            Some(Message::Points(batch)) => self.take_points(link, batch).await?,
+            Some(Message::Log(data)) => link.route_log(data),
+            Some(Message::Goodbye(goodbye)) => {
+                let reason: String = goodbye.reason.chars().take(256).collect();
+                info!(%node, %session, %reason, "node says goodbye");
+                self.driver.tell(Input::Goodbye { node: name, session }).await?;
+            }
+            Some(Message::Hello(_)) => {
+                return Err(invalid(field_error("message", "hello comes once, at the start")));
+            }
+            // A message of a newer version that this one does not know.
+            None => {}
+        }
+        Ok(())
+    }
+
+    async fn take_points(&self, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
+        let (job, points) = checked_points(batch, self.driver.clock().now()).map_err(invalid)?;
+        let Some(last) = points.last() else { return Ok(()) };
+        let ack = v1::PointAck {
+            job_id: job.to_string(),
+            generation: last.generation.0,
+            rank: last.rank.0,
+            seq: last.seq,
+        };
+        let series = self.metrics.series_of_known(&self.driver, &job).await?;
+        // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
+        if let Some(series) = series {
+            tokio::task::spawn_blocking(move || series.append(points))
+                .await
+                .map_err(|error| Status::internal(format!("failed to keep points: {error}")))?;
+        }
+        link.send(v1::session_response::Message::PointAck(ack));
+        Ok(())
+    }
+}
+
+fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
+    let inventory = wire.inventory.unwrap_or_default();
+    let texts = [
+        ("boot_id", &wire.boot_id),
+        ("inventory.hostname", &inventory.hostname),
+        ("inventory.version", &inventory.version),
+    ];
+    for (field, text) in texts {
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(field_error(
+                field,
+                format!("has {} bytes; at most {TEXT_BYTES_MAX} fit", text.len()),
+            ));
+        }
+    }
+    let long = |text: &String| text.len() > TEXT_BYTES_MAX;
+    if inventory.labels.len() > LABELS_MAX || inventory.labels.iter().any(|(k, v)| long(k) || long(v)) {
+        return Err(field_error(
+            "inventory.labels",
+            format!("are more than {LABELS_MAX}, or one is too long"),
+        ));
+    }
+    if inventory.gpus.len() > GPUS_MAX || inventory.gpus.iter().any(|gpu| long(&gpu.uuid) || long(&gpu.model))
+    {
+        return Err(field_error(
+            "inventory.gpus",
+            format!("are more than {GPUS_MAX}, or a text is too long"),
+        ));
+    }
+    let gpus: Vec<Device> = inventory
+        .gpus
+        .into_iter()
+        .map(|gpu| Device {
+            index: gpu.index.unwrap_or(0),
+            uuid: gpu.uuid,
+            model: gpu.model,
+            memory_bytes: gpu.memory_bytes,
+        })
+        .collect();
+    let mut total = inventory.total.map(convert::resources_from_wire).unwrap_or_default();
+    total.gpus = gpus.len() as u32;
+    Ok(Join {
+        name: NodeName::new(wire.node_name).map_err(|why| field_error("node_name", why))?,
+        address: (wire.address.parse())
+            .map_err(|_| field_error("address", format!("{:?} is not an IP address", wire.address)))?,
+        incarnation: Incarnation::new(wire.incarnation).map_err(|why| field_error("incarnation", why))?,
+        boot_id: wire.boot_id,
+        inventory: Inventory {
+            total,
+            gpus,
+            labels: inventory.labels,
+            hostname: inventory.hostname,
+            version: inventory.version,
+        },
+    })
+}
+
+fn checked_points(batch: v1::PointBatch, now: Millis) -> Result<(JobId, Vec<Point>), FieldError> {
+    let job = JobId::new(batch.job_id).map_err(|why| field_error("points.job_id", why))?;
+    if batch.points.len() > POINTS_MAX {
+        return Err(field_error("points.points", format!("are more than {POINTS_MAX}")));
+    }
+    let mut points: Vec<Point> = Vec::with_capacity(batch.points.len());
+    for point in batch.points {
+        let names_fit = point.values.keys().all(|name| name.len() <= VALUE_NAME_BYTES_MAX);
+        if point.values.len() > VALUES_MAX || !names_fit {
+            return Err(field_error("points.values", "are too many, or a name is too long"));
+        }
+        let point = Point {
+            generation: Generation(point.generation),
+            rank: Rank(point.rank.unwrap_or(0)),
+            seq: point.seq,
+            step: point.step.unwrap_or(0),
+            time: point.time.as_ref().map_or(now, convert::millis_from_timestamp),
+            // JSON, in which they are stored, has no infinities.
+            values: point.values.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+        };
+        let follows = points.last().is_none_or(|last| {
+            (last.generation, last.rank) == (point.generation, point.rank) && last.seq < point.seq
+        });
+        if point.seq == 0 || point.generation.0 == 0 || !follows {
+            return Err(field_error("points.seq", "must rise, within one generation and rank"));
+        }
+        points.push(point);
+    }
+    Ok((job, points))
+}

@@ -1,0 +1,102 @@
+//! The open sessions: how to reach a node, and who reads the logs it sends.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use muster_core::types::{NodeName, Session};
+use muster_proto::v1;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// Messages that may wait for one node. Above it the node is too slow to be kept: its session is closed, and
+/// the next one starts from the whole desired state.
+pub(crate) const LINK_QUEUE_MAX: usize = 1024;
+
+/// One node's session.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub session: Session,
+    sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+    logs: Mutex<HashMap<u64, mpsc::Sender<v1::LogData>>>,
+    next_subscription: AtomicU64,
+}
+
+impl Link {
+    pub fn new(session: Session, sender: mpsc::Sender<Result<v1::SessionResponse, Status>>) -> Arc<Self> {
+        let (logs, next_subscription) = (Mutex::default(), AtomicU64::new(1));
+        Arc::new(Self { session, sender, logs, next_subscription })
+    }
+
+    /// Queues a message. False if the queue is full or the stream is gone.
+    pub fn send(&self, message: v1::session_response::Message) -> bool {
+        self.sender.try_send(Ok(v1::SessionResponse { message: Some(message) })).is_ok()
+    }
+
+    /// Ends the stream with a status, if it still takes one.
+    pub fn close(&self, status: Status) {
+        self.sender.try_send(Err(status)).ok();
+        lock(&self.logs).clear();
+    }
+
+    /// Opens a subscription; `make` gets its number.
+    pub fn subscribe(
+        &self,
+        sender: mpsc::Sender<v1::LogData>,
+        make: impl FnOnce(u64) -> v1::LogSubscribe,
+    ) -> Option<u64> {
+        let number = self.next_subscription.fetch_add(1, Ordering::Relaxed);
+        lock(&self.logs).insert(number, sender);
+        let sent = self.send(v1::session_response::Message::LogSubscribe(make(number)));
+        if !sent {
+            lock(&self.logs).remove(&number);
+        }
+        sent.then_some(number)
+    }
+
+    /// Ends a subscription on both sides.
+    pub fn unsubscribe(&self, subscription: u64) {
+        if lock(&self.logs).remove(&subscription).is_some() {
+            self.send(v1::session_response::Message::LogUnsubscribe(v1::LogUnsubscribe { subscription }));
+        }
+    }
+
+    /// Hands a piece of log to its reader. A reader that has more waiting than the credit it gave is gone or
+    /// the node overran its credit; either way the subscription ends rather than hold up the session.
+    pub fn route_log(&self, data: v1::LogData) {
+        let (subscription, last) = (data.subscription, data.end || !data.error.is_empty());
+        let reader = lock(&self.logs).get(&subscription).cloned();
+        let delivered = reader.is_some_and(|reader| reader.try_send(data).is_ok());
+        if !delivered {
+            self.unsubscribe(subscription);
+        } else if last {
+            lock(&self.logs).remove(&subscription);
+        }
+    }
+}
+
+/// All open sessions by node.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Links(Arc<Mutex<HashMap<NodeName, Arc<Link>>>>);
+
+impl Links {
+    pub fn get(&self, node: &NodeName) -> Option<Arc<Link>> {
+        lock(&self.0).get(node).cloned()
+    }
+
+    /// Puts a session in the place of the node's older one, which it returns.
+    pub fn replace(&self, node: &NodeName, link: Arc<Link>) -> Option<Arc<Link>> {
+        lock(&self.0).insert(node.clone(), link)
+    }
+
+    /// Takes a session out if it is still the node's.
+    pub fn remove(&self, node: &NodeName, session: Session) -> Option<Arc<Link>> {
+        let mut links = lock(&self.0);
+        if links.get(node)?.session == session { links.remove(node) } else { None }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each critical section is one map operation: a panic elsewhere cannot leave the map half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,224 @@
+//! One job's points in memory.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use muster_core::types::{Generation, Millis, Rank};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::file::PointFile;
+
+/// Points of one job in memory, about 10 MB. When full, every second one of the older half goes: a long run
+/// keeps its whole shape, and its end in full.
+const POINTS_MAX: usize = 50_000;
+
+/// One report of a rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Point {
+    /// Generation the rank belonged to.
+    pub generation: Generation,
+    /// Who reported.
+    pub rank: Rank,
+    /// Number among the points of its generation and rank, from 1.
+    pub seq: u64,
+    /// The program's step.
+    pub step: u64,
+    /// Unix time.
+    pub time: Millis,
+    /// Values by name.
+    pub values: BTreeMap<String, f64>,
+}
+
+/// The newest values of a generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Latest {
+    /// Highest step of any rank.
+    pub step: Option<u64>,
+    /// Last loss of the lowest rank that reports one.
+    pub loss: Option<f64>,
+}
+
+/// One job's points. Every read and write is short; the file is written outside the lock on the points.
+#[derive(Debug)]
+pub(crate) struct Series {
+    points: Mutex<Points>,
+    file: Mutex<PointFile>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Points {
+    kept: VecDeque<(u64, Arc<Point>)>,
+    last_index: u64,
+    /// Highest seq by rank, of the newest two generations: late points of the one before still count.
+    seqs: BTreeMap<(Generation, Rank), u64>,
+    latest: Option<Newest>,
+}
+
+#[derive(Debug)]
+struct Newest {
+    generation: Generation,
+    step: u64,
+    loss: Option<(Rank, f64)>,
+}
+
+impl Series {
+    /// Takes up what the file holds; no file is an empty series. Blocks on the disk.
+    pub fn read(path: PathBuf) -> Self {
+        let mut points = Points::default();
+        let file = PointFile::open(path, |point| points.add(point));
+        let changed = watch::channel(points.last_index).0;
+        Self { points: Mutex::new(points), file: Mutex::new(file), changed }
+    }
+
+    /// Adds points of one generation and rank, in order of seq. Those already known are passed over: what a
+    /// node sends twice is kept once. Returns the highest seq kept. Blocks on the disk.
+    pub fn append(&self, points: Vec<Point>) -> Option<u64> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh: Vec<Point> = {
+            let kept = self.points();
+            points.into_iter().filter(|point| kept.is_fresh(point)).collect()
+        };
+        file.write(&fresh);
+        let mut kept = self.points();
+        let mut highest = None;
+        for point in fresh {
+            highest = Some(point.seq);
+            kept.add(point);
+        }
+        let index = kept.last_index;
+        drop(kept);
+        self.changed.send_replace(index);
+        highest
+    }
+
+    /// Up to `limit` points with an index above `after`, oldest first.
+    pub fn after(&self, after: u64, limit: usize) -> Vec<(u64, Arc<Point>)> {
+        let points = self.points();
+        let start = points.kept.partition_point(|(index, _)| *index <= after);
+        points.kept.range(start..).take(limit).cloned().collect()
+    }
+
+    /// Tells when the newest index has changed.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// The newest values, if they are of this generation.
+    pub fn latest(&self, generation: Generation) -> Latest {
+        let points = self.points();
+        let newest = points.latest.as_ref().filter(|newest| newest.generation == generation);
+        newest.map_or(Latest::default(), |newest| Latest {
+            step: Some(newest.step),
+            loss: newest.loss.map(|(_, loss)| loss),
+        })
+    }
+
+    fn points(&self) -> MutexGuard<'_, Points> {
+        self.points.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Points {
+    fn is_fresh(&self, point: &Point) -> bool {
+        let newest = self.latest.as_ref().map_or(Generation(0), |newest| newest.generation);
+        let known = self.seqs.get(&(point.generation, point.rank)).copied().unwrap_or(0);
+        point.seq > known && point.generation.0 + 1 >= newest.0
+    }
+
+    fn add(&mut self, point: Point) {
+        if !self.is_fresh(&point) {
+            return;
+        }
+        self.note_latest(&point);
+        self.seqs.insert((point.generation, point.rank), point.seq);
+        self.last_index += 1;
+        if self.kept.len() >= POINTS_MAX {
+            self.thin();
+        }
+        self.kept.push_back((self.last_index, Arc::new(point)));
+    }
+
+    fn note_latest(&mut self, point: &Point) {
+        let newest = self.latest.get_or_insert(Newest { generation: point.generation, step: 0, loss: None });
+        if point.generation < newest.generation {
+            return;
+        }
+        if point.generation > newest.generation {
+            *newest = Newest { generation: point.generation, step: 0, loss: None };
+            let oldest = Generation(point.generation.0 - 1);
+            self.seqs = self.seqs.split_off(&(oldest, Rank(0)));
+        }
+        newest.step = newest.step.max(point.step);
+        if let Some(loss) = point.values.get("loss")
+            && newest.loss.is_none_or(|(rank, _)| point.rank <= rank)
+        {
+            newest.loss = Some((point.rank, *loss));
+        }
+    }
+
+    fn thin(&mut self) {
+        let half = self.kept.len() / 2;
+        let newer = self.kept.split_off(half);
+        let older = std::mem::take(&mut self.kept);
+        self.kept = older.into_iter().step_by(2).chain(newer).collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(generation: u32, rank: u32, seq: u64, loss: f64) -> Point {
+        let values = BTreeMap::from([("loss".to_owned(), loss)]);
+        let (generation, rank) = (Generation(generation), Rank(rank));
+        Point { generation, rank, seq, step: seq * 10, time: Millis(seq), values }
+    }
+
+    #[test]
+    fn what_is_sent_twice_is_kept_once_and_survives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics/job.jsonl");
+        let series = Series::read(path.clone());
+        let sent = vec![point(1, 0, 1, 2.0), point(1, 0, 2, 1.5)];
+        assert_eq!(series.append(sent.clone()), Some(2));
+        assert_eq!(series.append(sent), None);
+        assert_eq!(series.append(vec![point(1, 0, 2, 1.5), point(1, 0, 3, 1.0)]), Some(3));
+        for series in [series, Series::read(path)] {
+            let seqs: Vec<u64> = series.after(0, 100).iter().map(|(_, p)| p.seq).collect();
+            assert_eq!(seqs, [1, 2, 3]);
+            assert_eq!(series.latest(Generation(1)), Latest { step: Some(30), loss: Some(1.0) });
+            assert_eq!(series.latest(Generation(2)), Latest::default());
+        }
+    }
+
+    #[test]
+    fn a_torn_last_line_is_dropped_and_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("job.jsonl");
+        Series::read(path.clone()).append(vec![point(1, 0, 1, 2.0), point(1, 0, 2, 1.5)]);
+        let bytes = std::fs::read(&path).unwrap();
+        for cut in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let series = Series::read(path.clone());
+            series.append(vec![point(1, 0, 9, 0.5)]);
+            let again: Vec<u64> = Series::read(path.clone()).after(0, 9).iter().map(|(_, p)| p.seq).collect();
+            assert_eq!(again.last(), Some(&9), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_index_keeps_rising() {
+        let series = Series::read(PathBuf::new());
+        for seq in 1..=(POINTS_MAX as u64 * 3) {
+            series.points().add(point(1, 0, seq, 1.0));
+        }
+        let kept = series.after(0, usize::MAX);
+        assert!(kept.len() <= POINTS_MAX);
+        assert!(kept.windows(2).all(|pair| pair[0].0 < pair[1].0));
+        assert_eq!(kept.last().unwrap().0, POINTS_MAX as u64 * 3);
+        assert!(kept[0].1.seq < 100, "the beginning of the curve is kept");
+    }
+}

@@ -1,0 +1,97 @@
+//! The core's records as the API shows them.
+
+use muster_core::{Inventory, Job, JobState, Node, NodeState};
+use muster_proto::convert::{
+    placement_to_wire, rank_exit_to_wire, resources_to_wire, spec_to_wire, timestamp_to_wire,
+};
+use muster_proto::v1;
+
+use crate::metrics::{Latest, Point};
+
+pub(crate) fn job(job: &Job, latest: Latest) -> v1::Job {
+    v1::Job {
+        id: job.id.to_string(),
+        name: job.spec.name.clone(),
+        state: job_state(job.state).into(),
+        generation: Some(job.generation.0),
+        world_size: Some(job.world_size()),
+        restarts_used: Some(job.restarts_used),
+        reason: job.reason.clone(),
+        placement: job.placements().iter().map(placement_to_wire).collect(),
+        created: Some(timestamp_to_wire(job.created)),
+        started: job.started.map(timestamp_to_wire),
+        finished: job.finished.map(timestamp_to_wire),
+        latest_step: latest.step,
+        latest_loss: latest.loss,
+        exit: job
+            .exit
+            .as_ref()
+            .map(|cause| rank_exit_to_wire(&cause.exit, cause.generation, cause.node.as_str())),
+        spec: Some(spec_to_wire(&job.spec)),
+        master: job
+            .master()
+            .map(|(addr, port)| std::net::SocketAddr::new(addr, port).to_string())
+            .unwrap_or_default(),
+    }
+}
+
+pub(crate) fn job_state(state: JobState) -> v1::JobState {
+    match state {
+        JobState::Queued => v1::JobState::Queued,
+        JobState::Starting => v1::JobState::Starting,
+        JobState::Running => v1::JobState::Running,
+        JobState::Restarting => v1::JobState::Restarting,
+        JobState::Stopping => v1::JobState::Stopping,
+        JobState::Succeeded => v1::JobState::Succeeded,
+        JobState::Failed => v1::JobState::Failed,
+        JobState::Cancelled => v1::JobState::Cancelled,
+    }
+}
+
+pub(crate) fn node(node: &Node) -> v1::Node {
+    let state = match node.state {
+        NodeState::Ready => v1::NodeState::Ready,
+        NodeState::Disconnected => v1::NodeState::Disconnected,
+        NodeState::Lost => v1::NodeState::Lost,
+        NodeState::Left => v1::NodeState::Left,
+    };
+    v1::Node {
+        name: node.name.to_string(),
+        address: node.address.to_string(),
+        state: state.into(),
+        cordoned: node.cordon.is_some(),
+        cordon_reason: node.cordon.clone().unwrap_or_default(),
+        inventory: Some(inventory(&node.inventory)),
+        reserved: Some(resources_to_wire(node.reserved.amount)),
+        job_ids: node.reserved.jobs.keys().map(ToString::to_string).collect(),
+        joined: Some(timestamp_to_wire(node.joined)),
+        changed: Some(timestamp_to_wire(node.changed)),
+    }
+}
+
+fn inventory(inventory: &Inventory) -> v1::Inventory {
+    let gpus = inventory.gpus.iter().map(|gpu| v1::Device {
+        index: Some(gpu.index),
+        uuid: gpu.uuid.clone(),
+        model: gpu.model.clone(),
+        memory_bytes: gpu.memory_bytes,
+    });
+    v1::Inventory {
+        total: Some(resources_to_wire(inventory.total)),
+        gpus: gpus.collect(),
+        labels: inventory.labels.clone(),
+        hostname: inventory.hostname.clone(),
+        version: inventory.version.clone(),
+    }
+}
+
+pub(crate) fn point(point: &Point) -> v1::Point {
+    v1::Point {
+        generation: point.generation.0,
+        rank: Some(point.rank.0),
+        step: Some(point.step),
+        time: Some(timestamp_to_wire(point.time)),
+        values: point.values.clone(),
+        seq: point.seq,
+    }
+}
