@@ -1,16 +1,17 @@
-//! The state and its one entry point, [`Core::step`]. Requests and nodes are handled here, gangs in
-//! `gang.rs`.
+//! The state and its one entry point, [`Core::step`]. Requests are handled in `requests.rs`, nodes in
+//! `lease.rs`, gangs in `gang.rs`.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::{Effects, Event, Refusal, Reply, ToNode, Write};
-use crate::job::{Job, JobState};
-use crate::node::{Inventory, Join, Node, NodeState, Reserved};
-use crate::schedule::{Candidate, Plan, solve};
-use crate::types::{GangReport, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session};
+use crate::effects::{Effects, Event, Reply, Write};
+use crate::job::{Job, Observed};
+use crate::node::{Join, Node, NodeState, Reserved};
+use crate::types::{
+    GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session,
+};
 
 /// Settings and bounds of the core.
 #[derive(Clone, Debug)]
@@ -146,7 +147,7 @@ pub enum Input {
 pub(crate) enum Timer {
     Lease(NodeName),
     ForgetNode(NodeName),
-    StartTimeout(JobId, crate::types::Generation),
+    StartTimeout(JobId, Generation),
     Requeue(JobId),
 }
 
@@ -158,9 +159,9 @@ pub struct Core {
     pub(crate) config: Config,
     pub(crate) meta: Meta,
     pub(crate) jobs: BTreeMap<JobId, Job>,
-    requests: BTreeMap<RequestId, JobId>,
+    pub(crate) requests: BTreeMap<RequestId, JobId>,
     pub(crate) queue: BTreeSet<QueueKey>,
-    by_order: BTreeMap<u64, JobId>,
+    pub(crate) by_order: BTreeMap<u64, JobId>,
     pub(crate) ended: BTreeSet<(Millis, JobId)>,
     pub(crate) nodes: BTreeMap<NodeName, Node>,
     pub(crate) timers: BTreeSet<(Millis, Timer)>,
@@ -198,7 +199,7 @@ impl Core {
             core.load_job(now, job);
         }
         let mut fx = Effects { meta_changed: snapshot.meta.is_none(), ..Effects::default() };
-        core.finish(now, &mut fx);
+        core.finish(&mut fx);
         (core, fx)
     }
 
@@ -219,7 +220,7 @@ impl Core {
             }
             // A node that is no longer known cannot come back with ranks of this gang.
             for group_rank in gone {
-                gang.observe(group_rank, crate::job::Observed::Stopped);
+                gang.observe(group_rank, Observed::Stopped);
             }
             let deadline = now.plus(job.spec.start_timeout);
             self.timers.insert((deadline, Timer::StartTimeout(id.clone(), job.generation)));
@@ -271,252 +272,13 @@ impl Core {
         }
         self.fire_timers(now, &mut fx);
         self.schedule(now, &mut fx);
-        self.finish(now, &mut fx);
+        self.finish(&mut fx);
         fx
     }
 
     /// When `Tick` is due next, unless something else comes first.
     pub fn next_deadline(&self) -> Option<Millis> {
         self.timers.first().map(|(at, _)| *at)
-    }
-
-    /// One job.
-    pub fn job(&self, id: &str) -> Result<&Job, Refusal> {
-        let job = JobId::new(id).ok().and_then(|id| self.jobs.get(&id));
-        job.ok_or_else(|| Refusal::NoJob(id.chars().take(64).collect()))
-    }
-
-    /// One node.
-    pub fn node(&self, name: &str) -> Result<&Node, Refusal> {
-        let node = NodeName::new(name).ok().and_then(|name| self.nodes.get(&name));
-        node.ok_or_else(|| Refusal::NoNode(name.chars().take(253).collect()))
-    }
-
-    /// Jobs submitted before the one of order `before`, newest first.
-    pub fn jobs_before(&self, before: u64) -> impl Iterator<Item = &Job> {
-        self.by_order.range(..before).rev().filter_map(|(_, id)| self.jobs.get(id))
-    }
-
-    /// Nodes by name, after `after`.
-    pub fn nodes_after(&self, after: Option<&NodeName>) -> impl Iterator<Item = &Node> {
-        use std::ops::Bound;
-        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        self.nodes.range::<NodeName, _>((from, Bound::Unbounded)).map(|(_, node)| node)
-    }
-
-    /// How many jobs have ended, of those that are kept.
-    pub fn jobs_ended(&self) -> usize {
-        self.ended.len()
-    }
-
-    /// How many jobs wait for nodes.
-    pub fn jobs_queued(&self) -> usize {
-        self.queue.len()
-    }
-
-    /// How many jobs are known.
-    pub fn jobs_total(&self) -> usize {
-        self.jobs.len()
-    }
-
-    /// Counters and identity.
-    pub fn meta(&self) -> Meta {
-        self.meta
-    }
-
-    fn submit(
-        &mut self,
-        now: Millis,
-        request_id: Option<RequestId>,
-        spec: JobSpec,
-        fx: &mut Effects,
-    ) -> Result<&Job, Refusal> {
-        if let Some(id) = request_id.as_ref().and_then(|request| self.requests.get(request)) {
-            let job = &self.jobs[id];
-            if job.spec == spec {
-                return Ok(job);
-            }
-            let request_id = request_id.map(|id| id.to_string()).unwrap_or_default();
-            return Err(Refusal::RequestReused { request_id, job: id.clone() });
-        }
-        if self.queue.len() >= self.config.queued_max {
-            return Err(Refusal::QueueFull { queued: self.queue.len() });
-        }
-        let id = self.mint_job_id();
-        fx.meta_changed = true;
-        if let Some(request) = &request_id {
-            self.requests.insert(request.clone(), id.clone());
-        }
-        let job = Job {
-            id: id.clone(),
-            order: self.meta.orders,
-            request_id,
-            spec,
-            state: JobState::Queued,
-            generation: crate::types::Generation(0),
-            restarts_used: 0,
-            reason: "waiting to be placed".to_owned(),
-            gang: None,
-            exit: None,
-            past: Vec::new(),
-            created: now,
-            started: None,
-            finished: None,
-            not_before: now,
-        };
-        self.by_order.insert(job.order, id.clone());
-        self.jobs.insert(id.clone(), job);
-        self.enqueue(&id);
-        fx.store_job(&id);
-        self.schedule(now, fx);
-        Ok(&self.jobs[&id])
-    }
-
-    /// Ids are short enough to type and differ between clusters: a counter, scrambled with the seed.
-    fn mint_job_id(&mut self) -> JobId {
-        const ALPHABET: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
-        loop {
-            self.meta.orders += 1;
-            let mut bits = splitmix64(self.meta.seed ^ splitmix64(self.meta.orders));
-            let text: String = std::iter::repeat_with(|| {
-                let digit = ALPHABET[(bits % 32) as usize];
-                bits /= 32;
-                char::from(digit)
-            })
-            .take(8)
-            .collect();
-            if let Ok(id) = JobId::new(text)
-                && !self.jobs.contains_key(&id)
-            {
-                return id;
-            }
-        }
-    }
-
-    fn plan(&self, spec: &JobSpec) -> Plan {
-        solve(spec, self.nodes.values().map(Candidate::from))
-    }
-
-    fn set_cordon(
-        &mut self,
-        now: Millis,
-        name: &str,
-        cordon: Option<String>,
-        fx: &mut Effects,
-    ) -> Result<Reply, Refusal> {
-        let name = self.node(name)?.name.clone();
-        let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NoNode(name.to_string())) };
-        if node.cordon != cordon {
-            self.rescan |= cordon.is_none();
-            node.cordon = cordon;
-            node.changed = now;
-            fx.store_node(&name);
-        }
-        Ok(Reply::Node(Box::new(node.clone())))
-    }
-
-    fn join(&mut self, now: Millis, join: Join, fx: &mut Effects) -> Result<Reply, Refusal> {
-        let name = join.name.clone();
-        match self.nodes.get_mut(&name) {
-            None => {
-                if self.nodes.len() >= self.config.nodes_max {
-                    return Err(Refusal::TooManyNodes { nodes: self.nodes.len() });
-                }
-                self.nodes.insert(name.clone(), Node::new(join, now));
-                fx.store_node(&name);
-            }
-            Some(node) => {
-                let same = node.incarnation == join.incarnation;
-                if !same && node.state == NodeState::Ready {
-                    return Err(Refusal::NameHeld(name));
-                }
-                // Written only if something differs: ten thousand nodes that reconnect cost no write.
-                if !same || node.address != join.address || node.inventory != join.inventory {
-                    node.incarnation = join.incarnation;
-                    node.boot_id = join.boot_id;
-                    node.address = join.address;
-                    node.inventory = join.inventory;
-                    fx.store_node(&name);
-                }
-            }
-        }
-        self.grant_lease(now, &name);
-        let node = &self.nodes[&name];
-        Ok(Reply::Node(Box::new(node.clone())))
-    }
-
-    fn hello(
-        &mut self,
-        now: Millis,
-        name: &NodeName,
-        incarnation: &Incarnation,
-        gangs: &[GangReport],
-        fx: &mut Effects,
-    ) -> Result<Reply, Refusal> {
-        let Some(node) = self.nodes.get_mut(name).filter(|node| node.incarnation == *incarnation) else {
-            return Err(Refusal::NotJoined(name.clone()));
-        };
-        if let Some(older) = node.session.take() {
-            fx.sends.push((name.clone(), older, ToNode::Close("a newer session was opened".to_owned())));
-        }
-        self.meta.sessions += 1;
-        fx.meta_changed = true;
-        let session = Session(self.meta.sessions);
-        node.session = Some(session);
-        self.grant_lease(now, name);
-        self.set_node_state(now, name, NodeState::Ready, fx);
-        self.observe_all(now, name, gangs, fx);
-        let jobs = &self.nodes[name].reserved.jobs;
-        let assignments = jobs.iter().filter_map(|(id, rank)| self.jobs.get(id)?.assignment(*rank)).collect();
-        // What the reports just caused is already in the assignments.
-        fx.sends.retain(|(node, at, _)| !(node == name && *at == session));
-        fx.sends.push((name.clone(), session, ToNode::Welcome(assignments)));
-        Ok(Reply::Session(session))
-    }
-
-    pub(crate) fn has_session(&self, name: &NodeName, session: Session) -> bool {
-        self.nodes.get(name).is_some_and(|node| node.session == Some(session))
-    }
-
-    fn renew(&mut self, now: Millis, name: &NodeName, session: Session) {
-        if let Some(node) = self.nodes.get_mut(name)
-            && node.session == Some(session)
-        {
-            // The timer that is set looks at this when it fires: a heartbeat costs no timer.
-            node.lease_expires = now.plus(self.config.lease);
-        }
-    }
-
-    fn renew_all(&mut self, now: Millis) {
-        for node in self.nodes.values_mut() {
-            node.lease_expires = node.lease_expires.max(now.plus(self.config.lease));
-        }
-    }
-
-    fn grant_lease(&mut self, now: Millis, name: &NodeName) {
-        if let Some(node) = self.nodes.get_mut(name) {
-            node.lease_expires = now.plus(self.config.lease);
-            self.timers.insert((node.lease_expires, Timer::Lease(name.clone())));
-        }
-    }
-
-    fn set_node_state(&mut self, now: Millis, name: &NodeName, state: NodeState, fx: &mut Effects) {
-        let Some(node) = self.nodes.get_mut(name) else { return };
-        if state != NodeState::Ready {
-            node.session = None;
-        }
-        if node.state != state {
-            self.rescan |= state == NodeState::Ready;
-            (node.state, node.changed) = (state, now);
-            fx.show_node(name);
-        }
-    }
-
-    /// The node's ranks are gone for good: it said so, or its lease ended.
-    fn node_gone(&mut self, now: Millis, name: &NodeName, state: NodeState, fx: &mut Effects) {
-        self.set_node_state(now, name, state, fx);
-        self.gangs_gone(now, name, state, fx);
-        self.timers.insert((now.plus(self.config.node_memory), Timer::ForgetNode(name.clone())));
     }
 
     fn fire_timers(&mut self, now: Millis, fx: &mut Effects) {
@@ -537,32 +299,6 @@ impl Core {
         }
     }
 
-    fn lease_timer(&mut self, now: Millis, name: &NodeName, fx: &mut Effects) {
-        let Some(node) = self.nodes.get(name) else { return };
-        match node.state {
-            NodeState::Lost | NodeState::Left => {}
-            NodeState::Ready | NodeState::Disconnected if node.lease_expires > now => {
-                self.timers.insert((node.lease_expires, Timer::Lease(name.clone())));
-            }
-            NodeState::Ready | NodeState::Disconnected => {
-                if let Some(session) = node.session {
-                    let why = "the lease ended without a heartbeat".to_owned();
-                    fx.sends.push((name.clone(), session, ToNode::Close(why)));
-                }
-                self.node_gone(now, name, NodeState::Lost, fx);
-            }
-        }
-    }
-
-    fn forget_node(&mut self, now: Millis, name: &NodeName, fx: &mut Effects) {
-        let Some(node) = self.nodes.get(name) else { return };
-        let gone = matches!(node.state, NodeState::Lost | NodeState::Left);
-        if gone && node.reserved.jobs.is_empty() && now.since(node.changed) >= self.config.node_memory {
-            self.nodes.remove(name);
-            fx.stored_nodes.insert(name.clone());
-        }
-    }
-
     pub(crate) fn enqueue(&mut self, id: &JobId) {
         if let Some(job) = self.jobs.get(id) {
             let key = (Reverse(job.spec.priority), job.order, id.clone());
@@ -580,7 +316,7 @@ impl Core {
     }
 
     /// Turns what was touched into writes, and drops the oldest ended jobs beyond the bound.
-    fn finish(&mut self, _now: Millis, fx: &mut Effects) {
+    fn finish(&mut self, fx: &mut Effects) {
         while self.ended.len() > self.config.ended_max {
             let Some((_, id)) = self.ended.pop_first() else { break };
             if let Some(job) = self.jobs.remove(&id) {
@@ -610,25 +346,8 @@ impl Core {
     }
 }
 
-/// The cluster totals shown by GetCluster need the inventory of every node; callers ask rarely.
-impl Core {
-    /// Nodes and what is in them, for totals.
-    pub fn inventories(&self) -> impl Iterator<Item = (&NodeState, &Inventory, &Reserved)> {
-        self.nodes.values().map(|node| (&node.state, &node.inventory, &node.reserved))
-    }
-}
-
 impl From<&Job> for Reply {
     fn from(job: &Job) -> Self {
         Self::Job(Box::new(job.clone()))
     }
-}
-
-/// A mixing function whose outputs differ for different inputs (Steele et al., "Fast splittable
-/// pseudorandom number generators", 2014).
-fn splitmix64(x: u64) -> u64 {
-    let mut z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }

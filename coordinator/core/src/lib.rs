@@ -10,7 +10,10 @@ mod core;
 mod effects;
 mod gang;
 mod job;
+mod lease;
 mod node;
+mod read;
+mod requests;
 mod schedule;
 pub mod types;
 

@@ -1,7 +1,5 @@
 //! A job's life as tables and scripts: what a user sees of placement, faults, cancels and restarts.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod world;
 
 use std::net::IpAddr;

@@ -78,9 +78,9 @@ impl History {
     }
 }
 
-fn apply(world: &mut World, history: &mut History, op: Op) {
+fn apply(world: &mut World, history: &mut History, op: &Op) {
     let job = |index: usize| history.jobs.get(index % history.jobs.len().max(1)).cloned();
-    match op {
+    match *op {
         Op::Submit { nodes, procs, gpus, restarts } => {
             let mut spec = spec(nodes, procs);
             spec.per_proc = Resources { gpus, ..Resources::default() };
@@ -142,7 +142,7 @@ proptest! {
             world.connect(node);
         }
         let mut history = History { jobs: vec![], generations: BTreeMap::new(), ended: BTreeMap::new() };
-        for op in ops {
+        for op in &ops {
             apply(&mut world, &mut history, op);
             history.check(&world);
         }
@@ -161,7 +161,7 @@ proptest! {
         let run = || {
             let mut world = World::default();
             let mut history = History { jobs: vec![], generations: BTreeMap::new(), ended: BTreeMap::new() };
-            for op in ops.clone() {
+            for op in &ops {
                 apply(&mut world, &mut history, op);
             }
             format!("{:?}", world.core)

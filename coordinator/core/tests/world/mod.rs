@@ -275,7 +275,7 @@ impl World {
                 ToNode::Close(_) => vec![],
             };
             for assignment in assignments {
-                let report = self.nodes.get_mut(&node).unwrap().follow(assignment, self.now);
+                let report = self.nodes.get_mut(&node).unwrap().follow(&assignment, self.now);
                 if let (Some(report), Some(session)) = (report, self.nodes[&node].session) {
                     let input = Input::Report { node: node.clone(), session, report: Box::new(report) };
                     let effects = self.core.step(self.now, input);
@@ -287,7 +287,7 @@ impl World {
 }
 
 impl ModelNode {
-    fn follow(&mut self, assignment: Assignment, now: Millis) -> Option<GangReport> {
+    fn follow(&mut self, assignment: &Assignment, now: Millis) -> Option<GangReport> {
         let gang = assignment.gang.clone();
         if assignment.phase == DesiredPhase::Forgotten {
             self.gangs.remove(&gang);
@@ -299,7 +299,7 @@ impl ModelNode {
             let phase = ObservedPhase::Prepared;
             (assignment.clone(), GangReport { gang, phase, master_port, exits: vec![], error: None })
         });
-        held.clone_from(&assignment);
+        held.clone_from(assignment);
         match assignment.phase {
             DesiredPhase::Running if report.phase == ObservedPhase::Prepared => {
                 report.phase = ObservedPhase::Running;

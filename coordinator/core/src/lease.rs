@@ -1,0 +1,144 @@
+//! Nodes come, are heard, fall silent and go: registration, sessions and leases.
+
+use crate::core::{Core, Timer};
+use crate::effects::{Effects, Refusal, Reply, ToNode};
+use crate::node::{Join, Node, NodeState};
+use crate::types::{GangReport, Incarnation, Millis, NodeName, Session};
+
+impl Core {
+    pub(crate) fn join(&mut self, now: Millis, join: Join, fx: &mut Effects) -> Result<Reply, Refusal> {
+        let name = join.name.clone();
+        match self.nodes.get_mut(&name) {
+            None => {
+                if self.nodes.len() >= self.config.nodes_max {
+                    return Err(Refusal::TooManyNodes { nodes: self.nodes.len() });
+                }
+                self.nodes.insert(name.clone(), Node::new(join, now));
+                fx.store_node(&name);
+            }
+            Some(node) => {
+                let same = node.incarnation == join.incarnation;
+                if !same && node.state == NodeState::Ready {
+                    return Err(Refusal::NameHeld(name));
+                }
+                // Written only if something differs: ten thousand nodes that reconnect cost no write.
+                if !same || node.address != join.address || node.inventory != join.inventory {
+                    node.incarnation = join.incarnation;
+                    node.boot_id = join.boot_id;
+                    node.address = join.address;
+                    node.inventory = join.inventory;
+                    fx.store_node(&name);
+                }
+            }
+        }
+        self.grant_lease(now, &name);
+        let node = &self.nodes[&name];
+        Ok(Reply::Node(Box::new(node.clone())))
+    }
+
+    pub(crate) fn hello(
+        &mut self,
+        now: Millis,
+        name: &NodeName,
+        incarnation: &Incarnation,
+        gangs: &[GangReport],
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        let Some(node) = self.nodes.get_mut(name).filter(|node| node.incarnation == *incarnation) else {
+            return Err(Refusal::NotJoined(name.clone()));
+        };
+        if let Some(older) = node.session.take() {
+            fx.sends.push((name.clone(), older, ToNode::Close("a newer session was opened".to_owned())));
+        }
+        self.meta.sessions += 1;
+        fx.meta_changed = true;
+        let session = Session(self.meta.sessions);
+        node.session = Some(session);
+        self.grant_lease(now, name);
+        self.set_node_state(now, name, NodeState::Ready, fx);
+        self.observe_all(now, name, gangs, fx);
+        let jobs = &self.nodes[name].reserved.jobs;
+        let assignments = jobs.iter().filter_map(|(id, rank)| self.jobs.get(id)?.assignment(*rank)).collect();
+        // What the reports just caused is already in the assignments.
+        fx.sends.retain(|(node, at, _)| !(node == name && *at == session));
+        fx.sends.push((name.clone(), session, ToNode::Welcome(assignments)));
+        Ok(Reply::Session(session))
+    }
+
+    pub(crate) fn has_session(&self, name: &NodeName, session: Session) -> bool {
+        self.nodes.get(name).is_some_and(|node| node.session == Some(session))
+    }
+
+    pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) {
+        if let Some(node) = self.nodes.get_mut(name)
+            && node.session == Some(session)
+        {
+            // The timer that is set looks at this when it fires: a heartbeat costs no timer.
+            node.lease_expires = now.plus(self.config.lease);
+        }
+    }
+
+    pub(crate) fn renew_all(&mut self, now: Millis) {
+        for node in self.nodes.values_mut() {
+            node.lease_expires = node.lease_expires.max(now.plus(self.config.lease));
+        }
+    }
+
+    fn grant_lease(&mut self, now: Millis, name: &NodeName) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.lease_expires = now.plus(self.config.lease);
+            self.timers.insert((node.lease_expires, Timer::Lease(name.clone())));
+        }
+    }
+
+    pub(crate) fn set_node_state(
+        &mut self,
+        now: Millis,
+        name: &NodeName,
+        state: NodeState,
+        fx: &mut Effects,
+    ) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        if state != NodeState::Ready {
+            node.session = None;
+        }
+        if node.state != state {
+            self.rescan |= state == NodeState::Ready;
+            (node.state, node.changed) = (state, now);
+            fx.show_node(name);
+        }
+    }
+
+    /// The node's ranks are gone for good: it said so, or its lease ended.
+    pub(crate) fn node_gone(&mut self, now: Millis, name: &NodeName, state: NodeState, fx: &mut Effects) {
+        self.set_node_state(now, name, state, fx);
+        self.gangs_gone(now, name, state, fx);
+        self.timers.insert((now.plus(self.config.node_memory), Timer::ForgetNode(name.clone())));
+    }
+
+    pub(crate) fn lease_timer(&mut self, now: Millis, name: &NodeName, fx: &mut Effects) {
+        let Some(node) = self.nodes.get(name) else { return };
+        match node.state {
+            NodeState::Lost | NodeState::Left => {}
+            NodeState::Ready | NodeState::Disconnected if node.lease_expires > now => {
+                self.timers.insert((node.lease_expires, Timer::Lease(name.clone())));
+            }
+            NodeState::Ready | NodeState::Disconnected => {
+                if let Some(session) = node.session {
+                    let why = "the lease ended without a heartbeat".to_owned();
+                    fx.sends.push((name.clone(), session, ToNode::Close(why)));
+                }
+                self.node_gone(now, name, NodeState::Lost, fx);
+            }
+        }
+    }
+
+    pub(crate) fn forget_node(&mut self, now: Millis, name: &NodeName, fx: &mut Effects) {
+        let Some(node) = self.nodes.get(name) else { return };
+        let gone = matches!(node.state, NodeState::Lost | NodeState::Left);
+        if gone && node.reserved.jobs.is_empty() && now.since(node.changed) >= self.config.node_memory {
+            self.nodes.remove(name);
+            fx.stored_nodes.insert(name.clone());
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What users ask for: submissions, plans and cordons. Cancelling is part of a gang's life, in `gang.rs`.
+
+use crate::core::Core;
+use crate::effects::{Effects, Refusal, Reply};
+use crate::job::{Job, JobState};
+use crate::schedule::{Candidate, Plan, solve};
+use crate::types::{Generation, JobId, JobSpec, Millis, RequestId};
+
+impl Core {
+    pub(crate) fn submit(
+        &mut self,
+        now: Millis,
+        request_id: Option<RequestId>,
+        spec: JobSpec,
+        fx: &mut Effects,
+    ) -> Result<&Job, Refusal> {
+        if let Some(id) = request_id.as_ref().and_then(|request| self.requests.get(request)) {
+            let job = &self.jobs[id];
+            if job.spec == spec {
+                return Ok(job);
+            }
+            let request_id = request_id.map(|id| id.to_string()).unwrap_or_default();
+            return Err(Refusal::RequestReused { request_id, job: id.clone() });
+        }
+        if self.queue.len() >= self.config.queued_max {
+            return Err(Refusal::QueueFull { queued: self.queue.len() });
+        }
+        let id = self.mint_job_id();
+        fx.meta_changed = true;
+        if let Some(request) = &request_id {
+            self.requests.insert(request.clone(), id.clone());
+        }
+        let job = Job {
+            id: id.clone(),
+            order: self.meta.orders,
+            request_id,
+            spec,
+            state: JobState::Queued,
+            generation: Generation(0),
+            restarts_used: 0,
+            reason: "waiting to be placed".to_owned(),
+            gang: None,
+            exit: None,
+            past: Vec::new(),
+            created: now,
+            started: None,
+            finished: None,
+            not_before: now,
+        };
+        self.by_order.insert(job.order, id.clone());
+        self.jobs.insert(id.clone(), job);
+        self.enqueue(&id);
+        fx.store_job(&id);
+        self.schedule(now, fx);
+        Ok(&self.jobs[&id])
+    }
+
+    /// Ids are short enough to type and differ between clusters: a counter, scrambled with the seed.
+    fn mint_job_id(&mut self) -> JobId {
+        const ALPHABET: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
+        loop {
+            self.meta.orders += 1;
+            let mut bits = splitmix64(self.meta.seed ^ splitmix64(self.meta.orders));
+            let text: String = std::iter::repeat_with(|| {
+                let digit = ALPHABET[(bits % 32) as usize];
+                bits /= 32;
+                char::from(digit)
+            })
+            .take(8)
+            .collect();
+            if let Ok(id) = JobId::new(text)
+                && !self.jobs.contains_key(&id)
+            {
+                return id;
+            }
+        }
+    }
+
+    pub(crate) fn plan(&self, spec: &JobSpec) -> Plan {
+        solve(spec, self.nodes.values().map(Candidate::from))
+    }
+
+    pub(crate) fn set_cordon(
+        &mut self,
+        now: Millis,
+        name: &str,
+        cordon: Option<String>,
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        let name = self.node(name)?.name.clone();
+        let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NoNode(name.to_string())) };
+        if node.cordon != cordon {
+            self.rescan |= cordon.is_none();
+            node.cordon = cordon;
+            node.changed = now;
+            fx.store_node(&name);
+        }
+        Ok(Reply::Node(Box::new(node.clone())))
+    }
+}
+
+/// A mixing function whose outputs differ for different inputs (Steele et al., "Fast splittable
+/// pseudorandom number generators", 2014).
+fn splitmix64(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
