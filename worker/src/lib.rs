@@ -1,1 +1,74 @@
-//! (being written)
+//! The node daemon, as a library: registers a node with the coordinator, launches one process per rank, and
+//! streams points, logs and exits back. `muster worker` calls [`run`].
+//!
+//! A small pure core ([`core`](self)) holds what is desired against what runs; one task owns it. Only
+//! `launch` and `devices` touch the operating system.
+
+mod clock;
+mod core;
+mod daemon;
+mod devices;
+mod launch;
+mod logs;
+mod session;
+mod telemetry;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use muster_core::types::NodeName;
+
+pub use daemon::run;
+
+/// Settings of a node daemon.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// URLs of the coordinators, tried in turn.
+    pub coordinators: Vec<String>,
+    /// Name of the node, unique in the cluster.
+    pub name: NodeName,
+    /// Directory for logs and sockets; made if it is not there, and held by one daemon at a time.
+    pub data_dir: PathBuf,
+    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
+    pub address: Option<IpAddr>,
+    /// Labels for node selectors.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Config {
+    /// Default settings for a node.
+    pub fn new(coordinators: Vec<String>, name: NodeName, data_dir: PathBuf) -> Self {
+        Self { coordinators, name, data_dir, address: None, labels: BTreeMap::new() }
+    }
+}
+
+/// Why a node daemon could not start or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A coordinator's URL cannot be used.
+    #[error("{url:?} is not the URL of a coordinator: {why}; it looks like http://10.0.0.1:7070")]
+    Url {
+        /// As given.
+        url: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The data directory cannot be used.
+    #[error("failed to use the data directory {path}: {source}")]
+    DataDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another daemon holds the data directory.
+    #[error("another node daemon uses the data directory {0}; stop it or choose another --data-dir")]
+    DataDirHeld(PathBuf),
+    /// The coordinator refuses this node for good.
+    #[error("the coordinator refuses this node: {0}")]
+    Refused(String),
+    /// A thread could not be started.
+    #[error("failed to start the launcher thread: {0}")]
+    Thread(std::io::Error),
+}
