@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use muster_core::types::{Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase, RankExit};
+use muster_core::types::{
+    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase, RankExit,
+};
 
 /// Gangs held at once: far above what one machine can run, and small enough for one Hello.
 pub(crate) const GANGS_MAX: usize = 256;
@@ -122,11 +124,9 @@ impl Core {
     /// The whole observed state of one gang; none while it is still being prepared.
     pub fn report(&self, gang: &GangId) -> Option<GangReport> {
         let part = self.parts.get(gang)?;
-        // A part that is being prepared has nothing to say, unless it is already known to be of no use.
-        let phase = part.phase.or(part.error.as_ref().map(|_| ObservedPhase::Prepared))?;
         Some(GangReport {
             gang: gang.clone(),
-            phase,
+            phase: part.phase?,
             master_port: part.master_port,
             exits: part.exits.clone(),
             error: part.error.clone(),
@@ -289,7 +289,9 @@ impl Core {
             .map(|(gang, _)| gang.clone())
             .collect();
         for gang in running {
-            if let Some(part) = self.parts.get_mut(&gang) {
+            if let Some(part) = self.parts.get_mut(&gang)
+                && part.phase == Some(ObservedPhase::Running)
+            {
                 // Said before the ranks end, so that the coordinator sees the cause and not its consequence.
                 part.error.get_or_insert_with(|| "its daemon was stopped".to_owned());
                 effects.push(Effect::Report(gang.clone()));

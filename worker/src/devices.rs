@@ -34,7 +34,8 @@ fn memory_bytes(root: &Path) -> u64 {
     let kib = total.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     let machine = kib.unwrap_or(0) * 1024;
     let limits = ["sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limit = limits.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()?.trim().parse().ok()).min();
+    let limit =
+        limits.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()?.trim().parse().ok()).min();
     limit.map_or(machine, |limit: u64| limit.min(machine))
 }
 

@@ -23,6 +23,7 @@ const RETRY: std::time::Duration = std::time::Duration::from_secs(2);
 struct Source {
     node: NodeName,
     rank: Rank,
+    local_rank: u32,
     stream: v1::LogStream,
 }
 
@@ -101,6 +102,7 @@ impl Api {
                     offset,
                     follow: request.follow,
                     credit_bytes: CREDIT_BYTES,
+                    local_rank: source.local_rank,
                 })
                 .ok_or_else(away)?;
             loop {
@@ -169,7 +171,12 @@ fn sources(
                 continue;
             }
             for stream in &streams {
-                sources.push(Source { node: placement.node.clone(), rank: Rank(rank), stream: *stream });
+                sources.push(Source {
+                    node: placement.node.clone(),
+                    rank: Rank(rank),
+                    local_rank: rank - placement.first_rank.0,
+                    stream: *stream,
+                });
             }
         }
     }

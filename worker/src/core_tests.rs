@@ -1,0 +1,207 @@
+//! The node's core as tables and random histories.
+
+use std::collections::BTreeMap;
+
+use muster_core::types::{JobSpec, NodeName, NodePlacement, Rank, Resources, limits};
+use proptest::prelude::*;
+
+use super::*;
+
+fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
+    let spec = JobSpec {
+        name: "j".into(),
+        command: vec!["train".into()],
+        env: BTreeMap::new(),
+        working_dir: None,
+        min_nodes: 1,
+        max_nodes: 1,
+        procs_per_node: 1,
+        per_proc: Resources::default(),
+        max_restarts: 0,
+        priority: 0,
+        node_selector: BTreeMap::new(),
+        checkpoint_dir: None,
+        stop_grace: limits::STOP_GRACE_DEFAULT,
+        start_timeout: limits::START_TIMEOUT_DEFAULT,
+    };
+    let placement = NodePlacement {
+        node: NodeName::new("n").unwrap(),
+        address: [127, 0, 0, 1].into(),
+        group_rank: 0,
+        first_rank: Rank(0),
+        procs: 1,
+        gpus: vec![],
+    };
+    let (world_size, group_world_size) = (1, 1);
+    let master_addr = [127, 0, 0, 1].into();
+    let (master_port, restart_count) = (None, 0);
+    let gang = gang(generation);
+    Assignment {
+        gang,
+        phase,
+        spec,
+        placement,
+        world_size,
+        group_world_size,
+        master_addr,
+        master_port,
+        restart_count,
+    }
+}
+
+fn gang(generation: u32) -> GangId {
+    GangId { job: JobId::new("j").unwrap(), generation: Generation(generation) }
+}
+
+fn assign(generation: u32, phase: DesiredPhase) -> Input {
+    Input::Assign(Box::new(assignment(generation, phase)))
+}
+
+/// Effects without their contents.
+fn names(effects: &[Effect]) -> Vec<&'static str> {
+    let name = |effect: &Effect| match effect {
+        Effect::Start(_) => "start",
+        Effect::Launch(_) => "launch",
+        Effect::Stop(..) => "stop",
+        Effect::Release(_) => "release",
+        Effect::Report(_) => "report",
+    };
+    effects.iter().map(name).collect()
+}
+
+fn check(script: Vec<(Input, &[&str])>) -> Core {
+    let mut core = Core::default();
+    for (input, expected) in script {
+        let shown = format!("{input:?}");
+        assert_eq!(names(&core.step(input)), expected, "{shown}");
+    }
+    core
+}
+
+fn exit() -> RankExit {
+    RankExit { rank: Rank(0), code: Some(0), signal: None, time: Millis(0), stderr_tail: String::new() }
+}
+
+#[test]
+fn a_gang_is_prepared_launched_and_forgotten() {
+    use DesiredPhase::{Forgotten, Prepared, Running, Stopped};
+    let core = check(vec![
+        (assign(1, Prepared), &["start"]),
+        (assign(1, Prepared), &[]),
+        (Input::Prepared(gang(1), Some(29500)), &["report"]),
+        (assign(1, Running), &["launch"]),
+        (assign(1, Running), &[]),
+        (Input::Launched(gang(1)), &["report"]),
+        (assign(1, Stopped), &["stop"]),
+        (assign(1, Stopped), &[]),
+        (Input::Exited(gang(1), exit()), &["report"]),
+        (Input::Exited(gang(1), exit()), &["report"]),
+        (Input::Gone(gang(1)), &["report"]),
+        (assign(1, Forgotten), &["release"]),
+        (assign(1, Running), &[]),
+        (assign(1, Forgotten), &[]),
+    ]);
+    assert!(core.reports().is_empty());
+}
+
+#[test]
+fn what_a_welcome_does_not_list_is_stopped_and_forgotten() {
+    let core = check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Prepared(gang(1), None), &["report"]),
+        (Input::Launched(gang(1)), &["report"]),
+        (Input::Welcome(vec![]), &["stop"]),
+        (Input::Gone(gang(1)), &["report", "release"]),
+    ]);
+    assert!(core.is_idle());
+}
+
+#[test]
+fn a_newer_generation_waits_for_the_older_ones_end() {
+    check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Launched(gang(1)), &["report"]),
+        (assign(2, DesiredPhase::Prepared), &["stop"]),
+        (assign(2, DesiredPhase::Running), &[]),
+        (Input::Gone(gang(1)), &["report", "start", "launch"]),
+        (assign(1, DesiredPhase::Forgotten), &["release"]),
+    ]);
+}
+
+#[test]
+fn an_older_generation_is_not_brought_back() {
+    check(vec![(assign(2, DesiredPhase::Prepared), &["start"]), (assign(1, DesiredPhase::Running), &[])]);
+}
+
+#[test]
+fn what_cannot_be_prepared_is_reported_and_never_launched() {
+    let core = check(vec![
+        (assign(1, DesiredPhase::Prepared), &["start"]),
+        (Input::Failed(gang(1), "no such program".into()), &["report"]),
+        (assign(1, DesiredPhase::Stopped), &[]),
+    ]);
+    let report = core.report(&gang(1)).unwrap();
+    assert_eq!((report.phase, report.error.as_deref()), (ObservedPhase::Stopped, Some("no such program")));
+}
+
+#[test]
+fn shutdown_says_why_before_the_ranks_end() {
+    let core = check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Launched(gang(1)), &["report"]),
+        (Input::Shutdown, &["report", "stop"]),
+        (assign(2, DesiredPhase::Prepared), &["report"]),
+    ]);
+    assert_eq!(core.report(&gang(1)).unwrap().error.as_deref(), Some("its daemon was stopped"));
+    assert!(core.report(&gang(2)).unwrap().error.is_some(), "nothing new is begun");
+}
+
+fn input() -> impl Strategy<Value = (u8, u32)> {
+    (0..10_u8, 1..4_u32)
+}
+
+proptest! {
+    /// Whatever comes in whatever order: one generation of a job runs at a time, nothing is launched twice, and
+    /// after an empty welcome everything that started has been told to stop.
+    #[test]
+    fn one_generation_runs_at_a_time(history in prop::collection::vec(input(), 0..60)) {
+        let mut core = Core::default();
+        let (mut running, mut started, mut launched) = (BTreeMap::new(), 0, std::collections::BTreeSet::new());
+        let apply = |core: &mut Core, running: &mut BTreeMap<GangId, bool>, input| {
+            let mut launches = vec![];
+            for effect in core.step(input) {
+                match effect {
+                    Effect::Start(a) => { running.insert(a.gang, false); }
+                    Effect::Launch(a) => launches.push(a.gang),
+                    Effect::Stop(gang, _) => { running.insert(gang, true); }
+                    Effect::Release(_) | Effect::Report(_) => {}
+                }
+            }
+            launches
+        };
+        for (kind, generation) in history {
+            let input = match kind {
+                0 | 1 => assign(generation, DesiredPhase::Prepared),
+                2 | 3 => assign(generation, DesiredPhase::Running),
+                4 => assign(generation, DesiredPhase::Stopped),
+                5 => assign(generation, DesiredPhase::Forgotten),
+                6 => Input::Prepared(gang(generation), None),
+                7 => Input::Launched(gang(generation)),
+                8 if running.remove(&gang(generation)).is_some() => Input::Gone(gang(generation)),
+                9 => Input::Welcome(vec![assignment(generation, DesiredPhase::Running)]),
+                _ => continue,
+            };
+            for gang in apply(&mut core, &mut running, input) {
+                prop_assert!(launched.insert(gang), "launched twice");
+            }
+            prop_assert!(running.len() <= 1, "{running:?}");
+            started += 1;
+        }
+        apply(&mut core, &mut running, Input::Welcome(vec![]));
+        prop_assert!(running.values().all(|told| *told), "{started}: {running:?}");
+        for gang in running.keys() {
+            core.step(Input::Gone(gang.clone()));
+        }
+        prop_assert!(core.is_idle() && core.reports().is_empty());
+    }
+}

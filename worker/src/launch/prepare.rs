@@ -1,0 +1,95 @@
+//! Everything that can go wrong before the first rank runs, checked while nothing does.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+
+use muster_core::types::Assignment;
+use nix::unistd::{AccessFlags, access};
+
+/// What a gang needs on this node, checked and made.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub program: PathBuf,
+    /// One directory per local rank.
+    pub log_dirs: Vec<PathBuf>,
+    /// On the gang's first node: a port that was free a moment ago, held until the ranks are launched.
+    pub master: Option<TcpListener>,
+}
+
+/// Directory of one rank's output. Every generation has its own, so nothing is ever written over.
+pub(crate) fn log_dir(data_dir: &Path, job: &str, generation: u32, local_rank: u32) -> PathBuf {
+    data_dir.join("logs").join(job).join(format!("attempt_{generation}")).join(local_rank.to_string())
+}
+
+/// Checks program and directory, makes the log directories and, on the first node, takes the master port. The
+/// error is for the user: what is wrong on this node, and what to do.
+pub(super) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
+    let spec = &assignment.spec;
+    if let Some(dir) = &spec.working_dir {
+        match fs::metadata(dir) {
+            Ok(meta) if meta.is_dir() => {}
+            Ok(_) => return Err(format!("working_dir {dir} is not a directory")),
+            Err(error) => {
+                return Err(format!("working_dir {dir} cannot be used: {error}; create it on this node"));
+            }
+        }
+    }
+    let program = find_program(assignment)?;
+    let gang = &assignment.gang;
+    let log_dirs: Vec<PathBuf> = (0..assignment.placement.procs)
+        .map(|local_rank| log_dir(data_dir, gang.job.as_str(), gang.generation.0, local_rank))
+        .collect();
+    for dir in &log_dirs {
+        fs::create_dir_all(dir)
+            .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))?;
+    }
+    let master = (assignment.placement.group_rank == 0)
+        .then(|| {
+            TcpListener::bind((assignment.placement.address, 0)).map_err(|error| {
+                let address = assignment.placement.address;
+                format!(
+                    "no port for rank 0 could be taken on {address}: {error}; is it an address of this node?"
+                )
+            })
+        })
+        .transpose()?;
+    Ok(Prepared { program, log_dirs, master })
+}
+
+fn is_program(path: &Path) -> bool {
+    path.is_file() && access(path, AccessFlags::X_OK).is_ok()
+}
+
+fn find_program(assignment: &Assignment) -> Result<PathBuf, String> {
+    let spec = &assignment.spec;
+    let name = &spec.command[0];
+    if name.contains('/') {
+        let path = match &spec.working_dir {
+            Some(dir) => Path::new(dir).join(name),
+            None => PathBuf::from(name),
+        };
+        return match path {
+            path if path.is_relative() => {
+                Err(format!("program {name:?} is a relative path; give an absolute one, or set working_dir"))
+            }
+            path if is_program(&path) => Ok(path),
+            path if path.exists() => Err(format!("{} is not an executable file", path.display())),
+            path => Err(format!("program {} is not there; install it on this node", path.display())),
+        };
+    }
+    let search =
+        spec.env.get("PATH").map(OsStr::new).map(ToOwned::to_owned).or_else(|| std::env::var_os("PATH"));
+    let search = search.unwrap_or_default();
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+    let places: Vec<PathBuf> = std::env::split_paths(&search).chain(beside).collect();
+    let found = places.iter().map(|dir| dir.join(name)).find(|path| path.is_absolute() && is_program(path));
+    found.ok_or_else(|| {
+        let places: Vec<String> = places.iter().map(|dir| dir.display().to_string()).collect();
+        format!(
+            "program {name:?} was not found; looked in {}; install it there, or give an absolute path",
+            places.join(", ")
+        )
+    })
+}

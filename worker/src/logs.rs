@@ -1,0 +1,176 @@
+//! What the ranks wrote, read from their files when the coordinator asks, no faster than it takes it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use muster_core::types::{GangId, Generation, JobId};
+use muster_proto::v1;
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::AbortHandle;
+
+use crate::launch::log_dir;
+
+/// Bytes in one message.
+const CHUNK_BYTES_MAX: usize = 64 << 10;
+/// Subscriptions of one session.
+const SUBSCRIPTIONS_MAX: usize = 4096;
+/// Most credit one message may give; permits of a semaphore are counted in bytes.
+const CREDIT_BYTES_MAX: u64 = 64 << 20;
+/// Time between looks at a file whose end was reached while its rank may still write.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Gangs whose ranks may still write.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Live(Arc<Mutex<BTreeSet<GangId>>>);
+
+impl Live {
+    pub fn insert(&self, gang: GangId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(gang);
+    }
+
+    pub fn remove(&self, gang: &GangId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(gang);
+    }
+
+    fn contains(&self, gang: &GangId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(gang)
+    }
+}
+
+/// The subscriptions of one session; they end with it.
+#[derive(Debug, Default)]
+pub(crate) struct Subscriptions(HashMap<u64, (Arc<Semaphore>, AbortHandle)>);
+
+impl Subscriptions {
+    /// Starts to send what is asked for.
+    pub fn add(
+        &mut self,
+        request: v1::LogSubscribe,
+        data_dir: PathBuf,
+        live: Live,
+        up: mpsc::Sender<v1::SessionRequest>,
+    ) {
+        self.0.retain(|_, (_, task)| !task.is_finished());
+        let number = request.subscription;
+        let credit = Arc::new(Semaphore::new(0));
+        let full = self.0.len() >= SUBSCRIPTIONS_MAX;
+        add_credit(&credit, request.credit_bytes);
+        let reader = Reader { request, credit: credit.clone(), up };
+        let task = tokio::spawn(async move {
+            let result = if full {
+                Err(format!("{SUBSCRIPTIONS_MAX} logs are being read from this node already"))
+            } else {
+                reader.copy(data_dir, live).await
+            };
+            let error = result.err().unwrap_or_default();
+            reader.send(None, error.is_empty(), error).await;
+        });
+        self.0.insert(number, (credit, task.abort_handle()));
+    }
+
+    /// Allows more of one.
+    pub fn credit(&self, credit: &v1::LogCredit) {
+        if let Some((permits, _)) = self.0.get(&credit.subscription) {
+            add_credit(permits, credit.bytes);
+        }
+    }
+
+    /// Ends one.
+    pub fn remove(&mut self, subscription: u64) {
+        if let Some((_, task)) = self.0.remove(&subscription) {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Subscriptions {
+    fn drop(&mut self) {
+        for (_, task) in self.0.values() {
+            task.abort();
+        }
+    }
+}
+
+fn add_credit(credit: &Semaphore, bytes: u64) {
+    // More than the semaphore can hold would panic; a peer that sends nonsense gets the most there is.
+    let room = CREDIT_BYTES_MAX.saturating_sub(credit.available_permits() as u64);
+    credit.add_permits(bytes.min(room) as usize);
+}
+
+struct Reader {
+    request: v1::LogSubscribe,
+    credit: Arc<Semaphore>,
+    up: mpsc::Sender<v1::SessionRequest>,
+}
+
+impl Reader {
+    async fn copy(&self, data_dir: PathBuf, live: Live) -> Result<(), String> {
+        let request = &self.request;
+        let job = JobId::new(request.job_id.clone())?;
+        let gang = GangId { job, generation: Generation(request.generation) };
+        let name = match request.stream() {
+            v1::LogStream::Stdout => "stdout.log",
+            v1::LogStream::Stderr => "stderr.log",
+            v1::LogStream::Unspecified => return Err("the stream is not known to this version".to_owned()),
+        };
+        let path = log_dir(&data_dir, gang.job.as_str(), request.generation, request.local_rank).join(name);
+        let failed = |error: io::Error| format!("failed to read {}: {error}", path.display());
+        let mut file = loop {
+            // Looked at before the file is opened: a gang that has ended meanwhile has made it by then.
+            let running = live.contains(&gang);
+            match File::open(&path).await {
+                Ok(file) => break file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound && running && request.follow => {
+                    tokio::time::sleep(FOLLOW_INTERVAL).await;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(format!("rank {} has written nothing to {}", request.rank, path.display()));
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        };
+        let mut offset = request.offset;
+        file.seek(io::SeekFrom::Start(offset)).await.map_err(failed)?;
+        let mut buffer = vec![0; CHUNK_BYTES_MAX];
+        loop {
+            let ended = !live.contains(&gang);
+            // At least one byte of credit, and as much more as there is.
+            let Ok(first) = self.credit.acquire().await else { return Ok(()) };
+            first.forget();
+            let more = self.credit.forget_permits(CHUNK_BYTES_MAX - 1);
+            let read = file.read(&mut buffer[..=more]).await.map_err(failed)?;
+            self.credit.add_permits(more + 1 - read);
+            if read > 0 {
+                let data = buffer[..read].to_vec().into();
+                if !self.send(Some((offset, data)), false, String::new()).await {
+                    return Ok(());
+                }
+                offset += read as u64;
+            } else if ended || !request.follow {
+                return Ok(());
+            } else {
+                tokio::time::sleep(FOLLOW_INTERVAL).await;
+            }
+        }
+    }
+
+    async fn send(&self, data: Option<(u64, bytes::Bytes)>, end: bool, error: String) -> bool {
+        let request = &self.request;
+        let chunk = data.map(|(offset, data)| v1::LogChunk {
+            generation: request.generation,
+            rank: Some(request.rank),
+            stream: request.stream,
+            offset,
+            data,
+            dropped_bytes: 0,
+        });
+        let log = v1::LogData { subscription: request.subscription, chunk, end, error };
+        let message = v1::session_request::Message::Log(log);
+        self.up.send(v1::SessionRequest { message: Some(message) }).await.is_ok()
+    }
+}

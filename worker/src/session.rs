@@ -1,0 +1,253 @@
+//! The one stream to the coordinator: connect, join, say hello, and connect again with jittered backoff when
+//! it breaks. Ranks run on meanwhile.
+
+use std::net::{IpAddr, UdpSocket};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use muster_core::types::Millis;
+use muster_proto::convert::{resources_to_wire, span_from_wire};
+use muster_proto::v1::session_request::Message as Up;
+use muster_proto::v1::session_response::Message as Down;
+use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
+use rand::RngExt;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+use tonic::transport::Endpoint;
+use tonic::{Code, Status};
+use tracing::{info, warn};
+
+use crate::{Config, Error};
+
+/// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
+/// come back spread over it rather than all at once.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Time to connect, and to be answered.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// A silent connection is probed after this long, and dropped if it stays silent for the second span.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
+/// How long another daemon may hold our name before we give up: an earlier life of this one lets go of it
+/// within a lease.
+const NAME_HELD_MAX: Duration = Duration::from_secs(30);
+/// Messages on their way up: heartbeats in the first queue, which goes first, all else in the second.
+const URGENT_MAX: usize = 8;
+const BULK_MAX: usize = 64;
+/// Largest message, as the coordinator's.
+const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// What the session tells the daemon.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A stream is open. The first message must be Hello, on `urgent`.
+    Open { urgent: mpsc::Sender<v1::SessionRequest>, bulk: mpsc::Sender<v1::SessionRequest> },
+    /// The coordinator said something.
+    Heard(Box<Down>),
+    /// The stream is gone.
+    Closed,
+}
+
+/// Who this node is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub config: Config,
+    pub incarnation: String,
+    pub boot_id: String,
+    pub inventory: muster_core::Inventory,
+}
+
+/// Keeps a session open. Only returns when no attempt can ever succeed.
+pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
+    let endpoints = match endpoints(&identity.config.coordinators) {
+        Ok(endpoints) => endpoints,
+        Err(error) => return error,
+    };
+    let mut pause = BACKOFF.0;
+    let mut held_since = None;
+    for (url, endpoint) in endpoints.iter().cycle() {
+        let began = Instant::now();
+        match once(&identity, url, endpoint, &events).await {
+            Ok(()) => {}
+            Err(status) => {
+                warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
+                match status.code() {
+                    Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
+                        return Error::Refused(status.message().to_owned());
+                    }
+                    Code::AlreadyExists => {
+                        if began.duration_since(*held_since.get_or_insert(began)) > NAME_HELD_MAX {
+                            return Error::Refused(status.message().to_owned());
+                        }
+                    }
+                    _ => held_since = None,
+                }
+            }
+        }
+        // A session that lasted was a success; the next attempt is quick again.
+        if began.elapsed() > BACKOFF.1 {
+            pause = BACKOFF.0;
+        }
+        let jittered = rand::rng().random_range(BACKOFF.0 / 2..=pause);
+        tokio::time::sleep(jittered).await;
+        pause = (pause * 2).min(BACKOFF.1);
+    }
+    Error::Url { url: String::new(), why: "no coordinator was named".to_owned() }
+}
+
+fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
+    let endpoint = |url: &String| {
+        let bad = |why: String| Error::Url { url: url.clone(), why };
+        let endpoint = Endpoint::from_shared(url.clone()).map_err(|error| bad(error.to_string()))?;
+        if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
+            return Err(bad("it needs http:// and a host".to_owned()));
+        }
+        let endpoint = endpoint
+            .connect_timeout(CONNECT_MAX)
+            .http2_keep_alive_interval(KEEPALIVE.0)
+            .keep_alive_timeout(KEEPALIVE.1)
+            .tcp_nodelay(true);
+        Ok((url.clone(), endpoint))
+    };
+    urls.iter().map(endpoint).collect()
+}
+
+/// One session, from connecting to its end. Ok if there was one.
+async fn once(
+    identity: &Identity,
+    url: &str,
+    endpoint: &Endpoint,
+    events: &mpsc::Sender<Event>,
+) -> Result<(), Status> {
+    let channel = endpoint.connect().await.map_err(|error| {
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        Status::unavailable(format!("failed to connect to {url}: {cause}"))
+    })?;
+    let mut client = WorkerServiceClient::new(channel)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let address = match identity.config.address {
+        Some(address) => address,
+        None => address_towards(endpoint).await?,
+    };
+    let join = tokio::time::timeout(CONNECT_MAX, client.join(join_request(identity, address)));
+    let joined = join.await.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"))??;
+    let joined = joined.into_inner();
+    let span = |field, wire: Option<&_>, default| {
+        span_from_wire(field, wire, default).unwrap_or(default).max(Millis(10))
+    };
+    let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
+    let lease = span("lease", joined.lease.as_ref(), Millis::from_secs(10));
+
+    let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);
+    let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
+    let opened = Event::Open { urgent: urgent.clone(), bulk };
+    events.send(opened).await.map_err(|_| Status::cancelled("the daemon ends"))?;
+    let session = async {
+        let stream = client.session(Prioritised { urgent: urgent_queue, bulk: bulk_queue });
+        let opened = tokio::time::timeout(CONNECT_MAX, stream).await;
+        let stream =
+            opened.map_err(|_| Status::deadline_exceeded("the session was not answered"))??.into_inner();
+        info!(node = %identity.config.name, coordinator = %url, %address, "joined");
+        pump(stream, urgent, events, heartbeat, lease).await
+    };
+    let result = session.await;
+    events.send(Event::Closed).await.ok();
+    result
+}
+
+/// Hands on what is heard, and beats. Ends when the stream does, or when a whole lease passes without a word.
+async fn pump(
+    mut stream: tonic::Streaming<v1::SessionResponse>,
+    urgent: mpsc::Sender<v1::SessionRequest>,
+    events: &mpsc::Sender<Event>,
+    heartbeat: Millis,
+    lease: Millis,
+) -> Result<(), Status> {
+    let mut beat = tokio::time::interval(Duration::from_millis(heartbeat.0));
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let lease = Duration::from_millis(lease.0);
+    let (mut seq, mut heard) = (0, Instant::now());
+    loop {
+        tokio::select! {
+            message = stream.message() => {
+                heard = Instant::now();
+                let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
+                if let Some(message) = message.message {
+                    events.send(Event::Heard(Box::new(message))).await.map_err(|_| Status::cancelled("the daemon ends"))?;
+                }
+            }
+            _ = beat.tick() => {
+                if heard.elapsed() > lease {
+                    return Err(Status::unavailable("the coordinator said nothing for a whole lease"));
+                }
+                seq += 1;
+                // A queue that is full holds heartbeats enough.
+                urgent.try_send(request(Up::Heartbeat(v1::Heartbeat { seq }))).ok();
+            }
+        }
+    }
+}
+
+/// Makes a request of a message.
+pub(crate) fn request(message: Up) -> v1::SessionRequest {
+    v1::SessionRequest { message: Some(message) }
+}
+
+fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
+    let found = &identity.inventory;
+    let gpus = found.gpus.iter().map(|gpu| v1::Device {
+        index: Some(gpu.index),
+        uuid: gpu.uuid.clone(),
+        model: gpu.model.clone(),
+        memory_bytes: gpu.memory_bytes,
+    });
+    v1::JoinRequest {
+        node_name: identity.config.name.to_string(),
+        address: address.to_string(),
+        incarnation: identity.incarnation.clone(),
+        boot_id: identity.boot_id.clone(),
+        inventory: Some(v1::Inventory {
+            total: Some(resources_to_wire(found.total)),
+            gpus: gpus.collect(),
+            labels: found.labels.clone(),
+            hostname: found.hostname.clone(),
+            version: found.version.clone(),
+        }),
+    }
+}
+
+/// The address from which this machine reaches the coordinator. Connecting a UDP socket sends nothing; it asks
+/// the kernel for the route.
+async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
+    let uri = endpoint.uri();
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let failed =
+        |error: std::io::Error| Status::unavailable(format!("failed to find the way to {host}: {error}"));
+    let mut targets = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await.map_err(failed)?;
+    let target = targets.next().ok_or_else(|| Status::unavailable(format!("{host} has no address")))?;
+    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+    let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
+    socket.connect(target).map_err(failed)?;
+    Ok(socket.local_addr().map_err(failed)?.ip())
+}
+
+/// Two queues as one stream: what is urgent goes first, so that no log holds up a heartbeat.
+struct Prioritised {
+    urgent: mpsc::Receiver<v1::SessionRequest>,
+    bulk: mpsc::Receiver<v1::SessionRequest>,
+}
+
+impl tokio_stream::Stream for Prioritised {
+    type Item = v1::SessionRequest;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.urgent.poll_recv(context) {
+            Poll::Ready(Some(request)) => Poll::Ready(Some(request)),
+            // The daemon drops both queues to end the stream, once they are empty.
+            Poll::Ready(None) | Poll::Pending => self.bulk.poll_recv(context),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Points from the ranks: JSON lines on a Unix socket per rank, numbered, kept until the coordinator has them.
+//!
+//! A rank connects to the socket named in MUSTER_TELEMETRY and writes lines such as
+//! `{"step":1,"values":{"loss":2.3}}`, with an optional `"time"` in Unix seconds.
+
+mod outbox;
+mod parse;
+mod socket;
+
+pub(crate) use outbox::Outbox;
+pub(crate) use socket::{RankSocket, Sockets};

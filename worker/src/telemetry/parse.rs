@@ -1,0 +1,75 @@
+//! One line of a rank, which may be anything.
+
+use std::collections::BTreeMap;
+
+use muster_core::types::Millis;
+use serde::Deserialize;
+
+/// Values in a point and bytes in a value's name, as the API allows.
+const VALUES_MAX: usize = 64;
+const NAME_BYTES_MAX: usize = 128;
+
+/// A point before it is numbered.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Reported {
+    pub step: u64,
+    pub time: Option<Millis>,
+    pub values: BTreeMap<String, f64>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    step: u64,
+    time: Option<f64>,
+    /// JSON has no NaN and no infinity; programs write null instead.
+    values: BTreeMap<String, Option<f64>>,
+}
+
+/// Reads a line. The error says what is wrong with it.
+pub(super) fn parse(line: &[u8]) -> Result<Reported, String> {
+    let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if line.values.len() > VALUES_MAX {
+        return Err(format!("holds {} values; at most {VALUES_MAX} are kept", line.values.len()));
+    }
+    if let Some(name) = line.values.keys().find(|name| name.is_empty() || name.len() > NAME_BYTES_MAX) {
+        let bytes = name.len();
+        return Err(format!("has a value whose name has {bytes} bytes; 1 to {NAME_BYTES_MAX} are allowed"));
+    }
+    let time =
+        line.time.filter(|time| time.is_finite() && *time > 0.0).map(|time| Millis((time * 1000.0) as u64));
+    let values =
+        line.values.into_iter().filter_map(|(name, value)| Some((name, value.filter(|v| v.is_finite())?)));
+    Ok(Reported { step: line.step, time, values: values.collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn lines_as_programs_write_them() {
+        let table: [(&str, Option<(u64, usize)>); 8] = [
+            (r#"{"step":1,"values":{"loss":2.3}}"#, Some((1, 1))),
+            (r#"{"step":1,"time":1760000000.5,"values":{"loss":null,"lr":0.1}}"#, Some((1, 1))),
+            (r#"{"step":1,"values":{},"more":[1]}"#, Some((1, 0))),
+            (r#"{"step":-1,"values":{"loss":2.3}}"#, None),
+            (r#"{"values":{"loss":2.3}}"#, None),
+            (r#"{"step":1,"values":{"loss":"2.3"}}"#, None),
+            ("not json", None),
+            ("", None),
+        ];
+        for (line, expected) in table {
+            let parsed = parse(line.as_bytes()).ok().map(|point| (point.step, point.values.len()));
+            assert_eq!(parsed, expected, "{line}");
+        }
+        assert_eq!(parse(br#"{"step":1,"time":1.5,"values":{}}"#).unwrap().time, Some(Millis(1500)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            parse(&bytes).ok();
+        }
+    }
+}
