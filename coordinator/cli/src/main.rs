@@ -1,2 +1,59 @@
-//! (being written)
-fn main() {}
+//! `muster`: the coordinator, the node daemon, and every command of their users, in one binary.
+
+mod args;
+mod client;
+mod daemons;
+mod demo;
+mod exit;
+mod follow;
+mod json;
+mod plot;
+mod progress;
+mod show;
+mod spec;
+mod stream;
+mod submit;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+use exit::Failure;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::from(anyhow::Error::from(error).context("failed to start")).report(),
+    };
+    let result = runtime.block_on(run(args));
+    // Tasks that wait for a terminal or a peer must not hold up the end.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+async fn run(args: Args) -> Result<(), Failure> {
+    let Args { global, command } = args;
+    match command {
+        Command::Coordinator(args) => daemons::coordinator(args).await,
+        Command::Worker(args) => daemons::worker(args, &global).await,
+        Command::Submit(args) => submit::run(*args, &global).await,
+        Command::Jobs(args) => show::jobs(&args, &global).await,
+        Command::Job(args) => show::job(&args, &global).await,
+        Command::Explain(args) => show::explain(&args, &global).await,
+        Command::Logs(args) => stream::logs(&args, &global).await,
+        Command::Metrics(args) => stream::metrics(&args, &global).await,
+        Command::Plot(args) => plot::run(&args, &global).await,
+        Command::Nodes => show::nodes(&global).await,
+        Command::Node(args) => show::node(&args, &global).await,
+        Command::Cancel(args) => submit::cancel(args, &global).await,
+        Command::Cordon(args) => show::cordon(args, &global).await,
+        Command::Uncordon(args) => show::uncordon(args, &global).await,
+        Command::Demo(args) => demo::run(&args).await,
+    }
+}

@@ -99,6 +99,7 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
                 report.send(step, epoch, learning_rate)?;
             }
         }
+        let training_paused = now();
         ddp.sync_buffers()?;
         accuracy = evaluate(&net, &data, &group)?;
         telemetry.record(step, &[("accuracy", accuracy), ("epoch", epoch as f64)]);
@@ -107,7 +108,7 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
             println!("epoch {epoch}/{} accuracy {accuracy:.4} after {seconds:.1} s", flags.epochs);
         }
         // Evaluation is not training: it must not count as slow steps.
-        report.since = now();
+        report.since += training_paused.elapsed();
     }
     match flags.target_accuracy {
         Some(target) if accuracy < target => {

@@ -1,0 +1,352 @@
+//! Every flag. Names are those of torchrun and Slurm where they have one.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::units::{Bytes, KeyValue, NodeRange, Span};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; with --follow: the job succeeded
+  1    the job failed, or something went wrong that is not listed here
+  2    the command line or the job file is wrong
+  3    no coordinator can be reached
+  4    there is no such job or node
+  5    the coordinator refuses the request and says why
+  6    the job was cancelled
+  130  interrupted";
+
+/// Multi-node training: submit a program, every node runs its ranks, loss and logs stream back.
+#[derive(Debug, Parser)]
+#[command(name = "muster", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command that talks to a coordinator.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Global {
+    /// URLs of the coordinators, tried in turn.
+    #[arg(
+        long,
+        global = true,
+        env = "MUSTER_COORDINATOR",
+        default_value = "http://127.0.0.1:7070",
+        value_delimiter = ',',
+        value_name = "URL"
+    )]
+    pub coordinator: Vec<String>,
+    /// How results are printed. JSON has the names that grpcurl shows; streams print an object per line.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the coordinator: submission, rendezvous, scheduling.
+    #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster")]
+    Coordinator(CoordinatorArgs),
+    /// Run the node daemon: launches the ranks of this machine.
+    #[command(
+        after_help = "Example:\n  muster worker --coordinator http://10.0.0.1:7070 --data-dir /var/lib/muster-worker"
+    )]
+    Worker(WorkerArgs),
+    /// Submit a job; prints its id.
+    #[command(
+        after_help = "Examples:\n  muster submit --nnodes 2 --nproc-per-node 4 --follow -- python3 train.py --lr 0.1\n  muster submit --file job.toml"
+    )]
+    Submit(Box<SubmitArgs>),
+    /// List jobs, newest first.
+    #[command(after_help = "Example:\n  muster jobs --state running")]
+    Jobs(JobsArgs),
+    /// Show one job.
+    #[command(after_help = "Example:\n  muster job k3v9x2ma --output json")]
+    Job(JobArgs),
+    /// Say why a job is where it is, and what to do.
+    #[command(after_help = "Example:\n  muster explain k3v9x2ma")]
+    Explain(JobArgs),
+    /// Print what a job's ranks wrote.
+    #[command(after_help = "Example:\n  muster logs k3v9x2ma --rank 0 -f")]
+    Logs(LogsArgs),
+    /// Print the values that a job's ranks reported.
+    #[command(after_help = "Example:\n  muster metrics k3v9x2ma -f --rank 0")]
+    Metrics(MetricsArgs),
+    /// Draw a curve, such as the loss, in the terminal.
+    #[command(after_help = "Example:\n  muster plot k3v9x2ma --key accuracy")]
+    Plot(PlotArgs),
+    /// List nodes.
+    #[command(after_help = "Example:\n  muster nodes --output json")]
+    Nodes,
+    /// Show one node.
+    #[command(after_help = "Example:\n  muster node gpu-7")]
+    Node(NodeArgs),
+    /// Stop a job for good.
+    #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
+    Cancel(CancelArgs),
+    /// Give a node no new work; what runs there goes on.
+    #[command(after_help = "Example:\n  muster cordon gpu-7 --reason 'fan replaced on Monday'")]
+    Cordon(CordonArgs),
+    /// Give a cordoned node work again.
+    #[command(after_help = "Example:\n  muster uncordon gpu-7")]
+    Uncordon(NodeArgs),
+    /// Start a coordinator and two workers here, and train a small network with DDP on them.
+    #[command(
+        after_help = "Example:\n  muster demo --short\n\nLeaves nothing behind. `cargo xtask demo` also fetches and builds what it needs."
+    )]
+    Demo(DemoArgs),
+}
+
+/// How a daemon logs, and when it ends.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DaemonArgs {
+    /// Form of the log lines on standard error; RUST_LOG filters them.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// End when standard input does, so that the daemon cannot outlive whoever started it.
+    #[arg(long, hide = true)]
+    pub exit_with_stdin: bool,
+}
+
+/// Form of the log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// An object per line.
+    Json,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CoordinatorArgs {
+    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log.
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    pub listen: SocketAddr,
+    /// Directory for the store and the metrics.
+    #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Where jobs and nodes are kept.
+    #[arg(long, value_enum, default_value_t = Store::Redb)]
+    pub store: Store,
+    /// Time without a heartbeat after which a node is lost.
+    #[arg(long, default_value = "10s")]
+    pub lease: Span,
+    /// Time between heartbeats, at most a third of the lease.
+    #[arg(long, default_value = "1s")]
+    pub heartbeat: Span,
+    /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
+    #[arg(long)]
+    pub insecure: bool,
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+/// Where jobs and nodes are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Store {
+    /// A file in the data directory.
+    Redb,
+    /// Memory: gone with the process.
+    Memory,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct WorkerArgs {
+    /// Name of the node, unique in the cluster. Default: the host name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Directory for logs; one daemon at a time.
+    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
+    /// Label for node selectors; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<KeyValue>,
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SubmitArgs {
+    /// A job specification as grpcurl takes it, in JSON or TOML; flags override what it says.
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Name for listings. Default: the program's.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Nodes, or the fewest and the most.
+    #[arg(long, alias = "nodes", value_name = "N|MIN:MAX")]
+    pub nnodes: Option<NodeRange>,
+    /// Ranks per node.
+    #[arg(long, alias = "nproc_per_node", value_name = "P")]
+    pub nproc_per_node: Option<u32>,
+    /// How often the gang may start again after a fault.
+    #[arg(long, alias = "max_restarts", value_name = "R")]
+    pub max_restarts: Option<u32>,
+    /// GPUs for each rank.
+    #[arg(long, value_name = "G")]
+    pub gpus_per_proc: Option<u32>,
+    /// CPU cores for each rank, such as 1.5.
+    #[arg(long, value_name = "C")]
+    pub cpus_per_proc: Option<f64>,
+    /// Memory for each rank, such as 4GiB.
+    #[arg(long, value_name = "BYTES")]
+    pub memory_per_proc: Option<Bytes>,
+    /// Variable for every rank; may be repeated.
+    #[arg(long = "env", value_name = "KEY=VALUE")]
+    pub env: Vec<KeyValue>,
+    /// Absolute directory in which the ranks start.
+    #[arg(long, value_name = "DIR")]
+    pub working_dir: Option<String>,
+    /// Directory handed to the ranks as MUSTER_CHECKPOINT_DIR.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint_dir: Option<String>,
+    /// Jobs of a higher priority are placed first.
+    #[arg(long, allow_negative_numbers = true)]
+    pub priority: Option<i32>,
+    /// Label that a node must carry; may be repeated.
+    #[arg(long = "node-selector", value_name = "KEY=VALUE")]
+    pub node_selector: Vec<KeyValue>,
+    /// Time between SIGTERM and SIGKILL when ranks are stopped.
+    #[arg(long, value_name = "SPAN")]
+    pub stop_grace: Option<Span>,
+    /// Longest time from placement until every rank runs.
+    #[arg(long, value_name = "SPAN")]
+    pub start_timeout: Option<Span>,
+    /// Makes a repeated call harmless. Default: a new one for each call.
+    #[arg(long, value_name = "ID")]
+    pub request_id: Option<String>,
+    /// Stay, show progress and rank 0's output, and end with the job.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Say where the job would go, and submit nothing.
+    #[arg(long, conflicts_with = "follow")]
+    pub dry_run: bool,
+    /// Program and arguments.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct JobsArgs {
+    /// Only jobs in this state, such as running; may be repeated.
+    #[arg(long = "state", value_name = "STATE")]
+    pub states: Vec<String>,
+    /// Jobs that have ended, too; without it the last ten of them.
+    #[arg(long, short)]
+    pub all: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct JobArgs {
+    /// The job's id.
+    #[arg(value_name = "ID")]
+    pub job_id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct LogsArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Stay and print what comes, until the ranks have ended.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only this rank; then its bytes are printed as they are.
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// Only this stream.
+    #[arg(long, value_enum)]
+    pub stream: Option<LogStream>,
+    /// An earlier start of the job.
+    #[arg(long)]
+    pub generation: Option<u32>,
+}
+
+/// A stream of a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct MetricsArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Stay and print what comes, until the job has ended.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only this rank.
+    #[arg(long)]
+    pub rank: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PlotArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Name of the value to draw.
+    #[arg(long, default_value = "loss")]
+    pub key: String,
+    /// The rank whose values are drawn.
+    #[arg(long, default_value_t = 0)]
+    pub rank: u32,
+    /// Stay and draw again as values come, until the job has ended.
+    #[arg(long, short)]
+    pub follow: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct NodeArgs {
+    /// The node's name.
+    #[arg(value_name = "NODE")]
+    pub node_name: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CordonArgs {
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Why, for whoever wonders.
+    #[arg(long, default_value = "")]
+    pub reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CancelArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Why, for whoever wonders.
+    #[arg(long, default_value = "")]
+    pub reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DemoArgs {
+    /// A few seconds of training on a part of the data, without a bar for the accuracy.
+    #[arg(long)]
+    pub short: bool,
+    /// Keep the daemons' directory with its logs, and say where it is.
+    #[arg(long)]
+    pub keep: bool,
+    /// Further arguments of `muster-trainer vision`.
+    #[arg(last = true, value_name = "TRAINER ARGS")]
+    pub trainer: Vec<String>,
+}

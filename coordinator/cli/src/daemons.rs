@@ -1,0 +1,93 @@
+//! `muster coordinator` and `muster worker`: logging, signals, and the libraries that do the work.
+
+use std::io::Read;
+
+use anyhow::Context;
+use muster_core::types::NodeName;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, Store, WorkerArgs};
+use crate::exit::Failure;
+
+/// `muster coordinator`.
+pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
+    let shutdown = start_logging(&args.daemon)?;
+    let store = match args.store {
+        Store::Redb => muster_coordinator::StoreKind::Redb,
+        Store::Memory => muster_coordinator::StoreKind::Memory,
+    };
+    let config = muster_coordinator::Config {
+        listen: args.listen,
+        insecure: args.insecure,
+        data_dir: args.data_dir,
+        store,
+        lease: args.lease.0,
+        heartbeat: args.heartbeat.0,
+    };
+    Ok(muster_coordinator::run(config, shutdown).await.map_err(anyhow::Error::from)?)
+}
+
+/// `muster worker`.
+pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Failure> {
+    let name = match args.name {
+        Some(name) => name,
+        None => nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .ok_or_else(|| Failure::Usage("this machine has no host name; set --name".to_owned()))?,
+    };
+    let name = NodeName::new(name).map_err(|why| Failure::Usage(format!("{why}; set --name")))?;
+    let shutdown = start_logging(&args.daemon)?;
+    let config = muster_worker::Config {
+        coordinators: global.coordinator.clone(),
+        name,
+        data_dir: args.data_dir,
+        address: args.address,
+        labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
+    };
+    Ok(muster_worker::run(config, shutdown).await.map_err(anyhow::Error::from)?)
+}
+
+/// Sets up the log on standard error, and a token that SIGTERM, SIGINT and, if asked for, the end of standard
+/// input cancel.
+fn start_logging(args: &DaemonArgs) -> Result<CancellationToken, Failure> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => {
+            use std::io::IsTerminal;
+            subscriber.with_ansi(std::io::stderr().is_terminal()).init();
+        }
+        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+    }
+    let shutdown = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let token = shutdown.clone();
+    tokio::spawn(async move {
+        for count in 1.. {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if count > 1 {
+                warn!("signalled again; ending at once");
+                std::process::exit(130);
+            }
+            info!("signalled; ending in good order");
+            token.cancel();
+        }
+    });
+    if args.exit_with_stdin {
+        let token = shutdown.clone();
+        std::thread::spawn(move || {
+            let mut input = std::io::stdin().lock();
+            while matches!(input.read(&mut [0; 64]), Ok(1..)) {}
+            token.cancel();
+        });
+    }
+    Ok(shutdown)
+}

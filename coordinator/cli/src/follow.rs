@@ -1,0 +1,296 @@
+//! Following a job to its end: state, points and rank 0's output, over breaks of the connection.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use muster_proto::v1;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
+use crate::exit::Failure;
+use crate::progress::Progress;
+use crate::show;
+
+/// Events that may wait to be shown; the streams wait beyond it.
+const EVENTS_MAX: usize = 256;
+/// Where there is no terminal, a line this often.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+/// Time for the last points and output after the job's end.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
+
+/// What to show.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    /// Pass rank 0's output through.
+    pub logs: bool,
+    /// On Ctrl-C cancel the job rather than leave it running.
+    pub cancel_on_interrupt: bool,
+}
+
+enum Event {
+    Job(Box<v1::Job>),
+    Point(v1::Point),
+    Output(v1::LogChunk),
+    /// One of the streams has come to its end.
+    Ended,
+    Failed(Status),
+}
+
+/// Shows a job until it has ended. Returns its last state and rank 0's points.
+pub(crate) async fn to_the_end(
+    client: &Client,
+    job_id: &str,
+    options: Options,
+) -> Result<(v1::Job, Vec<v1::Point>), Failure> {
+    let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
+    tokio::spawn(watch(client.clone(), job_id.to_owned(), events.clone()));
+    tokio::spawn(points(client.clone(), job_id.to_owned(), events.clone()));
+    let mut screen = Screen::new();
+    let mut points = Vec::new();
+    let (mut job, mut logs_of, mut open) = (v1::Job::default(), 0, 2_u32);
+    let mut last_words = None;
+    while open > 0 {
+        let event = tokio::select! {
+            event = incoming.recv() => event,
+            _ = tokio::signal::ctrl_c() => {
+                screen.close();
+                return Err(interrupted(client, job_id, options).await);
+            }
+            () = sleep_until(last_words) => break,
+            () = screen.tick() => continue,
+        };
+        match event {
+            Some(Event::Job(now)) => {
+                let generation = now.generation.unwrap_or(0);
+                if options.logs && generation > logs_of && now.started.is_some() {
+                    logs_of = generation;
+                    open += 1;
+                    tokio::spawn(output(client.clone(), now.id.clone(), generation, events.clone()));
+                }
+                if show::is_terminal(&now) {
+                    last_words = Some(tokio::time::Instant::now() + LAST_WORDS_MAX);
+                }
+                screen.job(&now);
+                job = *now;
+            }
+            Some(Event::Point(point)) => {
+                screen.point(&point);
+                points.push(point);
+            }
+            Some(Event::Output(chunk)) => screen.output(&chunk),
+            Some(Event::Ended) => open -= 1,
+            Some(Event::Failed(status)) => {
+                screen.close();
+                return Err(status.into());
+            }
+            None => break,
+        }
+    }
+    screen.close();
+    Ok((job, points))
+}
+
+/// The last line, and the command's result.
+pub(crate) fn verdict(job: &v1::Job) -> Result<(), Failure> {
+    eprintln!("job {} {}: {}", job.id, show::job_state(job), job.reason);
+    if let Some(tail) =
+        job.exit.as_ref().map(|exit| exit.stderr_tail.trim_end()).filter(|tail| !tail.is_empty())
+    {
+        eprintln!("its last words on standard error:\n{tail}");
+    }
+    match job.state() {
+        v1::JobState::Succeeded => Ok(()),
+        v1::JobState::Cancelled => Err(Failure::JobCancelled),
+        _ => Err(Failure::JobFailed),
+    }
+}
+
+async fn interrupted(client: &Client, job_id: &str, options: Options) -> Failure {
+    if options.cancel_on_interrupt {
+        let reason = "interrupted".to_owned();
+        client.jobs().cancel_job(v1::CancelJobRequest { job_id: job_id.to_owned(), reason }).await.ok();
+    } else {
+        eprintln!(
+            "job {job_id} runs on; stop it with `muster cancel {job_id}`, follow it with `muster logs -f {job_id}`"
+        );
+    }
+    Failure::Interrupted
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Runs a stream again and again until it comes to its end, as long as nobody answers for too long.
+async fn persist<F: Future<Output = Result<(), Status>>>(
+    events: mpsc::Sender<Event>,
+    mut once: impl FnMut() -> F,
+) {
+    let mut tries = 0;
+    loop {
+        let began = tokio::time::Instant::now();
+        match once().await {
+            Ok(()) => return drop(events.send(Event::Ended).await),
+            Err(status) if is_passing(&status) && tries < RETRIES_MAX => {
+                tries = if began.elapsed() > RETRY_PAUSE * 4 { 0 } else { tries + 1 };
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+            Err(status) => return drop(events.send(Event::Failed(status)).await),
+        }
+    }
+}
+
+async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
+    persist(events.clone(), || async {
+        let request = v1::WatchJobRequest { job_id: job_id.clone() };
+        let mut stream = client.jobs().watch_job(request).await?.into_inner();
+        while let Some(response) = stream.message().await? {
+            let Some(job) = response.job else { continue };
+            if events.send(Event::Job(Box::new(job))).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    })
+    .await;
+}
+
+async fn points(client: Client, job_id: String, events: mpsc::Sender<Event>) {
+    let after = std::sync::atomic::AtomicU64::new(0);
+    let (after, order) = (&after, std::sync::atomic::Ordering::Relaxed);
+    persist(events.clone(), || async {
+        let (job_id, after_index) = (job_id.clone(), after.load(order));
+        let request = v1::StreamMetricsRequest { job_id, rank: Some(0), follow: true, after_index };
+        let mut stream = client.jobs().stream_metrics(request).await?.into_inner();
+        while let Some(response) = stream.message().await? {
+            after.store(response.index, order);
+            let Some(point) = response.point else { continue };
+            if events.send(Event::Point(point)).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    })
+    .await;
+}
+
+/// Rank 0's output of one generation. Output that cannot be had is no reason to stop following.
+async fn output(client: Client, job_id: String, generation: u32, events: mpsc::Sender<Event>) {
+    let request = v1::StreamLogsRequest {
+        job_id,
+        rank: Some(0),
+        generation: Some(generation),
+        follow: true,
+        ..Default::default()
+    };
+    if let Ok(stream) = client.jobs().stream_logs(request).await {
+        let mut stream = stream.into_inner();
+        while let Ok(Some(response)) = stream.message().await {
+            let Some(chunk) = response.chunk else { continue };
+            if events.send(Event::Output(chunk)).await.is_err() {
+                return;
+            }
+        }
+    }
+    events.send(Event::Ended).await.ok();
+}
+
+/// The live line: a bar on a terminal, else a plain line now and then.
+struct Screen {
+    bar: ProgressBar,
+    live: bool,
+    progress: Progress,
+    last_line: tokio::time::Instant,
+    said: String,
+    shown: String,
+    waiting: Option<String>,
+}
+
+impl Screen {
+    fn new() -> Self {
+        let live = std::io::stderr().is_terminal();
+        let target = if live { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(None, target);
+        // The template is a constant; a wrong one would show in every test.
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(120));
+        let last_line = tokio::time::Instant::now();
+        let (said, shown) = (String::new(), String::new());
+        Self { bar, live, progress: Progress::default(), last_line, said, shown, waiting: None }
+    }
+
+    fn say(&mut self, line: &str) {
+        if self.said != line {
+            line.clone_into(&mut self.said);
+            self.bar.suspend(|| eprintln!("{line}"));
+        }
+    }
+
+    fn job(&mut self, job: &v1::Job) {
+        let line = format!("{}: {}", show::job_state(job), job.reason);
+        if self.bar.length().is_none() {
+            self.bar.set_message(line.clone());
+        }
+        self.say(&line);
+    }
+
+    fn point(&mut self, point: &v1::Point) {
+        self.progress.add(point);
+        if let (Some(total), None) = (self.progress.steps_total, self.bar.length()) {
+            let template = "{wide_bar:.cyan/blue} {msg}";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                self.bar.set_style(style.progress_chars("━╸─"));
+            }
+            self.bar.set_length(total);
+        }
+        self.bar.set_position(self.progress.step);
+        let line = self.progress.line();
+        self.bar.set_message(line.clone());
+        self.waiting = Some(line);
+        self.plain_line(false);
+    }
+
+    fn output(&mut self, chunk: &v1::LogChunk) {
+        let to_stderr = chunk.stream() == v1::LogStream::Stderr;
+        self.bar.suspend(|| {
+            // Whoever reads our output may go; the job is not to suffer for it.
+            if to_stderr {
+                std::io::stderr().write_all(&chunk.data).ok();
+            } else {
+                let mut out = std::io::stdout().lock();
+                out.write_all(&chunk.data).and_then(|()| out.flush()).ok();
+            }
+        });
+    }
+
+    fn plain_line(&mut self, now: bool) {
+        if !self.live && (now || self.last_line.elapsed() >= LINE_INTERVAL) {
+            if let Some(line) = self.waiting.take().filter(|line| *line != self.shown) {
+                eprintln!("{line}");
+                self.shown = line;
+            }
+            self.last_line = tokio::time::Instant::now();
+        }
+    }
+
+    async fn tick(&mut self) {
+        tokio::time::sleep(LINE_INTERVAL).await;
+        self.plain_line(true);
+    }
+
+    fn close(&mut self) {
+        self.plain_line(true);
+        let line = self.progress.line();
+        self.bar.finish_and_clear();
+        if self.live && self.progress.step > 0 {
+            eprintln!("{line}");
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! Jobs and nodes for people, and as JSON.
+
+use muster_proto::convert::millis_from_timestamp;
+use muster_proto::v1;
+
+use crate::args::{CordonArgs, Global, JobArgs, JobsArgs, NodeArgs, Output};
+use crate::client::Client;
+use crate::exit::Failure;
+use crate::json;
+use crate::units::{show_bytes, show_span};
+
+/// Ended jobs listed without --all.
+const ENDED_SHOWN: usize = 10;
+
+/// A job's state as people write it: `running`.
+pub(crate) fn job_state(job: &v1::Job) -> String {
+    job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
+}
+
+/// Whether the job has ended.
+pub(crate) fn is_terminal(job: &v1::Job) -> bool {
+    matches!(job.state(), v1::JobState::Succeeded | v1::JobState::Failed | v1::JobState::Cancelled)
+}
+
+/// `muster jobs`.
+pub(crate) async fn jobs(args: &JobsArgs, global: &Global) -> Result<(), Failure> {
+    let states: Vec<i32> = args.states.iter().map(|state| parse_state(state)).collect::<Result<_, _>>()?;
+    let client = Client::connect(global).await?;
+    let (mut rows, mut ended, mut hidden) = (Vec::new(), 0, false);
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListJobsRequest { page_size: 0, page_token, states: states.clone() };
+        let page = client.jobs().list_jobs(request).await?.into_inner();
+        for job in page.jobs {
+            ended += usize::from(is_terminal(&job));
+            if is_terminal(&job) && ended > ENDED_SHOWN && !args.all && states.is_empty() {
+                hidden = true;
+                continue;
+            }
+            if global.output == Output::Json {
+                json::print("Job", &job)?;
+            } else {
+                rows.push(job_row(&job));
+            }
+        }
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if global.output == Output::Text {
+        print!("{}", table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows));
+        if hidden {
+            eprintln!("older jobs that have ended are listed with --all");
+        }
+    }
+    Ok(())
+}
+
+fn parse_state(text: &str) -> Result<i32, Failure> {
+    let name = format!("JOB_STATE_{}", text.to_uppercase());
+    let state = v1::JobState::from_str_name(&name).filter(|state| *state != v1::JobState::Unspecified);
+    state.map(i32::from).ok_or_else(|| {
+        Failure::Usage(format!(
+            "{text:?} is not a state; states are queued, starting, running, restarting, stopping, succeeded, failed and \
+             cancelled"
+        ))
+    })
+}
+
+fn job_row(job: &v1::Job) -> Vec<String> {
+    vec![
+        job.id.clone(),
+        job.name.clone(),
+        job_state(job),
+        job.world_size.filter(|ranks| *ranks > 0).map_or("-".to_owned(), |ranks| ranks.to_string()),
+        job.latest_step.map_or("-".to_owned(), |step| step.to_string()),
+        job.latest_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
+        ran_for(job).unwrap_or_else(|| "-".to_owned()),
+        job.reason.chars().take(80).collect(),
+    ]
+}
+
+/// How long the job has run, or ran; only ended jobs tell without a clock of ours.
+fn ran_for(job: &v1::Job) -> Option<String> {
+    let (started, finished) = (job.started.as_ref()?, job.finished.as_ref()?);
+    let millis = millis_from_timestamp(finished).since(millis_from_timestamp(started));
+    Some(show_span(std::time::Duration::from_millis(millis.0)))
+}
+
+async fn get_job(client: &Client, args: &JobArgs) -> Result<v1::Job, Failure> {
+    let request = v1::GetJobRequest { job_id: args.job_id.clone() };
+    Ok(client.jobs().get_job(request).await?.into_inner().job.unwrap_or_default())
+}
+
+/// `muster job`.
+pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let job = get_job(&client, args).await?;
+    if global.output == Output::Json {
+        json::print("Job", &job)?;
+        return Ok(());
+    }
+    let spec = job.spec.clone().unwrap_or_default();
+    let restarts = format!("{} of {}", job.restarts_used.unwrap_or(0), spec.max_restarts.unwrap_or(0));
+    let mut rows = vec![
+        ("job", job.id.clone()),
+        ("name", job.name.clone()),
+        ("state", job_state(&job)),
+        ("reason", job.reason.clone()),
+        ("command", spec.command.join(" ")),
+        ("generation", job.generation.unwrap_or(0).to_string()),
+        ("ranks", job.world_size.unwrap_or(0).to_string()),
+        ("restarts", restarts),
+    ];
+    rows.extend((!job.master.is_empty()).then(|| ("master", job.master.clone())));
+    rows.extend(job.latest_step.map(|step| ("step", step.to_string())));
+    rows.extend(job.latest_loss.map(|loss| ("loss", format!("{loss:.6}"))));
+    let times = [("created", &job.created), ("started", &job.started), ("finished", &job.finished)];
+    rows.extend(times.into_iter().filter_map(|(name, time)| Some((name, time.as_ref()?.to_string()))));
+    rows.extend(ran_for(&job).map(|span| ("ran for", span)));
+    for (name, value) in rows {
+        println!("{name:<11} {value}");
+    }
+    if !job.placement.is_empty() {
+        print!("\n{}", placement(&job.placement));
+    }
+    if let Some(exit) = &job.exit {
+        print!("\n{}", root_cause(exit));
+    }
+    Ok(())
+}
+
+/// A placement as a table.
+pub(crate) fn placement(nodes: &[v1::NodePlacement]) -> String {
+    let row = |node: &v1::NodePlacement| {
+        let first = node.first_rank.unwrap_or(0);
+        let ranks = format!("{first}-{}", first + node.procs.saturating_sub(1));
+        let gpus: Vec<String> = node.gpus.iter().map(ToString::to_string).collect();
+        let gpus = if gpus.is_empty() { "-".to_owned() } else { gpus.join(",") };
+        vec![node.node_name.clone(), node.address.clone(), ranks, gpus]
+    };
+    table(&["NODE", "ADDRESS", "RANKS", "GPUS"], &nodes.iter().map(row).collect::<Vec<_>>())
+}
+
+fn root_cause(exit: &v1::RankExit) -> String {
+    let how = match (exit.code, exit.signal) {
+        (_, Some(signal)) => format!("was ended by signal {signal}"),
+        (Some(code), None) => format!("ended with exit code {code}"),
+        (None, None) => "ended".to_owned(),
+    };
+    let rank = exit.rank.unwrap_or(0);
+    let tail: String = exit.stderr_tail.lines().map(|line| format!("  {line}\n")).collect();
+    format!("root cause: rank {rank} on {} {how}; its last lines on standard error:\n{tail}", exit.node_name)
+}
+
+/// `muster explain`.
+pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let job = get_job(&client, args).await?;
+    if global.output == Output::Json {
+        json::print("Job", &job)?;
+        return Ok(());
+    }
+    println!("job {} is {}: {}", job.id, job_state(&job), job.reason);
+    if let Some(exit) = &job.exit {
+        print!("{}", root_cause(exit));
+    }
+    let id = &job.id;
+    let next = match job.state() {
+        v1::JobState::Queued => {
+            let cluster = client.cluster().get_cluster(v1::GetClusterRequest {}).await?.into_inner().cluster;
+            let cluster = cluster.unwrap_or_default();
+            let (ready, total) = (cluster.nodes_ready.unwrap_or(0), cluster.nodes_total.unwrap_or(0));
+            format!(
+                "{ready} of {total} nodes are ready; `muster nodes` shows what they have and who holds it"
+            )
+        }
+        v1::JobState::Starting => {
+            format!(
+                "it starts once every node is prepared; `muster logs {id}` shows what its ranks have written"
+            )
+        }
+        v1::JobState::Running => {
+            format!("`muster plot {id}` draws its loss, `muster logs -f {id}` follows its output")
+        }
+        v1::JobState::Restarting => {
+            format!("it starts again by itself; `muster logs {id}` shows the start before")
+        }
+        v1::JobState::Stopping => "its ranks have their grace to end in; then they are killed".to_owned(),
+        v1::JobState::Failed => {
+            let rank = job.exit.as_ref().and_then(|exit| exit.rank).unwrap_or(0);
+            format!("`muster logs {id} --rank {rank}` shows the output of the rank that failed first")
+        }
+        v1::JobState::Succeeded | v1::JobState::Cancelled | v1::JobState::Unspecified => {
+            format!("`muster logs {id}` and `muster plot {id}` show what it did")
+        }
+    };
+    println!("next: {next}");
+    Ok(())
+}
+
+/// `muster nodes`.
+pub(crate) async fn nodes(global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let (mut rows, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = v1::ListNodesRequest { page_size: 0, page_token };
+        let page = client.nodes().list_nodes(request).await?.into_inner();
+        for node in page.nodes {
+            if global.output == Output::Json {
+                json::print("Node", &node)?;
+            } else {
+                rows.push(node_row(&node));
+            }
+        }
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if global.output == Output::Text {
+        print!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &rows));
+    }
+    Ok(())
+}
+
+fn node_state(node: &v1::Node) -> String {
+    let state = node.state().as_str_name().trim_start_matches("NODE_STATE_").to_lowercase();
+    match (node.cordoned, node.cordon_reason.as_str()) {
+        (false, _) => state,
+        (true, "") => format!("{state}, cordoned"),
+        (true, why) => format!("{state}, cordoned ({why})"),
+    }
+}
+
+fn node_row(node: &v1::Node) -> Vec<String> {
+    let total = node.inventory.as_ref().and_then(|inventory| inventory.total).unwrap_or_default();
+    let held = node.reserved.unwrap_or_default();
+    let cores = |millis: u32| f64::from(millis) / 1000.0;
+    vec![
+        node.name.clone(),
+        node.address.clone(),
+        node_state(node),
+        format!("{}/{}", held.gpus, total.gpus),
+        format!("{}/{}", cores(held.cpu_millis), cores(total.cpu_millis)),
+        format!("{}/{}", show_bytes(held.memory_bytes), show_bytes(total.memory_bytes)),
+        if node.job_ids.is_empty() { "-".to_owned() } else { node.job_ids.join(",") },
+    ]
+}
+
+fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
+    if global.output == Output::Json {
+        json::print("Node", node)?;
+        return Ok(());
+    }
+    print!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
+    let inventory = node.inventory.clone().unwrap_or_default();
+    println!("\nhost {}, muster {}", inventory.hostname, inventory.version);
+    for (key, value) in &inventory.labels {
+        println!("label {key}={value}");
+    }
+    for gpu in &inventory.gpus {
+        println!("GPU {} {} {}", gpu.index.unwrap_or(0), gpu.model, gpu.uuid);
+    }
+    Ok(())
+}
+
+/// `muster node`.
+pub(crate) async fn node(args: &NodeArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let request = v1::GetNodeRequest { node_name: args.node_name.clone() };
+    let node = client.nodes().get_node(request).await?.into_inner().node.unwrap_or_default();
+    print_node(&node, global)
+}
+
+/// `muster cordon`.
+pub(crate) async fn cordon(args: CordonArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let request = v1::CordonNodeRequest { node_name: args.node.node_name, reason: args.reason };
+    print_node(&client.nodes().cordon_node(request).await?.into_inner().node.unwrap_or_default(), global)
+}
+
+/// `muster uncordon`.
+pub(crate) async fn uncordon(args: NodeArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let request = v1::UncordonNodeRequest { node_name: args.node_name };
+    print_node(&client.nodes().uncordon_node(request).await?.into_inner().node.unwrap_or_default(), global)
+}
+
+/// Rows under a header, each column as wide as its widest cell.
+fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let header: Vec<String> = header.iter().map(|&name| name.to_owned()).collect();
+    let all: Vec<&Vec<String>> = std::iter::once(&header).chain(rows).collect();
+    let width = |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    all.into_iter().map(line).collect()
+}

@@ -1,0 +1,84 @@
+//! `muster submit` and `muster cancel`.
+
+use muster_proto::v1;
+
+use crate::args::{CancelArgs, Global, Output, SubmitArgs};
+use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
+use crate::exit::Failure;
+use crate::{follow, json, show, spec};
+
+/// `muster submit`.
+pub(crate) async fn run(args: SubmitArgs, global: &Global) -> Result<(), Failure> {
+    let request_id = args.request_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+    let (stay, dry_run) = (args.follow, args.dry_run);
+    let spec = spec::from_args(args)?;
+    let client = Client::connect(global).await?;
+    if dry_run {
+        return plan(&client, spec, global).await;
+    }
+    let job = submit(&client, request_id, spec).await?;
+    match (global.output, stay) {
+        (Output::Json, false) => json::print("Job", &job)?,
+        (Output::Text, false) => println!("{}", job.id),
+        (_, true) => {
+            eprintln!("submitted {} as job {}", job.name, job.id);
+            let watched = follow::Options { logs: true, ..follow::Options::default() };
+            let (job, _) = follow::to_the_end(&client, &job.id, watched).await?;
+            if global.output == Output::Json {
+                json::print("Job", &job)?;
+            }
+            return follow::verdict(&job);
+        }
+    }
+    Ok(())
+}
+
+/// Submits once, however often the call has to be made: the request id makes a repetition harmless.
+pub(crate) async fn submit(
+    client: &Client,
+    request_id: String,
+    spec: v1::JobSpec,
+) -> Result<v1::Job, Failure> {
+    let request = v1::SubmitJobRequest { request_id, spec: Some(spec) };
+    let mut tries = 0;
+    loop {
+        match client.jobs().submit_job(request.clone()).await {
+            Ok(response) => {
+                let job = response.into_inner().job;
+                return job.ok_or_else(|| anyhow::anyhow!("the coordinator answered without a job").into());
+            }
+            Err(status) if is_passing(&status) && tries < RETRIES_MAX => {
+                if tries == 0 {
+                    eprintln!("{}; trying again", status.message());
+                }
+                tries += 1;
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+            Err(status) => return Err(status.into()),
+        }
+    }
+}
+
+async fn plan(client: &Client, spec: v1::JobSpec, global: &Global) -> Result<(), Failure> {
+    let plan = client.jobs().plan_job(v1::PlanJobRequest { spec: Some(spec) }).await?.into_inner();
+    if global.output == Output::Json {
+        json::print("PlanJobResponse", &plan)?;
+    } else if plan.placement.is_empty() {
+        println!("the job would wait: {}", plan.reason.trim_start_matches("waiting: "));
+    } else {
+        print!("{}", show::placement(&plan.placement));
+    }
+    Ok(())
+}
+
+/// `muster cancel`.
+pub(crate) async fn cancel(args: CancelArgs, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    let request = v1::CancelJobRequest { job_id: args.job.job_id, reason: args.reason };
+    let job = client.jobs().cancel_job(request).await?.into_inner().job.unwrap_or_default();
+    match global.output {
+        Output::Json => json::print("Job", &job)?,
+        Output::Text => println!("{} is {}: {}", job.id, show::job_state(&job), job.reason),
+    }
+    Ok(())
+}
