@@ -85,7 +85,6 @@ pub(crate) fn start(
 ) -> Result<(Handle, Driver), Error> {
     let fence = store.campaign()?;
     let snapshot = persist::load(&mut *store)?;
-    info!(jobs = snapshot.jobs.len(), nodes = snapshot.nodes.len(), fence = fence.0, "state loaded");
     let clock = Clock::start();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
     let lease = config.lease;
@@ -114,6 +113,8 @@ pub(crate) fn start(
 impl Driver {
     /// Runs until `stop`, then finishes what is to be written.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), Error> {
+        let nodes = self.core.nodes_after(None).count();
+        info!(jobs = self.core.jobs_total(), nodes, fence = self.fence.0, "state loaded");
         // Woken at least this often, so that a pause of the whole process is noticed as one.
         let wake_max = Duration::from_millis(self.lease.0 / 4).max(Duration::from_millis(10));
         let mut woken = self.clock.now();

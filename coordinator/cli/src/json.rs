@@ -93,6 +93,6 @@ mod tests {
             "there is no field perProc.gpu; did you mean perProc.gpus?"
         );
         assert!(spec(r#"{"minNodes":"many"}"#).is_err());
-        assert!(spec(r#"[1]"#).is_err());
+        assert!(spec("[1]").is_err());
     }
 }

@@ -150,8 +150,12 @@ fn root_cause(exit: &v1::RankExit) -> String {
         (None, None) => "ended".to_owned(),
     };
     let rank = exit.rank.unwrap_or(0);
-    let tail: String = exit.stderr_tail.lines().map(|line| format!("  {line}\n")).collect();
-    format!("root cause: rank {rank} on {} {how}; its last lines on standard error:\n{tail}", exit.node_name)
+    let head = format!("root cause: rank {rank} on {} {how}", exit.node_name);
+    if exit.stderr_tail.trim().is_empty() {
+        return format!("{head}; it wrote nothing on standard error\n");
+    }
+    let tail: Vec<String> = exit.stderr_tail.trim_end().lines().map(|line| format!("  {line}")).collect();
+    format!("{head}; its last lines on standard error:\n{}\n", tail.join("\n"))
 }
 
 /// `muster explain`.
