@@ -1,0 +1,201 @@
+//! A coordinator and workers as processes that cannot outlive the test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::tools::{Outcome, binary};
+use crate::{eventually, grpcurl};
+
+/// How a cluster differs from the default.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Workers, named n1, n2, ….
+    pub workers: usize,
+    /// The lease, as `--lease` takes it; heartbeats are a fifth of a second.
+    pub lease: &'static str,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { workers: 2, lease: "5s" }
+    }
+}
+
+/// One daemon. Dropped, it is killed; and it ends by itself when the test does.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts the binary under test with these arguments, logging into `dir`.
+    pub fn start(dir: &Path, name: &str, args: &[&str]) -> Self {
+        let log = dir.join(format!("{name}.log"));
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
+        let child = Command::new(binary("muster"))
+            .args(args)
+            .arg("--exit-with-stdin")
+            .env_remove("MUSTER_COORDINATOR")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        Self { child, log }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// Everything it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// Waits for its end and gives its exit code, or -1 for a signal.
+    pub fn wait(&mut self) -> i32 {
+        let status = eventually("the daemon's end", || self.child.try_wait().unwrap().ok_or("still running"));
+        status.code().unwrap_or(-1)
+    }
+
+    /// Kills it without a chance to do anything, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// A coordinator and its workers.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Everything the daemons write.
+    pub dir: tempfile::TempDir,
+    /// The coordinator.
+    pub coordinator: Daemon,
+    /// The workers, n1 first.
+    pub workers: Vec<Daemon>,
+    /// The coordinator's `address:port`.
+    pub address: String,
+    settings: Settings,
+}
+
+impl Cluster {
+    /// Starts everything and waits until the workers have joined.
+    pub fn start(settings: Settings) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let coordinator = start_coordinator(dir.path(), "127.0.0.1:0", &settings);
+        let address = eventually("the coordinator's address", || listening(&coordinator));
+        let workers = settings.workers;
+        let mut cluster = Self { dir, coordinator, workers: Vec::new(), address, settings };
+        for _ in 0..workers {
+            cluster.add_worker();
+        }
+        cluster.wait_for_nodes(workers);
+        cluster
+    }
+
+    /// Starts one more worker, without waiting for it.
+    pub fn add_worker(&mut self) {
+        let name = format!("n{}", self.workers.len() + 1);
+        let worker = self.spawn_worker(&name, &name);
+        self.workers.push(worker);
+    }
+
+    /// Starts a worker of this name on the directory of that one.
+    pub fn spawn_worker(&self, name: &str, dir: &str) -> Daemon {
+        let data_dir = self.dir.path().join(dir);
+        let args = ["worker", "--coordinator", &self.url(), "--name", name, "--data-dir", data_dir.to_str().unwrap()];
+        Daemon::start(self.dir.path(), name, &args)
+    }
+
+    /// Waits until so many nodes are ready.
+    pub fn wait_for_nodes(&self, count: usize) {
+        eventually("the nodes", || {
+            let nodes = self.muster(&["nodes", "--output", "json"]).json();
+            let ready = nodes.iter().filter(|node| node["state"] == "NODE_STATE_READY").count();
+            if ready == count { Ok(()) } else { Err(nodes) }
+        });
+    }
+
+    /// Starts the coordinator again on the same directory and port.
+    pub fn restart_coordinator(&mut self) {
+        self.coordinator = start_coordinator(self.dir.path(), &self.address, &self.settings);
+    }
+
+    /// The coordinator's URL.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Runs the command line against this cluster.
+    pub fn muster(&self, args: &[&str]) -> Outcome {
+        let mut command = Command::new(binary("muster"));
+        Outcome::of(command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null()))
+    }
+
+    /// Submits a shell script with these flags and gives the job's id.
+    pub fn submit(&self, flags: &[&str], script: &str) -> String {
+        let args: Vec<&str> = ["submit"].iter().chain(flags).chain(&["--", "sh", "-c", script]).copied().collect();
+        self.muster(&args).ok().trim().to_owned()
+    }
+
+    /// The job as JSON.
+    pub fn job(&self, id: &str) -> Value {
+        self.muster(&["job", id, "--output", "json"]).json().remove(0)
+    }
+
+    /// Waits until the job is in a state, such as `RUNNING`.
+    pub fn wait_for(&self, id: &str, state: &str) -> Value {
+        let state = format!("JOB_STATE_{state}");
+        eventually(&state, || {
+            let job = self.job(id);
+            if job["state"] == *state { Ok(job) } else { Err(job) }
+        })
+    }
+
+    /// What a rank wrote on standard output.
+    pub fn output(&self, id: &str, rank: u32) -> String {
+        self.muster(&["logs", id, "--rank", &rank.to_string(), "--stream", "stdout"]).ok()
+    }
+
+    /// Calls a method with the real grpcurl.
+    pub fn grpcurl(&self, args: &[&str]) -> Outcome {
+        grpcurl(&self.address, args)
+    }
+}
+
+fn start_coordinator(dir: &Path, listen: &str, settings: &Settings) -> Daemon {
+    let data_dir = dir.join("coordinator");
+    let data_dir = data_dir.to_str().unwrap();
+    // One log for each life, so that the address of this one is found.
+    let name = format!("coordinator-{}", std::fs::read_dir(dir).unwrap().count());
+    let lease = ["--lease", settings.lease, "--heartbeat", "200ms"];
+    let args = ["coordinator", "--listen", listen, "--data-dir", data_dir];
+    Daemon::start(dir, &name, &[&args[..], &lease[..]].concat())
+}
+
+fn listening(coordinator: &Daemon) -> Result<String, String> {
+    let log = coordinator.log();
+    let first = log.lines().next().and_then(|line| serde_json::from_str::<Value>(line).ok());
+    first.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
+}

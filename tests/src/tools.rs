@@ -1,0 +1,99 @@
+//! The programs that tests run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// How a program ended, and what it wrote.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Its exit code, or -1 if a signal ended it.
+    pub code: i32,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl From<Output> for Outcome {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Outcome {
+    /// Runs a program to its end.
+    pub fn of(command: &mut Command) -> Self {
+        command.output().unwrap_or_else(|error| panic!("failed to run {command:?}: {error}")).into()
+    }
+
+    /// The standard output, once the program has succeeded.
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// The standard output as JSON values, one after the other.
+    pub fn json(self) -> Vec<Value> {
+        let text = self.ok();
+        let values = serde_json::Deserializer::from_str(&text).into_iter();
+        values.collect::<Result<_, _>>().unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+}
+
+/// A binary of this workspace, built into the same directory as the test that runs.
+pub fn binary(name: &str) -> PathBuf {
+    let path = beside_test(name);
+    assert!(path.is_file(), "{} is not built; run `cargo build --workspace` first", path.display());
+    path
+}
+
+/// `muster-trainer`, if it was built: that needs libtorch.
+pub fn trainer() -> Option<PathBuf> {
+    Some(beside_test("muster-trainer")).filter(|path| path.is_file())
+}
+
+fn beside_test(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    // target/debug/deps/test-… and target/debug/bench-program alike.
+    let dir = test.parent().unwrap();
+    let dir = if dir.ends_with("deps") { dir.parent().unwrap() } else { dir };
+    dir.join(name)
+}
+
+/// The real grpcurl that `cargo xtask test` brings, if it is there.
+pub fn grpcurl_path() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/bin/grpcurl");
+    path.is_file().then_some(path)
+}
+
+/// Calls `method` on `address` with grpcurl. Its exit code is 64 plus gRPC's on an error of the server.
+pub fn grpcurl(address: &str, args: &[&str]) -> Outcome {
+    let (options, rest): (Vec<&str>, Vec<&str>) = match args.iter().position(|arg| *arg == "--") {
+        Some(at) => (args[..at].to_vec(), args[at + 1..].to_vec()),
+        None => (Vec::new(), args.to_vec()),
+    };
+    let program = grpcurl_path().unwrap();
+    Outcome::of(Command::new(program).arg("-plaintext").args(options).arg(address).args(rest))
+}
+
+/// Python, which the project needs anyway.
+pub fn python() -> &'static str {
+    "python3"
+}
+
+/// Says visibly that something is not tested here, and why.
+pub fn skip(what: &str, why: &str) {
+    println!("SKIPPED: {what}: {why}");
+    // Past the capture of the test runner, so that it is seen.
+    use std::io::Write;
+    let line = format!("SKIPPED: {what}: {why}\n");
+    if let Ok(mut terminal) = std::fs::OpenOptions::new().append(true).open("/dev/stderr") {
+        terminal.write_all(line.as_bytes()).ok();
+    }
+}
