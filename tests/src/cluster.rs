@@ -124,7 +124,15 @@ impl Cluster {
     /// Starts a worker of this name on the directory of that one.
     pub fn spawn_worker(&self, name: &str, dir: &str) -> Daemon {
         let data_dir = self.dir.path().join(dir);
-        let args = ["worker", "--coordinator", &self.url(), "--name", name, "--data-dir", data_dir.to_str().unwrap()];
+        let args = [
+            "worker",
+            "--coordinator",
+            &self.url(),
+            "--name",
+            name,
+            "--data-dir",
+            data_dir.to_str().unwrap(),
+        ];
         Daemon::start(self.dir.path(), name, &args)
     }
 
@@ -137,9 +145,14 @@ impl Cluster {
         });
     }
 
-    /// Starts the coordinator again on the same directory and port.
+    /// Starts the coordinator again on the same directory and port; returns once it serves or has ended.
     pub fn restart_coordinator(&mut self) {
         self.coordinator = start_coordinator(self.dir.path(), &self.address, &self.settings);
+        let coordinator = &mut self.coordinator;
+        eventually("the coordinator's start", || match coordinator.child.try_wait() {
+            Ok(Some(_)) => Ok(()),
+            _ => listening(coordinator).map(|_| ()),
+        });
     }
 
     /// The coordinator's URL.
@@ -155,7 +168,8 @@ impl Cluster {
 
     /// Submits a shell script with these flags and gives the job's id.
     pub fn submit(&self, flags: &[&str], script: &str) -> String {
-        let args: Vec<&str> = ["submit"].iter().chain(flags).chain(&["--", "sh", "-c", script]).copied().collect();
+        let args: Vec<&str> =
+            ["submit"].iter().chain(flags).chain(&["--", "sh", "-c", script]).copied().collect();
         self.muster(&args).ok().trim().to_owned()
     }
 

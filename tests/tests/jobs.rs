@@ -9,7 +9,9 @@ fn ranks_get_the_torchrun_environment_in_order() {
     let names = "RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE \
                  ROLE_NAME MASTER_ADDR TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS OMP_NUM_THREADS MUSTER_NODE \
                  MUSTER_GENERATION MINE";
-    let script = format!("for name in {names}; do eval echo $name=\\$$name; done; echo port=$MASTER_PORT $MUSTER_JOB_ID");
+    let script = format!(
+        "for name in {names}; do eval echo $name=\\$$name; done; echo port=$MASTER_PORT $MUSTER_JOB_ID"
+    );
     let id = cluster.submit(&["--nnodes", "2", "--nproc-per-node", "2", "--env", "MINE=a b"], &script);
     let job = cluster.wait_for(&id, "SUCCEEDED");
     assert_eq!(job["placement"][0]["nodeName"], "n1", "rank 0's node comes first");
@@ -42,7 +44,10 @@ fn the_first_failure_is_reported_and_ends_the_gang() {
     assert_eq!((&job["exit"]["rank"], &job["exit"]["code"]), (&3.into(), &9.into()));
     let explained = cluster.muster(&["explain", &id]).ok();
     assert!(explained.contains("cannot read shard 7") && explained.contains("--rank 3"), "{explained}");
-    assert!(processes_with(mark).iter().all(|(_, command)| !command.starts_with(mark)), "siblings were stopped");
+    assert!(
+        processes_with(mark).iter().all(|(_, command)| !command.starts_with(mark)),
+        "siblings were stopped"
+    );
 }
 
 #[test]
@@ -97,10 +102,10 @@ fn a_job_waits_for_nodes_and_runs_when_they_come() {
     let mut cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
     let id = cluster.submit(&["--nnodes", "2"], "true");
     let job = cluster.job(&id);
-    assert_eq!((&job["state"], &job["reason"]), (
-        &"JOB_STATE_QUEUED".into(),
-        &"waiting: 1 of 2 nodes; no other node has joined".into()
-    ));
+    assert_eq!(
+        (&job["state"], &job["reason"]),
+        (&"JOB_STATE_QUEUED".into(), &"waiting: 1 of 2 nodes; no other node has joined".into())
+    );
     let plan = cluster.muster(&["submit", "--dry-run", "--nnodes", "2", "--", "true"]).ok();
     assert_eq!(plan, "the job would wait: 1 of 2 nodes; no other node has joined\n");
     cluster.add_worker();
@@ -117,7 +122,8 @@ s.sendall(b"this is no point\n")
 for step in range(1, 2001):
     s.sendall((json.dumps({"step": step, "values": {"loss": 2.0 / step}}) + "\n").encode())
 "#;
-    let submit = ["submit", "--nproc-per-node", "2", "--follow", "--output", "json", "--", python(), "-c", program];
+    let submit =
+        ["submit", "--nproc-per-node", "2", "--follow", "--output", "json", "--", python(), "-c", program];
     let job = cluster.muster(&submit).json().remove(0);
     assert_eq!((&job["state"], &job["latestStep"]), (&"JOB_STATE_SUCCEEDED".into(), &"2000".into()));
     let id = job["id"].as_str().unwrap();
@@ -150,7 +156,8 @@ fn a_node_that_leaves_or_dies_is_named_and_nothing_of_it_is_left() {
         assert_eq!(code, if signal == Signal::SIGTERM { 0 } else { -1 });
         let job = cluster.wait_for(&id, "FAILED");
         let reason = job["reason"].as_str().unwrap();
-        let expected = if signal == Signal::SIGTERM { "node n2: its daemon was stopped" } else { "node n2 was lost" };
+        let expected =
+            if signal == Signal::SIGTERM { "node n2: its daemon was stopped" } else { "node n2 was lost" };
         assert!(reason.starts_with(expected), "{signal}: {reason}");
         for pid in pids {
             eventually("the ranks' end", || if is_running(pid) { Err(pid) } else { Ok(()) });
@@ -161,7 +168,8 @@ fn a_node_that_leaves_or_dies_is_named_and_nothing_of_it_is_left() {
 #[test]
 fn a_lost_node_is_replaced_within_the_budget() {
     let mut cluster = Cluster::start(Settings { workers: 3, lease: "1s" });
-    let id = cluster.submit(&["--nnodes", "2", "--max-restarts", "1"], "[ $MUSTER_GENERATION = 2 ] || exec sleep 2000");
+    let id = cluster
+        .submit(&["--nnodes", "2", "--max-restarts", "1"], "[ $MUSTER_GENERATION = 2 ] || exec sleep 2000");
     cluster.wait_for(&id, "RUNNING");
     cluster.workers[0].kill();
     let job = cluster.wait_for(&id, "SUCCEEDED");
@@ -173,7 +181,8 @@ fn a_lost_node_is_replaced_within_the_budget() {
 #[test]
 fn followed_output_comes_while_the_rank_writes() {
     let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
-    let id = cluster.submit(&["--nproc-per-node", "2"], "for i in 1 2 3; do echo line $i; sleep 0.2; done; echo bye >&2");
+    let id = cluster
+        .submit(&["--nproc-per-node", "2"], "for i in 1 2 3; do echo line $i; sleep 0.2; done; echo bye >&2");
     let followed = cluster.muster(&["logs", &id, "-f"]);
     assert_eq!(followed.code, 0, "{followed:?}");
     for rank in 0..2 {

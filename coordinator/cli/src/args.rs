@@ -18,6 +18,17 @@ Exit codes:
   6    the job was cancelled
   130  interrupted";
 
+const SUBMIT_EXAMPLES: &str = "\
+Examples:
+  muster submit --nnodes 2 --nproc-per-node 4 --follow -- python3 train.py --lr 0.1
+  muster submit --file job.toml";
+
+const DEMO_EXAMPLE: &str = "\
+Example:
+  muster demo --short
+
+Leaves nothing behind. `cargo xtask demo` also fetches and builds what it needs.";
+
 /// Multi-node training: submit a program, every node runs its ranks, loss and logs stream back.
 #[derive(Debug, Parser)]
 #[command(name = "muster", version, after_help = EXIT_CODES, max_term_width = 100)]
@@ -66,9 +77,7 @@ pub(crate) enum Command {
     )]
     Worker(WorkerArgs),
     /// Submit a job; prints its id.
-    #[command(
-        after_help = "Examples:\n  muster submit --nnodes 2 --nproc-per-node 4 --follow -- python3 train.py --lr 0.1\n  muster submit --file job.toml"
-    )]
+    #[command(after_help = SUBMIT_EXAMPLES)]
     Submit(Box<SubmitArgs>),
     /// List jobs, newest first.
     #[command(after_help = "Example:\n  muster jobs --state running")]
@@ -104,9 +113,7 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  muster uncordon gpu-7")]
     Uncordon(NodeArgs),
     /// Start a coordinator and two workers here, and train a small network with DDP on them.
-    #[command(
-        after_help = "Example:\n  muster demo --short\n\nLeaves nothing behind. `cargo xtask demo` also fetches and builds what it needs."
-    )]
+    #[command(after_help = DEMO_EXAMPLE)]
     Demo(DemoArgs),
 }
 
