@@ -1,6 +1,8 @@
 //! The whole coordinator over real gRPC, with a scripted node on the other side. Real node daemons and
 //! programs come in the end-to-end tests.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -185,7 +187,8 @@ async fn a_job_runs_over_a_restart_of_the_coordinator() {
     assert_eq!(states, [v1::JobState::Running, v1::JobState::Succeeded]);
     assert_eq!(follower.await.unwrap(), [1, 2, 3, 4, 5, 6, 7], "every point once, and the stream ends");
     assert_eq!(metric_seqs(&mut jobs, &job.id, false).await.len(), 7);
-    let done = jobs.get_job(v1::GetJobRequest { job_id: job.id.clone() }).await.unwrap().into_inner().job.unwrap();
+    let done =
+        jobs.get_job(v1::GetJobRequest { job_id: job.id.clone() }).await.unwrap().into_inner().job.unwrap();
     assert_eq!((done.latest_step, done.latest_loss), (Some(7), Some(1.0 / 7.0)));
     coordinator.stop().await;
 }
@@ -251,10 +254,13 @@ async fn concurrent_submissions_are_all_durable() {
     let dir = tempfile::tempdir().unwrap();
     let coordinator = Coordinator::start(dir.path()).await;
     let jobs = coordinator.jobs().await;
-    let submissions = (0..200).map(|i| {
-        let mut jobs = jobs.clone();
-        async move { jobs.submit_job(submission(&format!("r{i}"))).await.unwrap().into_inner().job.unwrap().id }
-    });
+    let submissions =
+        (0..200).map(|i| {
+            let mut jobs = jobs.clone();
+            async move {
+                jobs.submit_job(submission(&format!("r{i}"))).await.unwrap().into_inner().job.unwrap().id
+            }
+        });
     let tasks: tokio::task::JoinSet<_> = submissions.collect();
     let ids: std::collections::BTreeSet<_> = tasks.join_all().await.into_iter().collect();
     assert_eq!(ids.len(), 200);

@@ -1,7 +1,7 @@
 //! The harness of the end-to-end tests: real daemons as processes, the real command line, the real grpcurl.
 //! Nothing here links the code under test.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a harness fails a test by panicking")]
+#![expect(clippy::unwrap_used, reason = "a harness fails a test by panicking")]
 #![expect(clippy::disallowed_methods, reason = "tests wait on the clock of the machine")]
 
 mod cluster;
@@ -14,7 +14,7 @@ pub use cluster::{Cluster, Daemon, Settings};
 pub use tools::{Outcome, binary, grpcurl, grpcurl_path, python, skip, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits until `look` gives something, and fails with what it saw last.
 pub fn eventually<T, E: Debug>(what: &str, mut look: impl FnMut() -> Result<T, E>) -> T {

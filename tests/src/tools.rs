@@ -1,5 +1,6 @@
 //! The programs that tests run.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -91,7 +92,6 @@ pub fn python() -> &'static str {
 pub fn skip(what: &str, why: &str) {
     println!("SKIPPED: {what}: {why}");
     // Past the capture of the test runner, so that it is seen.
-    use std::io::Write;
     let line = format!("SKIPPED: {what}: {why}\n");
     if let Ok(mut terminal) = std::fs::OpenOptions::new().append(true).open("/dev/stderr") {
         terminal.write_all(line.as_bytes()).ok();

@@ -158,6 +158,14 @@ fn a_damaged_store_is_refused_in_words() {
     assert!(log.contains("is damaged") && log.contains("restore it from a backup"), "{log}");
 }
 
+struct Unmount<'a>(&'a std::path::Path);
+
+impl Drop for Unmount<'_> {
+    fn drop(&mut self) {
+        Command::new("umount").arg("-l").arg(self.0).output().ok();
+    }
+}
+
 #[test]
 fn a_full_disk_refuses_submissions_and_loses_nothing() {
     let mount = tempfile::tempdir().unwrap();
@@ -165,12 +173,6 @@ fn a_full_disk_refuses_submissions_and_loses_nothing() {
     let mounted = Command::new("mount").args(tmpfs).arg(mount.path()).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
         return skip("a full disk", "a tmpfs cannot be mounted here");
-    }
-    struct Unmount<'a>(&'a std::path::Path);
-    impl Drop for Unmount<'_> {
-        fn drop(&mut self) {
-            Command::new("umount").arg("-l").arg(self.0).output().ok();
-        }
     }
     let _unmount = Unmount(mount.path());
     let logs = tempfile::tempdir().unwrap();

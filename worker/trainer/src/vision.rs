@@ -79,8 +79,15 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
     let batch_size = (flags.global_batch_size as usize).div_ceil(group.world_size());
     let steps_total = sampler.steps(batch_size) as u64 * flags.epochs;
     let started = now();
-    let mut report =
-        Report { group: &group, telemetry: &telemetry, steps_total, loss: 0.0, images: 0.0, since: started };
+    let mut report = Report {
+        group: &group,
+        telemetry: &telemetry,
+        steps_total,
+        loss: 0.0,
+        images: 0.0,
+        steps: 0,
+        since: started,
+    };
     let mut step = 0;
     let mut accuracy = 0.0;
     for epoch in 1..=flags.epochs {
@@ -95,7 +102,8 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
             optimizer.step();
             step += 1;
             report.add(&loss, batch.indices.len());
-            if step % REPORT_STEPS == 0 || step == steps_total {
+            // The first one tells when training really began.
+            if step == 1 || step % REPORT_STEPS == 0 || step == steps_total {
                 report.send(step, epoch, learning_rate)?;
             }
         }
@@ -126,6 +134,7 @@ struct Report<'a> {
     /// The sum of this rank's weighted losses.
     loss: f64,
     images: f64,
+    steps: u64,
     since: Instant,
 }
 
@@ -133,13 +142,13 @@ impl Report<'_> {
     fn add(&mut self, loss: &Loss, images: usize) {
         self.loss += loss.value();
         self.images += images as f64;
+        self.steps += 1;
     }
 
     /// A collective: every rank sends, and every rank knows the global numbers.
     fn send(&mut self, step: u64, epoch: u64, learning_rate: f64) -> anyhow::Result<()> {
-        let steps = (step - 1) % REPORT_STEPS + 1;
         let [loss, images] = self.group.all_reduce_values([self.loss, self.images], ReduceOp::Sum)?;
-        let loss = loss / (steps * self.group.world_size() as u64) as f64;
+        let loss = loss / (self.steps * self.group.world_size() as u64) as f64;
         let elapsed = self.since.elapsed().max(Duration::from_micros(1));
         let images_per_second = images / elapsed.as_secs_f64();
         self.telemetry.record(
@@ -158,7 +167,7 @@ impl Report<'_> {
                 self.steps_total
             );
         }
-        (self.loss, self.images, self.since) = (0.0, 0.0, now());
+        (self.loss, self.images, self.steps, self.since) = (0.0, 0.0, 0, now());
         Ok(())
     }
 }
