@@ -85,9 +85,17 @@ impl Metrics {
         Some(entry.series.clone())
     }
 
-    /// The newest values of a job, if its series is in memory; listings do not read files.
-    pub fn latest_if_loaded(&self, job: &JobId, generation: Generation) -> Latest {
-        self.loaded(job).map(|series| series.latest(generation)).unwrap_or_default()
+    /// The newest values of some jobs, for a listing: from memory, or from the ends of their files.
+    pub async fn latest(&self, jobs: Vec<(JobId, Generation)>) -> Vec<Latest> {
+        let metrics = self.clone();
+        let look = move || {
+            let one = |(job, generation): &(JobId, Generation)| match metrics.loaded(job) {
+                Some(series) => series.latest(*generation),
+                None => Series::read_end(&metrics.0.dir.join(format!("{job}.jsonl"))).latest(*generation),
+            };
+            jobs.iter().map(one).collect()
+        };
+        tokio::task::spawn_blocking(look).await.unwrap_or_default()
     }
 
     /// Forgets a job, with its file.

@@ -68,7 +68,8 @@ fn files_are_job_specifications() {
         "command = [\"sh\", \"-c\", \"echo $A\"]\nprocsPerNode = 2\n[env]\nA = \"from a file\"\n",
     );
     let job = cluster.muster(&["submit", "--file", &toml, "--follow", "--output", "json"]);
-    assert!(job.stdout.starts_with("from a file\n"), "{job:?}");
+    assert!(job.stderr.contains("from a file\n"), "standard output is for the JSON: {job:?}");
+    assert_eq!(job.json()[0]["worldSize"], 2);
     let json = write("job.json", r#"{"command":["true"],"procs_per_nod":2}"#);
     let refused = cluster.muster(&["submit", "--file", &json]);
     assert_eq!(refused.code, 2, "{refused:?}");
@@ -92,4 +93,25 @@ fn listings_are_json_with_the_names_of_grpcurl() {
     assert_eq!(cluster.job(&id)["reason"], "waiting: 1 of 2 nodes; n1 refused: cordoned (fan)");
     cluster.muster(&["uncordon", "n1"]).ok();
     cluster.wait_for(&id, "SUCCEEDED");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let cluster = Cluster::start(Settings::default());
+    let id = cluster.submit(&[], "yes | head -c 5000000");
+    cluster.wait_for(&id, "SUCCEEDED");
+    let muster = binary("muster");
+    for command in [format!("logs {id}"), "nodes".to_owned(), "jobs --output json".to_owned()] {
+        let script = format!("set -o pipefail; {} {command} | head -c 1 > /dev/null", muster.display());
+        let outcome =
+            Outcome::of(Command::new("bash").args(["-c", &script]).env("MUSTER_COORDINATOR", cluster.url()));
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{command}");
+    }
+}
+
+#[test]
+fn a_job_that_fails_at_once_still_shows_what_it_wrote() {
+    let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
+    let outcome = cluster.muster(&["submit", "--follow", "--", "sh", "-c", "echo first and last; exit 3"]);
+    assert_eq!((outcome.code, outcome.stdout.as_str()), (1, "first and last\n"), "{outcome:?}");
 }

@@ -95,7 +95,8 @@ fn a_worker_waits_for_its_coordinator() {
 fn sigterm_ends_a_coordinator_in_good_order_and_a_follower_finds_the_next() {
     let mut cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
     let go = cluster.dir.path().join("go");
-    let script = format!("while [ ! -e {} ]; do sleep 0.05; done", go.display());
+    let script =
+        format!("i=0; while [ ! -e {} ]; do i=$((i+1)); echo line $i; sleep 0.05; done", go.display());
     let follower = std::thread::spawn({
         let (url, script) = (cluster.url(), script.clone());
         move || {
@@ -116,6 +117,10 @@ fn sigterm_ends_a_coordinator_in_good_order_and_a_follower_finds_the_next() {
     cluster.wait_for(&id, "SUCCEEDED");
     let followed = follower.join().unwrap();
     assert_eq!(followed.code, 0, "{followed:?}");
+    let lines: Vec<String> = followed.stdout.lines().map(str::to_owned).collect();
+    let expected: Vec<String> = (1..=lines.len()).map(|i| format!("line {i}")).collect();
+    assert_eq!(lines, expected, "no line is missing or doubled over the restart");
+    assert_eq!(cluster.output(&id, 0).lines().count(), lines.len());
 }
 
 #[test]

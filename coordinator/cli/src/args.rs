@@ -12,7 +12,7 @@ Exit codes:
   0    done; with --follow: the job succeeded
   1    the job failed, or something went wrong that is not listed here
   2    the command line or the job file is wrong
-  3    no coordinator can be reached
+  3    no coordinator can be reached, or a node that holds the logs cannot
   4    there is no such job or node
   5    the coordinator refuses the request and says why
   6    the job was cancelled

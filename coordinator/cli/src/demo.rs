@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{DemoArgs, Global, Output};
 use crate::client::Client;
-use crate::exit::Failure;
+use crate::exit::{Failure, out};
 use crate::{follow, json, plot, submit};
 use daemons::Daemons;
 
@@ -27,11 +27,13 @@ pub(crate) async fn run(args: &DemoArgs) -> Result<(), Failure> {
     check_trainer(&binary)?;
     let dir = tempfile::Builder::new().prefix("muster-demo-").tempdir().map_err(anyhow::Error::from)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(anyhow::Error::from)?;
     let mut daemons = Daemons::new(binary, dir.path());
     let result = tokio::select! {
         result = train(args, &mut daemons) => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
         _ = terminate.recv() => Err(Failure::Interrupted),
+        _ = hangup.recv() => Err(Failure::Interrupted),
     };
     if matches!(result, Err(Failure::Interrupted)) {
         eprintln!("interrupted; stopping the daemons");
@@ -80,16 +82,16 @@ async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
         client.url(),
         job.id
     );
-    let options = follow::Options { logs: false, cancel_on_interrupt: true };
+    let options = follow::Options { cancel_on_interrupt: true, ..follow::Options::default() };
     let (job, points) = follow::to_the_end(&client, &job.id, options).await?;
     let curve: Vec<(f32, f32)> = points.iter().filter_map(|point| plot::dot(point, "loss")).collect();
-    print!("\n{}", plot::draw(&curve, "loss"));
+    out!("\n{}", plot::draw(&curve, "loss"));
     follow::verdict(&job)?;
     let accuracy = points.iter().rev().find_map(|point| point.values.get("accuracy").copied());
     let Some(accuracy) = accuracy else {
         return Err(Failure::Other(anyhow::anyhow!("the training program reported no accuracy")));
     };
-    println!("accuracy on the test images: {:.2} %", accuracy * 100.0);
+    out!("accuracy on the test images: {:.2} %\n", accuracy * 100.0);
     if !args.short && accuracy < ACCURACY_MIN {
         let least = ACCURACY_MIN * 100.0;
         return Err(Failure::Other(anyhow::anyhow!("that is less than the {least} % expected")));
@@ -99,7 +101,7 @@ async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
 
 fn by_hand(request: &v1::SubmitJobRequest) -> Result<(), Failure> {
     let request = json::line("SubmitJobRequest", request)?;
-    println!(
+    out!(
         "\nThe same by hand, with `muster coordinator` and two of `muster worker --name … --data-dir …` running:\n\n  \
          grpcurl -plaintext -d '{request}' \\\n    localhost:7070 muster.v1.JobService/SubmitJob\n"
     );

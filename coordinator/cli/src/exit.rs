@@ -1,5 +1,7 @@
 //! How a command ends: the one place that decides exit codes and how errors are shown.
 
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use tonic::{Code, Status};
@@ -20,9 +22,33 @@ pub(crate) enum Failure {
     Status(Box<Status>),
     /// Ctrl-C.
     Interrupted,
+    /// Whoever read our output has gone, such as `head`: it has what it wanted.
+    ReaderGone,
     /// Anything else.
     Other(anyhow::Error),
 }
+
+/// Writes to standard output. `println!` would panic when the reader has gone.
+pub(crate) fn write_out(text: Arguments<'_>) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_fmt(text).and_then(|()| stdout.flush()).map_err(output_failed)
+}
+
+/// What a failed write to our output means.
+pub(crate) fn output_failed(error: std::io::Error) -> Failure {
+    if error.kind() == ErrorKind::BrokenPipe {
+        return Failure::ReaderGone;
+    }
+    anyhow::Error::from(error).context("failed to write the output").into()
+}
+
+/// [`write_out`] with a format string; ends the function on an error.
+macro_rules! out {
+    ($($arg:tt)*) => {
+        $crate::exit::write_out(format_args!($($arg)*))?
+    };
+}
+pub(crate) use out;
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
@@ -40,6 +66,7 @@ impl Failure {
     /// The documented exit code.
     pub fn code(&self) -> u8 {
         match self {
+            Self::ReaderGone => 0,
             Self::JobFailed | Self::Other(_) => 1,
             Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
@@ -70,7 +97,7 @@ impl Failure {
 
     fn text(&self) -> String {
         match self {
-            Self::JobFailed | Self::JobCancelled | Self::Interrupted => String::new(),
+            Self::JobFailed | Self::JobCancelled | Self::Interrupted | Self::ReaderGone => String::new(),
             Self::Usage(why) | Self::Unreachable(why) => format!("error: {why}"),
             Self::Other(error) => format!("error: {error:#}"),
             Self::Status(status) => status_text(status),

@@ -25,6 +25,8 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 pub(crate) struct Options {
     /// Pass rank 0's output through.
     pub logs: bool,
+    /// All of it on standard error, because standard output is for something else.
+    pub logs_on_stderr: bool,
     /// On Ctrl-C cancel the job rather than leave it running.
     pub cancel_on_interrupt: bool,
 }
@@ -64,10 +66,14 @@ pub(crate) async fn to_the_end(
         match event {
             Some(Event::Job(now)) => {
                 let generation = now.generation.unwrap_or(0);
-                if options.logs && generation > logs_of && now.started.is_some() {
+                let not_yet = matches!(now.state(), v1::JobState::Queued | v1::JobState::Starting);
+                if options.logs && generation > logs_of && !not_yet {
                     logs_of = generation;
-                    open += 1;
-                    tokio::spawn(output(client.clone(), now.id.clone(), generation, events.clone()));
+                    for stream in [v1::LogStream::Stdout, v1::LogStream::Stderr] {
+                        open += 1;
+                        let (client, id, events) = (client.clone(), now.id.clone(), events.clone());
+                        tokio::spawn(output(client, id, generation, stream, events));
+                    }
                 }
                 if show::is_terminal(&now) {
                     last_words = Some(tokio::time::Instant::now() + LAST_WORDS_MAX);
@@ -79,7 +85,7 @@ pub(crate) async fn to_the_end(
                 screen.point(&point);
                 points.push(point);
             }
-            Some(Event::Output(chunk)) => screen.output(&chunk),
+            Some(Event::Output(chunk)) => screen.output(&chunk, options.logs_on_stderr),
             Some(Event::Ended) => open -= 1,
             Some(Event::Failed(status)) => {
                 screen.close();
@@ -179,25 +185,50 @@ async fn points(client: Client, job_id: String, events: mpsc::Sender<Event>) {
     .await;
 }
 
-/// Rank 0's output of one generation. Output that cannot be had is no reason to stop following.
-async fn output(client: Client, job_id: String, generation: u32, events: mpsc::Sender<Event>) {
-    let request = v1::StreamLogsRequest {
-        job_id,
-        rank: Some(0),
-        generation: Some(generation),
-        follow: true,
-        ..Default::default()
-    };
-    if let Ok(stream) = client.jobs().stream_logs(request).await {
-        let mut stream = stream.into_inner();
-        while let Ok(Some(response)) = stream.message().await {
-            let Some(chunk) = response.chunk else { continue };
-            if events.send(Event::Output(chunk)).await.is_err() {
-                return;
+/// One stream of rank 0's output in one generation, taken up where it was when the connection breaks. Output that
+/// cannot be had at all is no reason to stop following.
+async fn output(
+    client: Client,
+    job_id: String,
+    generation: u32,
+    stream: v1::LogStream,
+    events: mpsc::Sender<Event>,
+) {
+    let (mut offset, mut tries) = (0, 0);
+    loop {
+        let request = v1::StreamLogsRequest {
+            job_id: job_id.clone(),
+            rank: Some(0),
+            stream: stream.into(),
+            generation: Some(generation),
+            follow: true,
+            offset,
+        };
+        let broken = match client.jobs().stream_logs(request).await {
+            Err(status) => status,
+            Ok(response) => {
+                let mut incoming = response.into_inner();
+                loop {
+                    match incoming.message().await {
+                        Ok(Some(response)) => {
+                            let Some(chunk) = response.chunk else { continue };
+                            (offset, tries) = (chunk.offset + chunk.data.len() as u64, 0);
+                            if events.send(Event::Output(chunk)).await.is_err() {
+                                return;
+                            }
+                        }
+                        Ok(None) => return drop(events.send(Event::Ended).await),
+                        Err(status) => break status,
+                    }
+                }
             }
+        };
+        tries += 1;
+        if !is_passing(&broken) || tries > RETRIES_MAX {
+            return drop(events.send(Event::Ended).await);
         }
+        tokio::time::sleep(RETRY_PAUSE).await;
     }
-    events.send(Event::Ended).await.ok();
 }
 
 /// The live line: a bar on a terminal, else a plain line now and then.
@@ -257,8 +288,8 @@ impl Screen {
         self.plain_line(false);
     }
 
-    fn output(&mut self, chunk: &v1::LogChunk) {
-        let to_stderr = chunk.stream() == v1::LogStream::Stderr;
+    fn output(&mut self, chunk: &v1::LogChunk, to_stderr: bool) {
+        let to_stderr = to_stderr || chunk.stream() == v1::LogStream::Stderr;
         self.bar.suspend(|| {
             // Whoever reads our output may go; the job is not to suffer for it.
             if to_stderr {

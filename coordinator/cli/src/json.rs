@@ -8,6 +8,8 @@ use prost::Message;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor};
 use serde::de::DeserializeOwned;
 
+use crate::exit::{Failure, out};
+
 static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     // The bytes are compiled in beside the types they describe.
     #[expect(clippy::expect_used, reason = "see above")]
@@ -26,8 +28,8 @@ pub(crate) fn line(name: &str, message: &impl Message) -> anyhow::Result<String>
 }
 
 /// Prints a message of type `name` on a line of standard output.
-pub(crate) fn print(name: &str, message: &impl Message) -> anyhow::Result<()> {
-    println!("{}", line(name, message)?);
+pub(crate) fn print(name: &str, message: &impl Message) -> Result<(), Failure> {
+    out!("{}\n", line(name, message)?);
     Ok(())
 }
 
@@ -56,10 +58,14 @@ fn check_fields(descriptor: &MessageDescriptor, value: &serde_json::Value, path:
             let nearest = nearest.map(|field| format!("; did you mean {path}{}?", field.json_name()));
             anyhow::bail!("there is no field {path}{key}{}", nearest.unwrap_or_default());
         };
-        if let prost_reflect::Kind::Message(inner) = field.kind()
-            && !field.is_map()
-            && inner.full_name().starts_with("muster.")
-        {
+        let prost_reflect::Kind::Message(inner) = field.kind() else { continue };
+        if inner.full_name() == "google.protobuf.Duration" {
+            let seconds = value.as_str().and_then(|text| text.strip_suffix('s')?.parse::<f64>().ok());
+            anyhow::ensure!(
+                seconds.is_some(),
+                "{path}{key} is {value}; write a duration in seconds, such as \"90s\""
+            );
+        } else if !field.is_map() && inner.full_name().starts_with("muster.") {
             check_fields(&inner, value, &format!("{path}{key}."))?;
         }
     }
@@ -92,6 +98,8 @@ mod tests {
             error(r#"{"perProc":{"gpu":2}}"#),
             "there is no field perProc.gpu; did you mean perProc.gpus?"
         );
+        let bad_span = r#"stopGrace is "1 minute"; write a duration in seconds, such as "90s""#;
+        assert!(error(r#"{"stopGrace":"1 minute"}"#).starts_with(bad_span));
         assert!(spec(r#"{"minNodes":"many"}"#).is_err());
         assert!(spec("[1]").is_err());
     }

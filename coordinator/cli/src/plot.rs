@@ -7,7 +7,7 @@ use textplots::{Chart, Plot, Shape};
 
 use crate::args::{Global, Output, PlotArgs};
 use crate::client::Client;
-use crate::exit::Failure;
+use crate::exit::{Failure, out};
 use crate::{json, stream};
 
 /// Size of the drawing in dots; a character is two dots wide and four high.
@@ -25,14 +25,14 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
     let mut drawn: Option<tokio::time::Instant> = None;
     stream::each_point(&client, &args.job.job_id, Some(args.rank), args.follow, |point| {
         if global.output == Output::Json {
-            return Ok(json::print("Point", point)?);
+            return json::print("Point", point);
         }
         curve.extend(dot(point, &args.key));
         curve.drain(..curve.len().saturating_sub(POINTS_MAX));
         if live && drawn.is_none_or(|at| at.elapsed() > REDRAW) {
             drawn = Some(tokio::time::Instant::now());
             // Home, and clear what is below.
-            print!("\x1b[H\x1b[J{}", draw(&curve, &args.key));
+            out!("\x1b[H\x1b[J{}", draw(&curve, &args.key));
         }
         Ok(())
     })
@@ -46,7 +46,7 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
             "rank {rank} of job {id} has reported no {key:?}; `muster metrics {id}` shows what there is"
         )));
     }
-    print!("{}{}", if live { "\x1b[H\x1b[J" } else { "" }, draw(&curve, &args.key));
+    out!("{}{}", if live { "\x1b[H\x1b[J" } else { "" }, draw(&curve, &args.key));
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use muster_proto::v1;
 
 use crate::args::{CordonArgs, Global, JobArgs, JobsArgs, NodeArgs, Output};
 use crate::client::Client;
-use crate::exit::Failure;
+use crate::exit::{Failure, out};
 use crate::json;
 use crate::units::{show_bytes, show_span};
 
@@ -49,7 +49,7 @@ pub(crate) async fn jobs(args: &JobsArgs, global: &Global) -> Result<(), Failure
         }
     }
     if global.output == Output::Text {
-        print!("{}", table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows));
+        out!("{}", table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows));
         if hidden {
             eprintln!("older jobs that have ended are listed with --all");
         }
@@ -120,13 +120,13 @@ pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> 
     rows.extend(times.into_iter().filter_map(|(name, time)| Some((name, time.as_ref()?.to_string()))));
     rows.extend(ran_for(&job).map(|span| ("ran for", span)));
     for (name, value) in rows {
-        println!("{name:<11} {value}");
+        out!("{name:<11} {value}\n");
     }
     if !job.placement.is_empty() {
-        print!("\n{}", placement(&job.placement));
+        out!("\n{}", placement(&job.placement));
     }
     if let Some(exit) = &job.exit {
-        print!("\n{}", root_cause(exit));
+        out!("\n{}", root_cause(exit));
     }
     Ok(())
 }
@@ -166,9 +166,9 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
         json::print("Job", &job)?;
         return Ok(());
     }
-    println!("job {} is {}: {}", job.id, job_state(&job), job.reason);
+    out!("job {} is {}: {}\n", job.id, job_state(&job), job.reason);
     if let Some(exit) = &job.exit {
-        print!("{}", root_cause(exit));
+        out!("{}", root_cause(exit));
     }
     let id = &job.id;
     let next = match job.state() {
@@ -200,7 +200,7 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
             format!("`muster logs {id}` and `muster plot {id}` show what it did")
         }
     };
-    println!("next: {next}");
+    out!("next: {next}\n");
     Ok(())
 }
 
@@ -224,7 +224,7 @@ pub(crate) async fn nodes(global: &Global) -> Result<(), Failure> {
         }
     }
     if global.output == Output::Text {
-        print!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &rows));
+        out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &rows));
     }
     Ok(())
 }
@@ -258,14 +258,14 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
         json::print("Node", node)?;
         return Ok(());
     }
-    print!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
+    out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
     let inventory = node.inventory.clone().unwrap_or_default();
-    println!("\nhost {}, muster {}", inventory.hostname, inventory.version);
+    out!("\nhost {}, muster {}\n", inventory.hostname, inventory.version);
     for (key, value) in &inventory.labels {
-        println!("label {key}={value}");
+        out!("label {key}={value}\n");
     }
     for gpu in &inventory.gpus {
-        println!("GPU {} {} {}", gpu.index.unwrap_or(0), gpu.model, gpu.uuid);
+        out!("GPU {} {} {}\n", gpu.index.unwrap_or(0), gpu.model, gpu.uuid);
     }
     Ok(())
 }

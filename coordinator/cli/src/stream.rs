@@ -7,7 +7,7 @@ use muster_proto::v1;
 
 use crate::args::{Global, LogStream, LogsArgs, MetricsArgs, Output};
 use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
-use crate::exit::Failure;
+use crate::exit::{Failure, out, output_failed};
 use crate::json;
 
 /// Longest line held back to prefix it whole; longer ones are cut.
@@ -29,26 +29,61 @@ pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure
         follow: args.follow,
         offset: 0,
     };
-    let mut incoming = client.jobs().stream_logs(request).await?.into_inner();
     let mut lines = Lines::default();
-    let result = loop {
-        match incoming.message().await {
-            Ok(Some(response)) => {
-                let Some(chunk) = response.chunk else { continue };
-                if global.output == Output::Json {
-                    json::print("LogChunk", &chunk)?;
-                } else if args.rank.is_some() {
-                    write(&chunk.data, chunk.stream() == v1::LogStream::Stderr)?;
-                } else {
-                    lines.add(&chunk)?;
-                }
-            }
-            Ok(None) => break Ok(()),
-            Err(status) => break Err(status.into()),
+    let result = copy_logs(&client, &request, |chunk| {
+        if global.output == Output::Json {
+            return json::print("LogChunk", chunk);
         }
-    };
+        if args.rank.is_some() {
+            return write(&chunk.data, chunk.stream() == v1::LogStream::Stderr);
+        }
+        lines.add(chunk)
+    })
+    .await;
     lines.finish()?;
     result
+}
+
+/// Takes every piece of output once, over breaks of the connection. Where several files are followed together
+/// they start again from their beginning, and what is known is passed over.
+async fn copy_logs(
+    client: &Client,
+    request: &v1::StreamLogsRequest,
+    mut take: impl FnMut(&v1::LogChunk) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut ends: HashMap<(u32, i32), u64> = HashMap::new();
+    let mut tries = 0;
+    loop {
+        let broken = match client.jobs().stream_logs(request.clone()).await {
+            Err(status) => status,
+            Ok(response) => {
+                let mut incoming = response.into_inner();
+                loop {
+                    match incoming.message().await {
+                        Ok(Some(response)) => {
+                            let Some(mut chunk) = response.chunk else { continue };
+                            let end = ends.entry((chunk.rank.unwrap_or(0), chunk.stream)).or_default();
+                            let known = end.saturating_sub(chunk.offset).min(chunk.data.len() as u64);
+                            chunk.data = chunk.data.split_off(known as usize);
+                            chunk.offset += known;
+                            if !chunk.data.is_empty() {
+                                (*end, tries) = (chunk.offset + chunk.data.len() as u64, 0);
+                                take(&chunk)?;
+                            }
+                        }
+                        Ok(None) => return Ok(()),
+                        Err(status) => break status,
+                    }
+                }
+            }
+        };
+        tries += 1;
+        // Without follow there is somebody who waits for an answer, not for a job.
+        if !request.follow || !is_passing(&broken) || tries > RETRIES_MAX {
+            return Err(broken.into());
+        }
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
 }
 
 fn write(bytes: &[u8], to_stderr: bool) -> Result<(), Failure> {
@@ -58,7 +93,7 @@ fn write(bytes: &[u8], to_stderr: bool) -> Result<(), Failure> {
         let mut out = std::io::stdout().lock();
         out.write_all(bytes).and_then(|()| out.flush())
     };
-    written.map_err(|error| anyhow::Error::from(error).context("failed to write the output").into())
+    written.map_err(output_failed)
 }
 
 /// Output of several ranks, a line at a time, each with its rank before it.
@@ -101,12 +136,12 @@ pub(crate) async fn metrics(args: &MetricsArgs, global: &Global) -> Result<(), F
     let client = Client::connect(global).await?;
     each_point(&client, &args.job.job_id, args.rank, args.follow, |point| {
         if global.output == Output::Json {
-            return Ok(json::print("Point", point)?);
+            return json::print("Point", point);
         }
         let values: Vec<String> =
             point.values.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let (rank, step) = (point.rank.unwrap_or(0), point.step.unwrap_or(0));
-        println!("rank {rank} step {step} {}", values.join(" "));
+        out!("rank {rank} step {step} {}\n", values.join(" "));
         Ok(())
     })
     .await

@@ -4,7 +4,7 @@ use muster_proto::v1;
 
 use crate::args::{CancelArgs, Global, Output, SubmitArgs};
 use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
-use crate::exit::Failure;
+use crate::exit::{Failure, out};
 use crate::{follow, json, show, spec};
 
 /// `muster submit`.
@@ -19,10 +19,14 @@ pub(crate) async fn run(args: SubmitArgs, global: &Global) -> Result<(), Failure
     let job = submit(&client, request_id, spec).await?;
     match (global.output, stay) {
         (Output::Json, false) => json::print("Job", &job)?,
-        (Output::Text, false) => println!("{}", job.id),
+        (Output::Text, false) => out!("{}\n", job.id),
         (_, true) => {
             eprintln!("submitted {} as job {}", job.name, job.id);
-            let watched = follow::Options { logs: true, ..follow::Options::default() };
+            let watched = follow::Options {
+                logs: true,
+                logs_on_stderr: global.output == Output::Json,
+                ..follow::Options::default()
+            };
             let (job, _) = follow::to_the_end(&client, &job.id, watched).await?;
             if global.output == Output::Json {
                 json::print("Job", &job)?;
@@ -64,9 +68,9 @@ async fn plan(client: &Client, spec: v1::JobSpec, global: &Global) -> Result<(),
     if global.output == Output::Json {
         json::print("PlanJobResponse", &plan)?;
     } else if plan.placement.is_empty() {
-        println!("the job would wait: {}", plan.reason.trim_start_matches("waiting: "));
+        out!("the job would wait: {}\n", plan.reason.trim_start_matches("waiting: "));
     } else {
-        print!("{}", show::placement(&plan.placement));
+        out!("{}", show::placement(&plan.placement));
     }
     Ok(())
 }
@@ -78,7 +82,7 @@ pub(crate) async fn cancel(args: CancelArgs, global: &Global) -> Result<(), Fail
     let job = client.jobs().cancel_job(request).await?.into_inner().job.unwrap_or_default();
     match global.output {
         Output::Json => json::print("Job", &job)?,
-        Output::Text => println!("{} is {}: {}", job.id, show::job_state(&job), job.reason),
+        Output::Text => out!("{} is {}: {}\n", job.id, show::job_state(&job), job.reason),
     }
     Ok(())
 }

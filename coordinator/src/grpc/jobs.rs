@@ -122,8 +122,10 @@ impl JobService for Api {
             .await?;
         let (mut page, mut bytes, mut last) = (Vec::new(), 0, 0);
         let found = jobs.len();
-        for (order, job) in jobs.into_iter().take(size) {
-            let shown = view::job(&job, self.metrics.latest_if_loaded(&job.id, job.generation));
+        let ids = jobs.iter().take(size).map(|(_, job)| (job.id.clone(), job.generation));
+        let latest = self.metrics.latest(ids.collect()).await;
+        for ((order, job), latest) in jobs.into_iter().zip(latest) {
+            let shown = view::job(&job, latest);
             bytes += prost::Message::encoded_len(&shown);
             if bytes > PAGE_BYTES_MAX && !page.is_empty() {
                 break;

@@ -84,10 +84,8 @@ impl Api {
         // A session that breaks is taken up again where it was, as long as the node comes back.
         loop {
             let away = || {
-                let message = format!(
-                    "node {node}, which holds the output of rank {}, is not connected; try again when it is back",
-                    source.rank
-                );
+                let message =
+                    format!("node {node}, which holds the output of rank {}, is not connected", source.rank);
                 convert::unavailable("NODE_NOT_CONNECTED", message, RETRY)
             };
             let link = self.driver.links().get(node).ok_or_else(away)?;

@@ -1,8 +1,8 @@
 //! The file of one job's points: JSON lines, appended.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
@@ -10,6 +10,8 @@ use super::Point;
 
 /// Bytes of one job's points on disk. Above it new points are only kept in memory.
 const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Bytes at a file's end that tell the newest values, for listings.
+const END_BYTES: u64 = 32 << 10;
 /// Longest line taken as a point; ours are far shorter.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
@@ -40,6 +42,21 @@ impl PointFile {
             }
         }
         Self { path, bytes, complained: false }
+    }
+
+    /// Reads the points in the last part of a file.
+    pub fn each_at_end(path: &Path, mut each: impl FnMut(Point)) {
+        let Ok(mut file) = File::open(path) else { return };
+        let start = file.metadata().map_or(0, |meta| meta.len().saturating_sub(END_BYTES));
+        if file.seek(SeekFrom::Start(start)).is_err() {
+            return;
+        }
+        // The first line may be the end of one, which is no point.
+        for line in BufReader::new(file.take(END_BYTES)).split(b'\n').map_while(Result::ok) {
+            if let Ok(point) = serde_json::from_slice(&line) {
+                each(point);
+            }
+        }
     }
 
     /// Appends points. A disk that is full costs the points their place on disk, not in memory, and training
@@ -73,7 +90,7 @@ impl PointFile {
         let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(&self.path)?;
         // Cuts off a torn line, or what an earlier write left when the disk was full.
         file.set_len(self.bytes)?;
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?;
+        file.seek(SeekFrom::End(0))?;
         file.write_all(lines)
     }
 }

@@ -1,7 +1,7 @@
 //! One job's points in memory.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use muster_core::types::{Generation, Millis, Rank};
@@ -70,6 +70,14 @@ impl Series {
         let mut points = Points::default();
         let file = PointFile::open(path, |point| points.add(point));
         let changed = watch::channel(points.last_index).0;
+        Self { points: Mutex::new(points), file: Mutex::new(file), changed }
+    }
+
+    /// Takes up only the end of what the file holds: enough for [`Series::latest`]. Blocks on the disk.
+    pub fn read_end(path: &Path) -> Self {
+        let mut points = Points::default();
+        PointFile::each_at_end(path, |point| points.add(point));
+        let (file, changed) = (PointFile::open(PathBuf::new(), |_| ()), watch::channel(0).0);
         Self { points: Mutex::new(points), file: Mutex::new(file), changed }
     }
 
@@ -192,6 +200,9 @@ mod tests {
             assert_eq!(series.latest(Generation(1)), Latest { step: Some(30), loss: Some(1.0) });
             assert_eq!(series.latest(Generation(2)), Latest::default());
         }
+        let path = dir.path().join("metrics/job.jsonl");
+        let end = Series::read_end(&path).latest(Generation(1));
+        assert_eq!(end, Latest { step: Some(30), loss: Some(1.0) });
     }
 
     #[test]

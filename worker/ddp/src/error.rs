@@ -60,7 +60,8 @@ impl std::fmt::Display for Operation {
 pub enum Error {
     /// Only some of the launcher's variables are set.
     #[error(
-        "{name} is not set: start the program under `muster run` or `torchrun`, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT to train alone"
+        "{name} is not set: start the program with `muster submit` or torchrun, or unset RANK, WORLD_SIZE, \
+         MASTER_ADDR and MASTER_PORT to train alone"
     )]
     MissingVariable {
         /// The variable's name.
