@@ -1,4 +1,4 @@
-//! A whole distributed training program. Run it alone, or `muster run --nproc-per-node 2 --no-python …`.
+//! A whole distributed training program. Run it alone, or `muster submit --nproc-per-node 2 -- …`.
 
 use muster_ddp::{Ddp, DistributedSampler, Options, ProcessGroup, Telemetry};
 use tch::nn::{self, Module as _, OptimizerConfig as _};
