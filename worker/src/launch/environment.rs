@@ -74,3 +74,91 @@ pub(super) fn of_rank(
     }
     env
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_core::types::{
+        DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources,
+    };
+
+    fn assignment() -> Assignment {
+        let spec = JobSpec {
+            name: "j".into(),
+            command: vec!["train".into()],
+            env: [("OMP_NUM_THREADS".to_owned(), "4".to_owned()), ("MINE".to_owned(), "job".to_owned())]
+                .into(),
+            working_dir: None,
+            min_nodes: 2,
+            max_nodes: 2,
+            procs_per_node: 2,
+            per_proc: Resources { gpus: 2, ..Resources::default() },
+            max_restarts: 3,
+            priority: 0,
+            node_selector: BTreeMap::new(),
+            checkpoint_dir: Some("/shared/checkpoints".into()),
+            stop_grace: Millis(1),
+            start_timeout: Millis(1000),
+        };
+        Assignment {
+            gang: GangId { job: JobId::new("k3v9x2ma").unwrap(), generation: Generation(2) },
+            phase: DesiredPhase::Running,
+            spec,
+            placement: NodePlacement {
+                node: NodeName::new("n2").unwrap(),
+                address: [10, 0, 0, 2].into(),
+                group_rank: 1,
+                first_rank: Rank(2),
+                procs: 2,
+                gpus: vec![0, 1, 4, 7],
+            },
+            world_size: 4,
+            group_world_size: 2,
+            master_addr: [10, 0, 0, 1].into(),
+            master_port: Some(29500),
+            restart_count: 1,
+        }
+    }
+
+    fn env(local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let paths = RankPaths { log_dir: Path::new("/logs"), telemetry: Path::new("/run/1.sock") };
+        let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
+        let text = |text: OsString| text.into_string().unwrap();
+        of_rank(&assignment(), local_rank, 29500, paths, inherited)
+            .into_iter()
+            .map(|(k, v)| (text(k), text(v)))
+            .collect()
+    }
+
+    #[test]
+    fn each_rank_sees_its_own_gpus_and_its_place() {
+        let table = [
+            ("CUDA_VISIBLE_DEVICES", "0,1", "4,7"),
+            ("RANK", "2", "3"),
+            ("LOCAL_RANK", "0", "1"),
+            ("GROUP_RANK", "1", "1"),
+            ("WORLD_SIZE", "4", "4"),
+            ("MASTER_ADDR", "10.0.0.1", "10.0.0.1"),
+            ("MASTER_PORT", "29500", "29500"),
+            ("TORCHELASTIC_RESTART_COUNT", "1", "1"),
+            ("TORCHELASTIC_MAX_RESTARTS", "3", "3"),
+            ("TORCHELASTIC_RUN_ID", "k3v9x2ma", "k3v9x2ma"),
+            ("TORCHELASTIC_ERROR_FILE", "/logs/error.json", "/logs/error.json"),
+            ("MUSTER_GENERATION", "2", "2"),
+            ("MUSTER_CHECKPOINT_DIR", "/shared/checkpoints", "/shared/checkpoints"),
+        ];
+        let ranks = [env(0, &[]), env(1, &[])];
+        for (name, first, second) in table {
+            assert_eq!((ranks[0][name].as_str(), ranks[1][name].as_str()), (first, second), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_job_comes_before_the_daemon_and_neither_before_the_contract() {
+        let env =
+            env(0, &[("MINE", "daemon"), ("HOME", "/root"), ("RANK", "77"), ("NOTIFY_SOCKET", "/run/x")]);
+        let get = |name: &str| env.get(name).map(String::as_str);
+        assert_eq!((get("MINE"), get("HOME"), get("RANK")), (Some("job"), Some("/root"), Some("2")));
+        assert_eq!((get("OMP_NUM_THREADS"), get("NOTIFY_SOCKET")), (Some("4"), None));
+    }
+}
