@@ -150,14 +150,14 @@ impl Daemon {
         let outbox = self.outbox.clone();
         tokio::select! {
             Some(observation) = self.observed.recv() => self.step(observation),
-            Some(event) = session.recv() => self.on_session(event).await,
+            Some(event) = session.recv() => self.on_session(event),
             () = sleep_until(self.send_at), if self.link.is_some() => self.send_waiting().await,
             // The next turn looks at it.
             () = outbox.added(), if self.send_at.is_none() => {}
         }
     }
 
-    async fn on_session(&mut self, event: Event) {
+    fn on_session(&mut self, event: Event) {
         match event {
             Event::Open { urgent, bulk } => {
                 let gangs = self.core.reports().iter().map(convert::gang_report_to_wire).collect();
@@ -166,14 +166,17 @@ impl Daemon {
                 // The queue is new and empty.
                 urgent.try_send(request(Up::Hello(hello))).ok();
                 self.unsent.clear();
+                // What the last session did not get acknowledged goes first: the coordinator passes over what is
+                // older than what it has.
+                self.outbox.rewind();
                 self.link = Some(Link { bulk, logs: Subscriptions::default() });
             }
             Event::Closed => self.link = None,
-            Event::Heard(message) => self.hear(*message).await,
+            Event::Heard(message) => self.hear(*message),
         }
     }
 
-    async fn hear(&mut self, message: Down) {
+    fn hear(&mut self, message: Down) {
         match message {
             Down::Welcome(welcome) => {
                 let mut all = Vec::new();
@@ -185,9 +188,6 @@ impl Daemon {
                     }
                 }
                 self.step(Input::Welcome(all));
-                // Only now: the coordinator is known to listen.
-                self.outbox.rewind();
-                self.send_waiting().await;
             }
             Down::Assignment(wire) => match convert::assignment_from_wire(wire) {
                 Ok(assignment) => self.step(Input::Assign(Box::new(assignment))),

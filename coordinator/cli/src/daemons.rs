@@ -27,7 +27,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,
     };
-    Ok(muster_coordinator::run(config, shutdown).await.map_err(anyhow::Error::from)?)
+    // Its message holds its causes already.
+    Ok(muster_coordinator::run(config, shutdown).await.map_err(|error| anyhow::anyhow!("{error}"))?)
 }
 
 /// `muster worker`.
@@ -48,7 +49,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         address: args.address,
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
     };
-    Ok(muster_worker::run(config, shutdown).await.map_err(anyhow::Error::from)?)
+    Ok(muster_worker::run(config, shutdown).await.map_err(|error| anyhow::anyhow!("{error}"))?)
 }
 
 /// Sets up the log on standard error, and a token that SIGTERM, SIGINT and, if asked for, the end of standard

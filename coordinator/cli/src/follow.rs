@@ -6,12 +6,11 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use muster_proto::v1;
 use tokio::sync::mpsc;
-use tonic::Status;
 
 use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
 use crate::exit::Failure;
 use crate::progress::Progress;
-use crate::show;
+use crate::{show, stream};
 
 /// Events that may wait to be shown; the streams wait beyond it.
 const EVENTS_MAX: usize = 256;
@@ -37,7 +36,7 @@ enum Event {
     Output(v1::LogChunk),
     /// One of the streams has come to its end.
     Ended,
-    Failed(Status),
+    Failed(Failure),
 }
 
 /// Shows a job until it has ended. Returns its last state and rank 0's points.
@@ -71,8 +70,15 @@ pub(crate) async fn to_the_end(
                     logs_of = generation;
                     for stream in [v1::LogStream::Stdout, v1::LogStream::Stderr] {
                         open += 1;
-                        let (client, id, events) = (client.clone(), now.id.clone(), events.clone());
-                        tokio::spawn(output(client, id, generation, stream, events));
+                        let request = v1::StreamLogsRequest {
+                            job_id: now.id.clone(),
+                            rank: Some(0),
+                            stream: stream.into(),
+                            generation: Some(generation),
+                            follow: true,
+                            offset: 0,
+                        };
+                        tokio::spawn(output(client.clone(), request, events.clone()));
                     }
                 }
                 if show::is_terminal(&now) {
@@ -87,9 +93,9 @@ pub(crate) async fn to_the_end(
             }
             Some(Event::Output(chunk)) => screen.output(&chunk, options.logs_on_stderr),
             Some(Event::Ended) => open -= 1,
-            Some(Event::Failed(status)) => {
+            Some(Event::Failed(failure)) => {
                 screen.close();
-                return Err(status.into());
+                return Err(failure);
             }
             None => break,
         }
@@ -132,88 +138,21 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
     }
 }
 
-/// Runs a stream again and again until it comes to its end, as long as nobody answers for too long.
-async fn persist<F: Future<Output = Result<(), Status>>>(
-    events: mpsc::Sender<Event>,
-    mut once: impl FnMut() -> F,
-) {
+/// The job's states, over breaks of the connection.
+async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
     let mut tries = 0;
     loop {
-        let began = tokio::time::Instant::now();
-        match once().await {
-            Ok(()) => return drop(events.send(Event::Ended).await),
-            Err(status) if is_passing(&status) && tries < RETRIES_MAX => {
-                tries = if began.elapsed() > RETRY_PAUSE * 4 { 0 } else { tries + 1 };
-                tokio::time::sleep(RETRY_PAUSE).await;
-            }
-            Err(status) => return drop(events.send(Event::Failed(status)).await),
-        }
-    }
-}
-
-async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
-    persist(events.clone(), || async {
         let request = v1::WatchJobRequest { job_id: job_id.clone() };
-        let mut stream = client.jobs().watch_job(request).await?.into_inner();
-        while let Some(response) = stream.message().await? {
-            let Some(job) = response.job else { continue };
-            if events.send(Event::Job(Box::new(job))).await.is_err() {
-                break;
-            }
-        }
-        Ok(())
-    })
-    .await;
-}
-
-async fn points(client: Client, job_id: String, events: mpsc::Sender<Event>) {
-    let after = std::sync::atomic::AtomicU64::new(0);
-    let (after, order) = (&after, std::sync::atomic::Ordering::Relaxed);
-    persist(events.clone(), || async {
-        let (job_id, after_index) = (job_id.clone(), after.load(order));
-        let request = v1::StreamMetricsRequest { job_id, rank: Some(0), follow: true, after_index };
-        let mut stream = client.jobs().stream_metrics(request).await?.into_inner();
-        while let Some(response) = stream.message().await? {
-            after.store(response.index, order);
-            let Some(point) = response.point else { continue };
-            if events.send(Event::Point(point)).await.is_err() {
-                break;
-            }
-        }
-        Ok(())
-    })
-    .await;
-}
-
-/// One stream of rank 0's output in one generation, taken up where it was when the connection breaks. Output that
-/// cannot be had at all is no reason to stop following.
-async fn output(
-    client: Client,
-    job_id: String,
-    generation: u32,
-    stream: v1::LogStream,
-    events: mpsc::Sender<Event>,
-) {
-    let (mut offset, mut tries) = (0, 0);
-    loop {
-        let request = v1::StreamLogsRequest {
-            job_id: job_id.clone(),
-            rank: Some(0),
-            stream: stream.into(),
-            generation: Some(generation),
-            follow: true,
-            offset,
-        };
-        let broken = match client.jobs().stream_logs(request).await {
+        let broken = match client.jobs().watch_job(request).await {
             Err(status) => status,
             Ok(response) => {
                 let mut incoming = response.into_inner();
                 loop {
                     match incoming.message().await {
                         Ok(Some(response)) => {
-                            let Some(chunk) = response.chunk else { continue };
-                            (offset, tries) = (chunk.offset + chunk.data.len() as u64, 0);
-                            if events.send(Event::Output(chunk)).await.is_err() {
+                            let Some(job) = response.job else { continue };
+                            tries = 0;
+                            if events.send(Event::Job(Box::new(job))).await.is_err() {
                                 return;
                             }
                         }
@@ -225,10 +164,27 @@ async fn output(
         };
         tries += 1;
         if !is_passing(&broken) || tries > RETRIES_MAX {
-            return drop(events.send(Event::Ended).await);
+            return drop(events.send(Event::Failed(broken.into())).await);
         }
         tokio::time::sleep(RETRY_PAUSE).await;
     }
+}
+
+async fn points(client: Client, job_id: String, events: mpsc::Sender<Event>) {
+    let points =
+        stream::each_point(client, job_id, Some(0), true, |point| tell(events.clone(), Event::Point(point)));
+    let last = points.await.map_or_else(Event::Failed, |()| Event::Ended);
+    events.send(last).await.ok();
+}
+
+/// One stream of rank 0's output in one generation. Output that cannot be had is no reason to stop following.
+async fn output(client: Client, request: v1::StreamLogsRequest, events: mpsc::Sender<Event>) {
+    stream::copy_logs(client, request, |chunk| tell(events.clone(), Event::Output(chunk))).await.ok();
+    events.send(Event::Ended).await.ok();
+}
+
+async fn tell(events: mpsc::Sender<Event>, event: Event) -> Result<(), Failure> {
+    events.send(event).await.map_err(|_| Failure::ReaderGone)
 }
 
 /// The live line: a bar on a terminal, else a plain line now and then.

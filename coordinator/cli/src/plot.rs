@@ -1,5 +1,6 @@
 //! `muster plot`: a curve in the terminal.
 
+use std::future::ready;
 use std::io::IsTerminal;
 
 use muster_proto::v1;
@@ -23,7 +24,7 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
     let mut curve: Vec<(f32, f32)> = Vec::new();
     let live = args.follow && std::io::stdout().is_terminal() && global.output == Output::Text;
     let mut drawn: Option<tokio::time::Instant> = None;
-    stream::each_point(&client, &args.job.job_id, Some(args.rank), args.follow, |point| {
+    let mut take = |point: &v1::Point| {
         if global.output == Output::Json {
             return json::print("Point", point);
         }
@@ -35,6 +36,9 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
             out!("\x1b[H\x1b[J{}", draw(&curve, &args.key));
         }
         Ok(())
+    };
+    stream::each_point(client, args.job.job_id.clone(), Some(args.rank), args.follow, |point| {
+        ready(take(&point))
     })
     .await?;
     if global.output == Output::Json {

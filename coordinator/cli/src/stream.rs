@@ -1,6 +1,7 @@
 //! `muster logs` and `muster metrics`.
 
 use std::collections::HashMap;
+use std::future::ready;
 use std::io::Write;
 
 use muster_proto::v1;
@@ -30,14 +31,14 @@ pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure
         offset: 0,
     };
     let mut lines = Lines::default();
-    let result = copy_logs(&client, &request, |chunk| {
-        if global.output == Output::Json {
-            return json::print("LogChunk", chunk);
-        }
-        if args.rank.is_some() {
-            return write(&chunk.data, chunk.stream() == v1::LogStream::Stderr);
-        }
-        lines.add(chunk)
+    let result = copy_logs(client, request, |chunk| {
+        ready(if global.output == Output::Json {
+            json::print("LogChunk", &chunk)
+        } else if args.rank.is_some() {
+            write(&chunk.data, chunk.stream() == v1::LogStream::Stderr)
+        } else {
+            lines.add(&chunk)
+        })
     })
     .await;
     lines.finish()?;
@@ -46,10 +47,10 @@ pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure
 
 /// Takes every piece of output once, over breaks of the connection. Where several files are followed together
 /// they start again from their beginning, and what is known is passed over.
-async fn copy_logs(
-    client: &Client,
-    request: &v1::StreamLogsRequest,
-    mut take: impl FnMut(&v1::LogChunk) -> Result<(), Failure>,
+pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
+    client: Client,
+    request: v1::StreamLogsRequest,
+    mut take: impl FnMut(v1::LogChunk) -> F,
 ) -> Result<(), Failure> {
     let mut ends: HashMap<(u32, i32), u64> = HashMap::new();
     let mut tries = 0;
@@ -68,7 +69,7 @@ async fn copy_logs(
                             chunk.offset += known;
                             if !chunk.data.is_empty() {
                                 (*end, tries) = (chunk.offset + chunk.data.len() as u64, 0);
-                                take(&chunk)?;
+                                take(chunk).await?;
                             }
                         }
                         Ok(None) => return Ok(()),
@@ -134,30 +135,30 @@ fn print_lines(rank: u32, stream: i32, bytes: &[u8]) -> Result<(), Failure> {
 /// `muster metrics`.
 pub(crate) async fn metrics(args: &MetricsArgs, global: &Global) -> Result<(), Failure> {
     let client = Client::connect(global).await?;
-    each_point(&client, &args.job.job_id, args.rank, args.follow, |point| {
-        if global.output == Output::Json {
-            return json::print("Point", point);
-        }
-        let values: Vec<String> =
-            point.values.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let (rank, step) = (point.rank.unwrap_or(0), point.step.unwrap_or(0));
-        out!("rank {rank} step {step} {}\n", values.join(" "));
-        Ok(())
+    each_point(client, args.job.job_id.clone(), args.rank, args.follow, |point| {
+        ready(if global.output == Output::Json { json::print("Point", &point) } else { print_point(&point) })
     })
     .await
 }
 
+fn print_point(point: &v1::Point) -> Result<(), Failure> {
+    let values: Vec<String> = point.values.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let (rank, step) = (point.rank.unwrap_or(0), point.step.unwrap_or(0));
+    out!("rank {rank} step {step} {}\n", values.join(" "));
+    Ok(())
+}
+
 /// Takes every point, over breaks of the connection.
-pub(crate) async fn each_point(
-    client: &Client,
-    job_id: &str,
+pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
+    client: Client,
+    job_id: String,
     rank: Option<u32>,
     follow: bool,
-    mut take: impl FnMut(&v1::Point) -> Result<(), Failure>,
+    mut take: impl FnMut(v1::Point) -> F,
 ) -> Result<(), Failure> {
     let (mut after_index, mut tries) = (0, 0);
     loop {
-        let request = v1::StreamMetricsRequest { job_id: job_id.to_owned(), rank, follow, after_index };
+        let request = v1::StreamMetricsRequest { job_id: job_id.clone(), rank, follow, after_index };
         let broken = match client.jobs().stream_metrics(request).await {
             Ok(response) => {
                 let mut incoming = response.into_inner();
@@ -165,8 +166,8 @@ pub(crate) async fn each_point(
                     match incoming.message().await {
                         Ok(Some(response)) => {
                             (after_index, tries) = (response.index, 0);
-                            if let Some(point) = &response.point {
-                                take(point)?;
+                            if let Some(point) = response.point {
+                                take(point).await?;
                             }
                         }
                         Ok(None) => return Ok(()),

@@ -128,7 +128,9 @@ fn io_error(path: &Path, error: redb::Error) -> Error {
         {
             Error::Retryable(format!("no space for {}: {io}; free some space there", path.display()))
         }
-        redb::Error::Io(io) if io.kind() == ErrorKind::UnexpectedEof => damaged(path, "it is cut short"),
+        redb::Error::Io(io) if matches!(io.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
+            damaged(path, &io.to_string())
+        }
         // A failed fsync may have lost what the page cache held: what is durable is unknown until the file is
         // read again, so the coordinator stops rather than retry.
         redb::Error::Io(io) => Error::Terminal(format!("failed to use the store {}: {io}", path.display())),

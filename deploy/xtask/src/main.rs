@@ -1,2 +1,83 @@
-//! (being written)
-fn main() {}
+//! `cargo xtask`: brings what a build needs into `.deps`, then demo, tests and benches of the checkout.
+//! It installs nothing outside the checkout and needs no root.
+
+mod bench;
+mod cargo;
+mod data;
+mod demo;
+mod deps;
+mod digits;
+mod fetch;
+mod libtorch;
+mod machine;
+mod pypi;
+mod setup;
+mod sha256;
+mod test;
+mod tools;
+
+use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set-up, demo, tests and benches of this checkout")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bring libtorch, protoc and a data set into .deps (about 570 MB to download, once)
+    Setup(SetupArgs),
+    /// Set up, build, and run the demo; further arguments go to `muster demo`
+    Demo {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Set up, then run every check and every test
+    Test {
+        /// Leave out what needs libtorch
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Set up a Python with torch as well (several GB), and run the benches; further arguments go to them
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+}
+
+#[derive(Args)]
+struct SetupArgs {
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny
+    #[arg(long)]
+    tools: bool,
+    /// Where to bring it instead of .deps: to try the set-up itself
+    #[arg(long, hide = true)]
+    deps_dir: Option<PathBuf>,
+    /// Take scikit-learn's digits, as on a machine without apt: to try the set-up itself
+    #[arg(long, hide = true)]
+    digits: bool,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Setup(args) => {
+            let wants = setup::Wants { libtorch: true, tools: args.tools, digits: args.digits };
+            setup::run(&args.deps_dir.unwrap_or_else(cargo::deps_dir), &wants)
+        }
+        Command::Demo { args } => demo::run(&args),
+        Command::Test { quick } => test::run(quick),
+        Command::Bench { args } => bench::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

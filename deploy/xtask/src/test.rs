@@ -1,0 +1,100 @@
+//! The tests as a list of stages, each a command that can be typed alone; the first failure ends it.
+
+use crate::cargo;
+use crate::setup::{self, Wants};
+use anyhow::{Context, Result, bail};
+use std::time::{Duration, Instant};
+
+/// One check.
+struct Stage {
+    name: &'static str,
+    /// The words of the command, or why it cannot be run here.
+    words: Result<Vec<String>, String>,
+    env: Option<(&'static str, &'static str)>,
+}
+
+/// Sets up, then runs every stage until one fails.
+pub fn run(quick: bool) -> Result<()> {
+    setup::run(&cargo::deps_dir(), &Wants { libtorch: !quick, tools: true, digits: false })?;
+    let mut table = Vec::new();
+    for stage in stages(quick) {
+        let line = match &stage.words {
+            Err(why) => format!("SKIPPED: {why}"),
+            Ok(words) => format!("{:6.1} s", stage.run(words)?.as_secs_f64()),
+        };
+        if stage.words.is_err() {
+            eprintln!("==> {}: {line}", stage.name);
+        }
+        table.push((stage.name, line));
+    }
+    eprintln!();
+    for (name, line) in table {
+        eprintln!("{name:14} {line}");
+    }
+    Ok(())
+}
+
+fn stages(quick: bool) -> Vec<Stage> {
+    let stage = |name, words: &str| Stage {
+        name,
+        words: Ok(words.split(' ').map(str::to_owned).collect()),
+        env: None,
+    };
+    // One set of packages for every build, or features would differ and the same crates be built twice.
+    let on = |words: &str| if quick { words.replace(" --workspace", "") } else { words.to_owned() };
+    vec![
+        stage("format", "cargo fmt --all --check"),
+        stage("proto lint", ".deps/bin/buf lint proto"),
+        Stage { name: "proto breaking", words: breaking(), env: None },
+        stage("licences", ".deps/bin/cargo-deny --locked check bans licenses sources"),
+        stage("clippy", &on("cargo clippy --workspace --all-targets -- -D warnings")),
+        Stage {
+            env: Some(("RUSTDOCFLAGS", "-Dwarnings")),
+            ..stage("doc", &on("cargo doc --workspace --no-deps"))
+        },
+        // Everything at once: the tests start the binaries of other packages.
+        stage("build", &on("cargo build --workspace --all-targets")),
+        stage("test", &on("cargo test --workspace")),
+    ]
+}
+
+impl Stage {
+    #[expect(clippy::disallowed_methods, reason = "a duration shown to a person")]
+    fn run(&self, words: &[String]) -> Result<Duration> {
+        let env = self.env.map(|(name, value)| format!("{name}={value} ")).unwrap_or_default();
+        let typed = format!("{env}{}", words.join(" "));
+        eprintln!("==> {}: {typed}", self.name);
+        let began = Instant::now();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut command = cargo::command(&words);
+        if let Err(error) = cargo::run(command.envs(self.env)) {
+            bail!("the stage `{}` failed ({error:#}); to run it alone: {typed}", self.name);
+        }
+        Ok(began.elapsed())
+    }
+}
+
+/// Compares the API with its first version: what a client was once built against works for good.
+fn breaking() -> Result<Vec<String>, String> {
+    first_api().map_err(|error| format!("{error:#}")).map(|commit| {
+        let against = format!(".git#ref={commit},subdir=proto");
+        [".deps/bin/buf", "breaking", "proto", "--against", &against].map(str::to_owned).to_vec()
+    })
+}
+
+/// The oldest commit that has the API's description.
+fn first_api() -> Result<String> {
+    if git(&["rev-parse", "--is-shallow-repository"])? != "false" {
+        bail!("this clone is shallow, so the first version of the API is not in it");
+    }
+    let commits = git(&["log", "--diff-filter=A", "--format=%H", "--", "proto/buf.yaml"])?;
+    commits.lines().last().map(str::to_owned).context("no commit has added proto/buf.yaml")
+}
+
+fn git(args: &[&str]) -> Result<String> {
+    let output = cargo::command(&["git"]).args(args).output().context("failed to start git")?;
+    if !output.status.success() {
+        bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
