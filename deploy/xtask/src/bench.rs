@@ -24,8 +24,12 @@ pub fn run(args: &[OsString]) -> Result<()> {
     if !python().is_there(&cargo::deps_dir()) {
         bring_python().context("failed to set up the Python to compare with")?;
     }
-    let words = ["cargo", "run", "--release", "--package", "muster-tests", "--bin", "bench", "--"];
-    cargo::become_command(&mut cargo::command(&words), args)
+    // What it measures is built beside it.
+    let packages = ["--package", "muster-cli", "--package", "muster-trainer", "--package", "muster-tests"];
+    let build = [&["cargo", "build", "--release"][..], &packages].concat();
+    cargo::run(&mut cargo::command(&build)).context("failed to build")?;
+    let bench = cargo::debug_dir().with_file_name("release").join("bench");
+    cargo::become_command(&mut Command::new(bench), args)
 }
 
 /// A virtual environment cannot be moved, so it is made in place; pip goes on with half of one.

@@ -37,7 +37,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
-    /// Set up, then run every check and every test
+    /// Set up, then run every check and every test, as CI does
+    #[command(visible_alias = "ci")]
     Test {
         /// Leave out what needs libtorch
         #[arg(long)]

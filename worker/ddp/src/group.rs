@@ -2,6 +2,7 @@
 
 use crate::env::{self, Launch};
 use crate::error::{During, Error, Operation};
+use crate::listener;
 use crate::sampler::Share;
 use c10d_sys::{Device, Group, ReduceOp, Store};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,7 +74,8 @@ impl ProcessGroup {
         let store = if launch.rank == 0 && !launch.agent_store {
             Store::tcp_server(host, port, launch.world_size, timeout)
         } else {
-            Store::tcp_client(host, port, launch.world_size, timeout)
+            let left = listener::wait(host, port, timeout);
+            Store::tcp_client(host, port, launch.world_size, left)
         }
         .during(Operation::Rendezvous)?;
         let nth = GROUPS.fetch_add(1, Ordering::Relaxed);

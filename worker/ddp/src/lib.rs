@@ -34,6 +34,7 @@ mod ddp;
 mod env;
 mod error;
 mod group;
+mod listener;
 mod model;
 mod sampler;
 mod telemetry;

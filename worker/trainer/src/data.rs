@@ -8,17 +8,16 @@ mod idx;
 
 pub use find::find;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use std::path::Path;
 use tch::{Kind, Tensor};
 
-/// Images and their labels, as bytes; converted batch by batch.
+/// Images and their labels, as the bytes of the files: one copy in memory, converted batch by batch.
 #[derive(Debug)]
 pub struct Split {
-    /// `[count, height, width]`, unsigned bytes.
-    images: Tensor,
-    /// `[count]`, 64-bit integers.
-    labels: Tensor,
+    images: idx::Images,
+    /// One for each image.
+    labels: Vec<u8>,
 }
 
 /// A data set.
@@ -44,8 +43,8 @@ impl DataSet {
             train.size(),
             test.size()
         );
-        let highest = train.labels.max().int64_value(&[]).max(test.labels.max().int64_value(&[]));
-        Ok(Self { train, test, classes: highest + 1 })
+        let highest = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
+        Ok(Self { train, test, classes: i64::from(highest) + 1 })
     }
 }
 
@@ -64,31 +63,32 @@ impl Split {
             labels_path.display(),
             labels.len()
         );
-        let (height, width) = (images.height as i64, images.width as i64);
-        let pixels = Tensor::f_from_slice(&images.pixels)
-            .and_then(|tensor| tensor.f_view([images.count as i64, height, width]))
-            .with_context(|| format!("failed to make a tensor of {}", images_path.display()))?;
-        Ok(Self { images: pixels, labels: Tensor::from_slice(&labels).to_kind(Kind::Int64) })
+        Ok(Self { images, labels })
     }
 
     /// The number of images.
     pub fn len(&self) -> usize {
-        self.labels.size()[0] as usize
+        self.labels.len()
     }
 
     /// Height and width in pixels.
     pub fn size(&self) -> (i64, i64) {
-        let size = self.images.size();
-        (size[1], size[2])
+        (self.images.height as i64, self.images.width as i64)
     }
 
-    /// The images and labels of these indices: `[n, 1, height, width]` floats around 0, and `[n]`.
+    /// The images and labels of these indices, each below [`Split::len`]: `[n, 1, height, width]` floats around 0, and `[n]`.
     pub fn batch(&self, indices: &[i64]) -> (Tensor, Tensor) {
-        let indices = Tensor::from_slice(indices);
         let (height, width) = self.size();
-        let images = self.images.index_select(0, &indices).view([-1, 1, height, width]);
+        let bytes_each = self.images.height * self.images.width;
+        let mut pixels = Vec::with_capacity(indices.len() * bytes_each);
+        for index in indices {
+            let start = *index as usize * bytes_each;
+            pixels.extend_from_slice(&self.images.pixels[start..start + bytes_each]);
+        }
+        let labels: Vec<i64> = indices.iter().map(|index| i64::from(self.labels[*index as usize])).collect();
+        let images = Tensor::from_slice(&pixels).view([-1, 1, height, width]);
         // Mean and deviation of Fashion-MNIST; near enough for its relatives.
         let images = ((images.to_kind(Kind::Float) / 255.0) - 0.286) / 0.353;
-        (images, self.labels.index_select(0, &indices))
+        (images, Tensor::from_slice(&labels))
     }
 }

@@ -11,6 +11,8 @@ const IMAGES_MAX: usize = 1_200_000;
 const SIDE_MAX: usize = 256;
 /// Of all pixels of a file: MNIST has 47 MB.
 const PIXELS_MAX: usize = 1 << 30;
+/// Bytes allocated on a header's word alone: the whole of Fashion-MNIST without growing, and no more.
+const ALLOCATED_AT_ONCE: usize = 48 << 20;
 /// Pixels of a side: three poolings have to leave something.
 const SIDE_MIN: usize = 4;
 
@@ -134,7 +136,7 @@ impl<'a> Reader<'a> {
     }
 
     fn bytes(&mut self, count: usize, what: &'static str) -> Result<Vec<u8>, IdxError> {
-        let mut bytes = Vec::new();
+        let mut bytes = Vec::with_capacity(count.min(ALLOCATED_AT_ONCE));
         let read = self.bytes.by_ref().take(count as u64).read_to_end(&mut bytes);
         match read {
             Ok(read) if read == count => Ok(bytes),
