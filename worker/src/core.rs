@@ -9,9 +9,13 @@ use muster_core::types::{
     Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase, RankExit,
 };
 
-/// Gangs held at once: far above what one machine can run, and small enough for one Hello.
+/// Gangs that may run at once: far above what one machine can.
 pub(crate) const GANGS_MAX: usize = 256;
-/// Forgotten gangs remembered, so that a late assignment does not bring one back.
+/// Gangs held at once, with those refused and those not forgotten yet: a Hello may name 1024. What comes beyond
+/// it goes unanswered, and the coordinator's start timeout deals with it.
+const HELD_MAX: usize = 2 * GANGS_MAX;
+/// Jobs of which the newest generation is remembered once it is forgotten, so that a late assignment does not
+/// bring an ended one back.
 const FORGOTTEN_MAX: usize = 4096;
 
 /// Something that happened.
@@ -69,7 +73,9 @@ struct Part {
 #[derive(Debug, Default)]
 pub(crate) struct Core {
     parts: BTreeMap<GangId, Part>,
-    forgotten: VecDeque<GangId>,
+    /// The newest generation that was forgotten, by job; `forgotten_order` says which goes first.
+    forgotten: BTreeMap<JobId, Generation>,
+    forgotten_order: VecDeque<JobId>,
     stopping: bool,
 }
 
@@ -140,7 +146,7 @@ impl Core {
 
     /// Whether no process runs.
     pub fn is_idle(&self) -> bool {
-        self.parts.values().all(|part| part.phase == Some(ObservedPhase::Stopped))
+        self.unsettled().next().is_none()
     }
 
     fn assign(&mut self, assignment: Assignment, effects: &mut Vec<Effect>) {
@@ -155,15 +161,15 @@ impl Core {
             return;
         }
         let stale = self.newest(&gang.job).is_some_and(|newest| newest > gang.generation)
-            || self.forgotten.contains(&gang);
-        let ends = matches!(assignment.phase, DesiredPhase::Stopped | DesiredPhase::Forgotten);
-        if stale || (ends && assignment.phase == DesiredPhase::Forgotten) {
+            || self.forgotten.get(&gang.job).is_some_and(|newest| *newest >= gang.generation);
+        let ends = assignment.phase == DesiredPhase::Stopped;
+        if stale || assignment.phase == DesiredPhase::Forgotten || self.parts.len() >= HELD_MAX {
             return;
         }
         let error = if self.stopping {
             Some("this node's daemon is being stopped".to_owned())
-        } else if self.parts.len() >= GANGS_MAX {
-            Some(format!("this node holds {GANGS_MAX} gangs already, the most it takes"))
+        } else if self.unsettled().count() >= GANGS_MAX {
+            Some(format!("this node runs {GANGS_MAX} gangs already, the most it takes"))
         } else {
             None
         };
@@ -245,10 +251,7 @@ impl Core {
         let wanted = self.parts.get(gang).map(|part| part.assignment.phase);
         if wanted == Some(DesiredPhase::Forgotten) {
             self.parts.remove(gang);
-            if self.forgotten.len() >= FORGOTTEN_MAX {
-                self.forgotten.pop_front();
-            }
-            self.forgotten.push_back(gang.clone());
+            self.remember(gang);
             effects.push(Effect::Release(gang.clone()));
         }
         let next = self.parts.iter().find(|(other, part)| other.job == gang.job && part.waiting);
@@ -259,16 +262,33 @@ impl Core {
         }
     }
 
+    /// A gang that was forgotten must not come back.
+    fn remember(&mut self, gang: &GangId) {
+        match self.forgotten.get_mut(&gang.job) {
+            Some(newest) => *newest = gang.generation.max(*newest),
+            None => {
+                if self.forgotten_order.len() >= FORGOTTEN_MAX
+                    && let Some(oldest) = self.forgotten_order.pop_front()
+                {
+                    self.forgotten.remove(&oldest);
+                }
+                self.forgotten.insert(gang.job.clone(), gang.generation);
+                self.forgotten_order.push_back(gang.job.clone());
+            }
+        }
+    }
+
+    /// Gangs of which something runs, or may.
+    fn unsettled(&self) -> impl Iterator<Item = (&GangId, &Part)> {
+        self.parts.iter().filter(|(_, part)| part.phase != Some(ObservedPhase::Stopped))
+    }
+
     fn newest(&self, job: &JobId) -> Option<Generation> {
         self.parts.keys().filter(|gang| gang.job == *job).map(|gang| gang.generation).max()
     }
 
     fn older(&self, gang: &GangId) -> impl Iterator<Item = (&GangId, &Part)> {
-        self.parts.iter().filter(move |(other, part)| {
-            other.job == gang.job
-                && other.generation < gang.generation
-                && part.phase != Some(ObservedPhase::Stopped)
-        })
+        self.unsettled().filter(move |(other, _)| other.job == gang.job && other.generation < gang.generation)
     }
 
     fn older_runs(&self, gang: &GangId) -> bool {
@@ -284,10 +304,7 @@ impl Core {
 
     fn shutdown(&mut self, effects: &mut Vec<Effect>) {
         self.stopping = true;
-        let running: Vec<GangId> = (self.parts.iter())
-            .filter(|(_, part)| part.phase != Some(ObservedPhase::Stopped))
-            .map(|(gang, _)| gang.clone())
-            .collect();
+        let running: Vec<GangId> = self.unsettled().map(|(gang, _)| gang.clone()).collect();
         for gang in running {
             if let Some(part) = self.parts.get_mut(&gang)
                 && part.phase == Some(ObservedPhase::Running)

@@ -131,6 +131,52 @@ fn a_newer_generation_waits_for_the_older_ones_end() {
 #[test]
 fn an_older_generation_is_not_brought_back() {
     check(vec![(assign(2, DesiredPhase::Prepared), &["start"]), (assign(1, DesiredPhase::Running), &[])]);
+    check(vec![
+        (assign(2, DesiredPhase::Prepared), &["start"]),
+        (assign(2, DesiredPhase::Forgotten), &["stop"]),
+        (Input::Gone(gang(2)), &["report", "release"]),
+        (assign(1, DesiredPhase::Running), &[]),
+        (assign(3, DesiredPhase::Running), &["start", "launch"]),
+    ]);
+}
+
+#[test]
+fn a_waiting_generation_may_be_overtaken() {
+    let core = check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Launched(gang(1)), &["report"]),
+        (assign(2, DesiredPhase::Running), &["stop"]),
+        (assign(3, DesiredPhase::Prepared), &["report"]),
+        (Input::Gone(gang(1)), &["report", "start"]),
+    ]);
+    assert_eq!(core.report(&gang(2)).unwrap().phase, ObservedPhase::Stopped, "it never began");
+}
+
+#[test]
+fn a_stop_of_what_is_not_held_is_answered() {
+    let core = check(vec![(assign(1, DesiredPhase::Stopped), &["report"])]);
+    assert_eq!(core.report(&gang(1)).unwrap().phase, ObservedPhase::Stopped);
+}
+
+#[test]
+fn what_is_held_is_bounded() {
+    let mut core = Core::default();
+    let of_job = |number: usize| {
+        let job = JobId::new(format!("j{number}")).unwrap();
+        let gang = GangId { job, generation: Generation(1) };
+        Assignment { gang, ..assignment(1, DesiredPhase::Prepared) }
+    };
+    for number in 0..HELD_MAX + 10 {
+        let expected: &[&str] = match number {
+            ..GANGS_MAX => &["start"],
+            GANGS_MAX..HELD_MAX => &["report"],
+            HELD_MAX.. => &[],
+        };
+        let effects = core.step(Input::Assign(Box::new(of_job(number))));
+        assert_eq!(names(&effects), expected, "{number}");
+    }
+    let refused = core.report(&of_job(GANGS_MAX).gang).unwrap();
+    assert!(refused.error.unwrap().contains("runs 256 gangs already"));
 }
 
 #[test]
@@ -157,7 +203,7 @@ fn shutdown_says_why_before_the_ranks_end() {
 }
 
 fn input() -> impl Strategy<Value = (u8, u32)> {
-    (0..10_u8, 1..4_u32)
+    (0..10_u8, 1..5_u32)
 }
 
 proptest! {
@@ -166,12 +212,17 @@ proptest! {
     #[test]
     fn one_generation_runs_at_a_time(history in prop::collection::vec(input(), 0..60)) {
         let mut core = Core::default();
-        let (mut running, mut started, mut launched) = (BTreeMap::new(), 0, std::collections::BTreeSet::new());
-        let apply = |core: &mut Core, running: &mut BTreeMap<GangId, bool>, input| {
+        let (mut running, mut launched) = (BTreeMap::new(), std::collections::BTreeSet::new());
+        let mut newest = Generation(0);
+        let mut apply = |core: &mut Core, running: &mut BTreeMap<GangId, bool>, input| {
             let mut launches = vec![];
             for effect in core.step(input) {
                 match effect {
-                    Effect::Start(a) => { running.insert(a.gang, false); }
+                    Effect::Start(a) => {
+                        assert!(newest < a.gang.generation, "generations rise: {newest} then {}", a.gang);
+                        newest = a.gang.generation;
+                        running.insert(a.gang, false);
+                    }
                     Effect::Launch(a) => launches.push(a.gang),
                     Effect::Stop(gang, _) => { running.insert(gang, true); }
                     Effect::Release(_) | Effect::Report(_) => {}
@@ -195,10 +246,9 @@ proptest! {
                 prop_assert!(launched.insert(gang), "launched twice");
             }
             prop_assert!(running.len() <= 1, "{running:?}");
-            started += 1;
         }
         apply(&mut core, &mut running, Input::Welcome(vec![]));
-        prop_assert!(running.values().all(|told| *told), "{started}: {running:?}");
+        prop_assert!(running.values().all(|told| *told), "{running:?}");
         for gang in running.keys() {
             core.step(Input::Gone(gang.clone()));
         }

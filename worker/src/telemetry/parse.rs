@@ -8,6 +8,8 @@ use serde::Deserialize;
 /// Values in a point and bytes in a value's name, as the API allows.
 const VALUES_MAX: usize = 64;
 const NAME_BYTES_MAX: usize = 128;
+/// The last second that a Timestamp can say, in the year 9999; readers choke on what lies beyond it.
+const TIME_SECONDS_MAX: f64 = 253_402_300_799.0;
 
 /// A point before it is numbered.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +23,7 @@ pub(crate) struct Reported {
 struct Line {
     step: u64,
     time: Option<f64>,
-    /// JSON has no NaN and no infinity; programs write null instead.
+    /// JSON has no NaN and no infinity; programs write null instead. Such a value is left out, the rest is kept.
     values: BTreeMap<String, Option<f64>>,
 }
 
@@ -35,8 +37,9 @@ pub(super) fn parse(line: &[u8]) -> Result<Reported, String> {
         let bytes = name.len();
         return Err(format!("has a value whose name has {bytes} bytes; 1 to {NAME_BYTES_MAX} are allowed"));
     }
-    let time =
-        line.time.filter(|time| time.is_finite() && *time > 0.0).map(|time| Millis((time * 1000.0) as u64));
+    // A time that cannot be is as none: the point itself may be fine.
+    let time = line.time.filter(|time| (0.0..TIME_SECONDS_MAX).contains(time));
+    let time = time.map(|time| Millis((time * 1000.0) as u64));
     let values =
         line.values.into_iter().filter_map(|(name, value)| Some((name, value.filter(|v| v.is_finite())?)));
     Ok(Reported { step: line.step, time, values: values.collect() })
@@ -63,7 +66,17 @@ mod tests {
             let parsed = parse(line.as_bytes()).ok().map(|point| (point.step, point.values.len()));
             assert_eq!(parsed, expected, "{line}");
         }
-        assert_eq!(parse(br#"{"step":1,"time":1.5,"values":{}}"#).unwrap().time, Some(Millis(1500)));
+        let times =
+            [("1.5", Some(1500)), ("-1", None), ("253402300799", None), ("1e300", None), ("null", None)];
+        for (time, expected) in times {
+            let line = format!(r#"{{"step":1,"time":{time},"values":{{}}}}"#);
+            assert_eq!(parse(line.as_bytes()).unwrap().time, expected.map(Millis), "{time}");
+        }
+        let values = |count| (0..count).map(|i| format!(r#""v{i}":1"#)).collect::<Vec<_>>().join(",");
+        let line = |count| format!(r#"{{"step":1,"values":{{{}}}}}"#, values(count));
+        assert!(parse(line(64).as_bytes()).is_ok() && parse(line(65).as_bytes()).is_err());
+        let named = |bytes| format!(r#"{{"step":1,"values":{{"{}":1}}}}"#, "x".repeat(bytes));
+        assert!(parse(named(128).as_bytes()).is_ok() && parse(named(129).as_bytes()).is_err());
     }
 
     proptest! {

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use muster_core::types::{GangId, Rank};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::net::UnixListener;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,10 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 /// Time to read what an ended rank has left in its socket. Everything that could write is dead by then, unless
 /// it left its session; that must not hold up the exit.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
+/// Longest path of a socket: an address holds 108 bytes, the last of them NUL.
+const PATH_BYTES_MAX: usize = 107;
+/// Bytes that "/muster-" with six random characters, and "/", a number and ".sock", add to a directory.
+const NAME_BYTES_MAX: usize = 14 + 26;
 
 /// Makes sockets in one private directory.
 #[derive(Clone, Debug)]
@@ -33,11 +38,13 @@ pub(crate) struct Sockets(Arc<Inner>);
 struct Inner {
     dir: tempfile::TempDir,
     next: AtomicU64,
+    /// Where sockets are read: never on the launcher's thread, which a flood of points must not hold up.
+    runtime: Handle,
 }
 
 impl Sockets {
     /// The directory is `data_dir`'s if the path of a socket in it fits into a socket address (108 bytes),
-    /// else a temporary one. It goes with the daemon.
+    /// else a temporary one. It goes with the daemon. Must be called within the runtime that is to read them.
     pub fn new(data_dir: &Path) -> io::Result<Self> {
         let parent = std::path::absolute(data_dir)?.join("run");
         // What an earlier daemon left when it was killed; the data directory is ours alone.
@@ -45,21 +52,24 @@ impl Sockets {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        let parent = if parent.as_os_str().len() <= 70 { parent } else { std::env::temp_dir() };
+        let fits = parent.as_os_str().len() + NAME_BYTES_MAX <= PATH_BYTES_MAX;
+        let parent = if fits { parent } else { std::env::temp_dir() };
         std::fs::create_dir_all(&parent)?;
         // Created with mode 0700: only this user's programs may report.
         let dir = tempfile::Builder::new().prefix("muster-").tempdir_in(parent)?;
-        Ok(Self(Arc::new(Inner { dir, next: AtomicU64::new(0) })))
+        Ok(Self(Arc::new(Inner { dir, next: AtomicU64::new(0), runtime: Handle::current() })))
     }
 
-    /// A socket for one rank, read until it is dropped or drained. Must be called within a runtime.
+    /// A socket for one rank, read until it is dropped or drained.
     pub fn open(&self, gang: &GangId, rank: Rank, outbox: Outbox) -> io::Result<RankSocket> {
         let number = self.0.next.fetch_add(1, Ordering::Relaxed);
         let path = self.0.dir.path().join(format!("{number}.sock"));
+        let _guard = self.0.runtime.enter();
         let listener = UnixListener::bind(&path)?;
         let drain = CancellationToken::new();
-        let source = Source { gang: gang.clone(), rank, outbox };
-        let task = tokio::spawn(listen(listener, source, drain.clone()));
+        let refused = Arc::default();
+        let source = Source { gang: gang.clone(), rank, outbox, refused };
+        let task = self.0.runtime.spawn(listen(listener, source, drain.clone()));
         Ok(RankSocket { path, drain, task })
     }
 }
@@ -99,6 +109,18 @@ struct Source {
     gang: GangId,
     rank: Rank,
     outbox: Outbox,
+    /// Lines and connections that were refused, over all connections of the rank.
+    refused: Arc<AtomicU64>,
+}
+
+impl Source {
+    /// Counts, and complains the first time and then ever more rarely: what a rank sends must not fill the log.
+    fn refuse(&self, why: &str) {
+        let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        if refused.is_power_of_two() {
+            warn!(gang = %self.gang, rank = %self.rank, refused, %why, "telemetry of a rank is refused");
+        }
+    }
 }
 
 async fn listen(listener: UnixListener, source: Source, drain: CancellationToken) {
@@ -121,10 +143,10 @@ async fn listen(listener: UnixListener, source: Source, drain: CancellationToken
                 });
             }
             (Ok(_), Err(_)) => {
-                warn!(gang = %source.gang, rank = %source.rank, "too many telemetry connections");
+                source.refuse("it has too many connections open");
             }
             (Err(error), _) => {
-                warn!(gang = %source.gang, rank = %source.rank, %error, "failed to accept telemetry");
+                source.refuse(&error.to_string());
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -132,30 +154,74 @@ async fn listen(listener: UnixListener, source: Source, drain: CancellationToken
     readers.join_all().await;
 }
 
-/// Reads lines until the connection ends. A line that is no point is passed over, and complained of once.
-async fn read(stream: UnixStream, source: &Source) {
+/// Reads lines until the connection ends. A line that is no point is passed over.
+async fn read(stream: impl AsyncRead + Unpin, source: &Source) {
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
-    let mut bad = 0_u64;
+    // Within a line that was found to be too long: what follows is no line of its own.
+    let mut too_long = false;
     loop {
         line.clear();
         match (&mut reader).take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        let parsed = if line.ends_with(b"\n") || (line.len() as u64) < LINE_BYTES_MAX {
-            parse(&line)
+        let ends = line.ends_with(b"\n");
+        let rest = std::mem::replace(&mut too_long, !ends && line.len() as u64 >= LINE_BYTES_MAX);
+        if rest {
+            too_long = !ends;
+        } else if too_long {
+            source.refuse("a line is longer than 64 KiB");
         } else {
-            Err(format!("is longer than {LINE_BYTES_MAX} bytes"))
-        };
-        match parsed {
-            Ok(point) => source.outbox.add(&source.gang, source.rank, point),
-            Err(why) => {
-                bad += 1;
-                if bad.is_power_of_two() {
-                    warn!(gang = %source.gang, rank = %source.rank, bad, %why, "a telemetry line is not a point");
-                }
+            match parse(&line) {
+                Ok(point) => source.outbox.add(&source.gang, source.rank, point),
+                Err(why) => source.refuse(&format!("a line {why}")),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_core::types::{Generation, JobId};
+
+    async fn steps(bytes: &[u8]) -> (Vec<u64>, u64) {
+        let gang = GangId { job: JobId::new("j").unwrap(), generation: Generation(1) };
+        let source = Source { gang, rank: Rank(0), outbox: Outbox::default(), refused: Arc::default() };
+        read(bytes, &source).await;
+        let batch = source.outbox.next_batch().unwrap_or_default();
+        (batch.points.iter().filter_map(|point| point.step).collect(), source.refused.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test]
+    async fn a_long_line_is_one_bad_line_whatever_its_rest_looks_like() {
+        let point = |step: u64| format!("{{\"step\":{step},\"values\":{{}}}}\n");
+        let table = [
+            (vec![point(1), point(2)], vec![1, 2], 0),
+            (vec!["x".repeat(LINE_BYTES_MAX as usize), point(1), point(2)], vec![2], 1),
+            (vec!["x".repeat(3 * LINE_BYTES_MAX as usize + 7), point(1), point(2)], vec![2], 1),
+            (vec!["x".repeat(LINE_BYTES_MAX as usize - 1), "\n".into(), point(2)], vec![2], 1),
+            (vec!["\n\n".into(), point(1).trim_end().into()], vec![1], 2),
+        ];
+        for (pieces, expected, refused) in table {
+            let text = pieces.concat();
+            assert_eq!(steps(text.as_bytes()).await, (expected, refused), "{} bytes", text.len());
+        }
+    }
+
+    #[test]
+    fn a_socket_has_a_path_that_fits_its_address() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _guard = runtime.enter();
+        let root = tempfile::tempdir().unwrap();
+        for depth in 0..12 {
+            let dir = root.path().join("directory/".repeat(depth));
+            std::fs::create_dir_all(&dir).unwrap();
+            let sockets = Sockets::new(&dir).unwrap();
+            let gang = GangId { job: JobId::new("j").unwrap(), generation: Generation(1) };
+            let socket = sockets.open(&gang, Rank(0), Outbox::default()).unwrap();
+            assert!(socket.path().as_os_str().len() <= PATH_BYTES_MAX);
         }
     }
 }
