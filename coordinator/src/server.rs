@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tower::ServiceBuilder;
+use tower_http::classify::{GrpcCode, GrpcErrorsAsFailures, SharedClassifier};
 use tower_http::trace::TraceLayer;
 
 use crate::driver::Handle;
@@ -57,7 +58,7 @@ pub(crate) async fn serve(
     // From the outside in.
     let layers = ServiceBuilder::new()
         // First, so that refused calls are traced too.
-        .layer(TraceLayer::new_for_grpc())
+        .layer(TraceLayer::new(SharedClassifier::new(failures())))
         // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
         .map_response(oversized_is_resource_exhausted)
         // Refuses at once, with RESOURCE_EXHAUSTED, when the limit below is reached …
@@ -95,6 +96,19 @@ pub(crate) async fn serve(
             Ok(())
         }
     }
+}
+
+/// What is logged as an error: whatever is not the caller's own mistake, or the caller's going away.
+fn failures() -> GrpcErrorsAsFailures {
+    let callers = [
+        GrpcCode::Cancelled,
+        GrpcCode::InvalidArgument,
+        GrpcCode::NotFound,
+        GrpcCode::AlreadyExists,
+        GrpcCode::FailedPrecondition,
+        GrpcCode::Aborted,
+    ];
+    callers.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
