@@ -264,18 +264,17 @@ impl Core {
 
     /// A gang that was forgotten must not come back.
     fn remember(&mut self, gang: &GangId) {
-        match self.forgotten.get_mut(&gang.job) {
-            Some(newest) => *newest = gang.generation.max(*newest),
-            None => {
-                if self.forgotten_order.len() >= FORGOTTEN_MAX
-                    && let Some(oldest) = self.forgotten_order.pop_front()
-                {
-                    self.forgotten.remove(&oldest);
-                }
-                self.forgotten.insert(gang.job.clone(), gang.generation);
-                self.forgotten_order.push_back(gang.job.clone());
-            }
+        if let Some(newest) = self.forgotten.get_mut(&gang.job) {
+            *newest = gang.generation.max(*newest);
+            return;
         }
+        if self.forgotten_order.len() >= FORGOTTEN_MAX
+            && let Some(oldest) = self.forgotten_order.pop_front()
+        {
+            self.forgotten.remove(&oldest);
+        }
+        self.forgotten.insert(gang.job.clone(), gang.generation);
+        self.forgotten_order.push_back(gang.job.clone());
     }
 
     /// Gangs of which something runs, or may.

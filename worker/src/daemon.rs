@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use crate::core::{Core, Effect, Input};
 use crate::launch::{Command, Context, Launcher, Runner};
 use crate::logs::{Live, Subscriptions};
-use crate::session::{self, Event, Identity, request};
+use crate::session::{self, Event, Identity, Queues, request};
 use crate::telemetry::{Outbox, Sockets};
 use crate::{Config, Error, devices};
 
@@ -30,17 +30,24 @@ const POINTS_INTERVAL: Duration = Duration::from_millis(50);
 /// Longest time to stop ranks when the daemon itself is to end, whatever grace their jobs have: whoever stops a
 /// daemon (systemd, Kubernetes) kills it after 30 to 90 s.
 const SHUTDOWN_GRACE_MAX: u64 = 20_000;
-/// Time for the last reports and points to reach the coordinator when the daemon ends.
-const FAREWELL_MAX: Duration = Duration::from_secs(3);
+/// Time that killed ranks get to be gone when the daemon ends. One that the kernel does not let go of (a dead
+/// file server, a hung driver) must not keep the daemon.
+const KILLED_MAX: Duration = Duration::from_secs(10);
+/// Time for the last reports and points to reach the coordinator when the daemon ends, and for the goodbye.
+const FLUSH_MAX: Duration = Duration::from_secs(3);
+const GOODBYE_MAX: Duration = Duration::from_secs(1);
+/// Bytes of standard error that all exits of one Hello may carry together; a message holds 4 MiB.
+const HELLO_TAILS_BYTES_MAX: usize = 1 << 20;
 
 /// Runs a node daemon until `shutdown` is cancelled or the coordinator refuses it for good.
 ///
 /// A coordinator that is not there is waited for, for ever. On shutdown every rank is stopped (SIGTERM, then
 /// SIGKILL), the coordinator is told, and nothing is left running.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
-    let data_dir = config.data_dir.clone();
+    let failed = |source| Error::DataDir { path: config.data_dir.clone(), source };
+    // Ranks are told paths in it, and have working directories of their own.
+    let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = lock(&data_dir)?;
-    let failed = |source| Error::DataDir { path: data_dir.clone(), source };
     let sockets = Sockets::new(&data_dir).map_err(failed)?;
     let root = Path::new("/");
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
@@ -65,7 +72,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         live: Live::default(),
         link: None,
         unsent: BTreeSet::new(),
-        send_at: None,
+        points_at: None,
         identity,
     };
     daemon.run(shutdown).await
@@ -84,8 +91,9 @@ fn lock(data_dir: &Path) -> Result<File, Error> {
 
 /// The open session, seen from here.
 struct Link {
-    bulk: mpsc::Sender<v1::SessionRequest>,
-    logs: Subscriptions,
+    coordinator: String,
+    queues: Queues,
+    subscriptions: Subscriptions,
 }
 
 struct Daemon {
@@ -100,8 +108,8 @@ struct Daemon {
     link: Option<Link>,
     /// Gangs whose report is to be sent.
     unsent: BTreeSet<GangId>,
-    /// When points or reports are to be sent, if any wait.
-    send_at: Option<Instant>,
+    /// When points are to be sent, if any wait.
+    points_at: Option<Instant>,
     identity: Identity,
 }
 
@@ -119,57 +127,66 @@ impl Daemon {
             }
         };
         self.step(Input::Shutdown);
-        let hurry = tokio::time::sleep(Duration::from_millis(SHUTDOWN_GRACE_MAX));
-        tokio::pin!(hurry);
-        let mut hurried = false;
-        while !self.core.is_idle() {
-            tokio::select! {
-                () = self.turn(&mut session) => {}
-                () = &mut hurry, if !hurried => {
-                    hurried = true;
-                    for runner in self.runners.values() {
-                        runner.tell(Command::Stop(muster_core::types::Millis(0)));
-                    }
-                }
+        let grace = Duration::from_millis(SHUTDOWN_GRACE_MAX);
+        if !self.is_idle_within(grace, &mut session).await {
+            for runner in self.runners.values() {
+                runner.tell(Command::Stop(muster_core::types::Millis(0)));
+            }
+            if !self.is_idle_within(KILLED_MAX, &mut session).await {
+                warn!("some ranks were killed and are not gone; the kernel holds them");
             }
         }
-        tokio::time::timeout(FAREWELL_MAX, self.farewell(&mut session)).await.ok();
+        tokio::time::timeout(FLUSH_MAX, self.flush(&mut session)).await.ok();
+        tokio::time::timeout(GOODBYE_MAX, self.say_goodbye(&mut session)).await.ok();
         keeping.abort();
         info!("worker stopped");
         refused.map_or(Ok(()), Err)
     }
 
-    /// Waits for one thing and deals with it.
+    /// Goes on until nothing runs. False if something still does after `limit`.
+    async fn is_idle_within(&mut self, limit: Duration, session: &mut mpsc::Receiver<Event>) -> bool {
+        let turns = async {
+            while !self.core.is_idle() {
+                self.turn(session).await;
+            }
+        };
+        tokio::time::timeout(limit, turns).await.is_ok()
+    }
+
+    /// Waits for one thing and deals with it. May be dropped while it waits: what it takes it deals with at once.
     async fn turn(&mut self, session: &mut mpsc::Receiver<Event>) {
-        if self.send_at.is_none() && self.outbox.has_unsent() {
-            self.send_at = Some(Instant::now() + POINTS_INTERVAL);
-        }
-        if !self.unsent.is_empty() {
-            self.send_at = Some(Instant::now());
-        }
+        self.points_at = match self.points_at {
+            _ if !self.outbox.has_unsent() => None,
+            None => Some(Instant::now() + POINTS_INTERVAL),
+            at => at,
+        };
+        // Reports go at once.
+        let send_at = if self.unsent.is_empty() { self.points_at } else { Some(Instant::now()) };
+        let bulk = self.link.as_ref().map(|link| link.queues.bulk.clone());
         let outbox = self.outbox.clone();
         tokio::select! {
             Some(observation) = self.observed.recv() => self.step(observation),
             Some(event) = session.recv() => self.on_session(event),
-            () = sleep_until(self.send_at), if self.link.is_some() => self.send_waiting().await,
+            // Only a coordinator that reads makes room; one that does not holds up nothing else here.
+            room = room_from(send_at, bulk) => if let Some(message) = self.next_message() {
+                room.send(request(message));
+            },
             // The next turn looks at it.
-            () = outbox.added(), if self.send_at.is_none() => {}
+            () = outbox.added(), if self.points_at.is_none() => {}
         }
     }
 
     fn on_session(&mut self, event: Event) {
         match event {
-            Event::Open { urgent, bulk } => {
-                let gangs = self.core.reports().iter().map(convert::gang_report_to_wire).collect();
+            Event::Open { coordinator, hello, queues } => {
                 let (name, incarnation) = (&self.identity.config.name, self.identity.incarnation.clone());
-                let hello = v1::Hello { node_name: name.to_string(), incarnation, gangs };
-                // The queue is new and empty.
-                urgent.try_send(request(Up::Hello(hello))).ok();
+                let gangs = observed(&self.core);
+                hello.send(v1::Hello { node_name: name.to_string(), incarnation, gangs }).ok();
                 self.unsent.clear();
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is
                 // older than what it has.
                 self.outbox.rewind();
-                self.link = Some(Link { bulk, logs: Subscriptions::default() });
+                self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
             }
             Event::Closed => self.link = None,
             Event::Heard(message) => self.hear(*message),
@@ -179,6 +196,11 @@ impl Daemon {
     fn hear(&mut self, message: Down) {
         match message {
             Down::Welcome(welcome) => {
+                if let Some(link) = &self.link {
+                    // Scripts and tests wait for this line.
+                    let (node, session) = (&self.identity.config.name, welcome.session);
+                    info!(%node, coordinator = %link.coordinator, session, "joined");
+                }
                 let mut all = Vec::new();
                 for wire in welcome.assignments {
                     match convert::assignment_from_wire(wire) {
@@ -202,17 +224,17 @@ impl Daemon {
             Down::LogSubscribe(wanted) => {
                 if let Some(link) = &mut self.link {
                     let (data_dir, live) = (self.context.data_dir.clone(), self.live.clone());
-                    link.logs.add(wanted, data_dir, live, link.bulk.clone());
+                    link.subscriptions.add(wanted, data_dir, live, link.queues.logs.clone());
                 }
             }
             Down::LogCredit(credit) => {
                 if let Some(link) = &self.link {
-                    link.logs.credit(&credit);
+                    link.subscriptions.credit(&credit);
                 }
             }
             Down::LogUnsubscribe(ended) => {
                 if let Some(link) = &mut self.link {
-                    link.logs.remove(ended.subscription);
+                    link.subscriptions.remove(ended.subscription);
                 }
             }
             Down::HeartbeatAck(_) => {}
@@ -220,9 +242,17 @@ impl Daemon {
     }
 
     fn step(&mut self, input: Input) {
-        if let Input::Gone(gang) | Input::Failed(gang, _) = &input {
-            self.runners.remove(gang);
-            self.live.remove(gang);
+        match &input {
+            Input::Exited(gang, exit) => self.live.end(gang, exit.rank),
+            Input::Gone(gang) | Input::Failed(gang, _) => {
+                self.runners.remove(gang);
+                self.live.remove(gang);
+            }
+            Input::Welcome(_)
+            | Input::Assign(_)
+            | Input::Prepared(..)
+            | Input::Launched(_)
+            | Input::Shutdown => {}
         }
         let mut effects: VecDeque<Effect> = self.core.step(input).into();
         while let Some(effect) = effects.pop_front() {
@@ -249,42 +279,71 @@ impl Daemon {
         }
     }
 
-    /// Sends points, then reports: the coordinator has the last points of a rank before it learns that the rank
-    /// has ended.
-    async fn send_waiting(&mut self) {
-        self.send_at = None;
-        let Some(bulk) = self.link.as_ref().map(|link| link.bulk.clone()) else { return };
-        while let Some(batch) = self.outbox.next_batch() {
-            if bulk.send(request(Up::Points(batch))).await.is_err() {
-                return;
+    /// What is to be sent next: reports, before points. But the last points of a rank go ahead of the report that
+    /// it has ended, so that the coordinator has the whole curve when it ends the job.
+    fn next_message(&mut self) -> Option<Up> {
+        let mut first = None;
+        for gang in self.unsent.clone() {
+            let Some(report) = self.core.report(&gang) else {
+                self.unsent.remove(&gang);
+                continue;
+            };
+            match report.exits.iter().find(|exit| self.outbox.has_unsent_of(&gang, exit.rank)) {
+                None => {
+                    self.unsent.remove(&gang);
+                    return Some(Up::Gang(convert::gang_report_to_wire(&report)));
+                }
+                Some(exit) => first = first.or(Some((gang, exit.rank))),
             }
         }
-        while let Some(gang) = self.unsent.pop_first() {
-            let Some(report) = self.core.report(&gang) else { continue };
-            if bulk.send(request(Up::Gang(convert::gang_report_to_wire(&report)))).await.is_err() {
-                return;
-            }
+        let batch = match first {
+            Some((gang, rank)) => self.outbox.next_batch_of(&gang, rank),
+            None => self.outbox.next_batch(),
+        };
+        batch.map(Up::Points)
+    }
+
+    /// Waits until the coordinator has the last reports and points.
+    async fn flush(&mut self, session: &mut mpsc::Receiver<Event>) {
+        while self.link.is_some() && !(self.unsent.is_empty() && self.outbox.is_empty()) {
+            self.turn(session).await;
         }
     }
 
-    /// Waits until the coordinator has the last points, and says goodbye.
-    async fn farewell(&mut self, session: &mut mpsc::Receiver<Event>) {
-        self.send_waiting().await;
-        while !self.outbox.is_empty() && self.link.is_some() {
-            self.turn(session).await;
-        }
+    async fn say_goodbye(&mut self, session: &mut mpsc::Receiver<Event>) {
         let Some(link) = self.link.take() else { return };
         let goodbye = v1::Goodbye { reason: "the daemon was stopped".to_owned() };
-        link.bulk.send(request(Up::Goodbye(goodbye))).await.ok();
-        drop(link);
+        link.queues.bulk.send(request(Up::Goodbye(goodbye))).await.ok();
         // The coordinator ends the stream once it has heard it.
         while !matches!(session.recv().await, Some(Event::Closed) | None) {}
     }
 }
 
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
+/// Every report, for a Hello. The first exit of a gang is the likeliest cause of its end; the others give up
+/// their output first if all of it would not fit a message.
+fn observed(core: &Core) -> Vec<v1::GangReport> {
+    let mut gangs: Vec<_> = core.reports().iter().map(convert::gang_report_to_wire).collect();
+    let mut room = HELLO_TAILS_BYTES_MAX;
+    let mut fit = |exit: &mut v1::RankExit| match room.checked_sub(exit.stderr_tail.len()) {
+        Some(left) => room = left,
+        None => exit.stderr_tail.clear(),
+    };
+    gangs.iter_mut().filter_map(|gang| gang.exits.first_mut()).for_each(&mut fit);
+    gangs.iter_mut().flat_map(|gang| gang.exits.iter_mut().skip(1)).for_each(&mut fit);
+    gangs
+}
+
+/// Room in the queue, from a time on; never without a time or a queue.
+async fn room_from(
+    at: Option<Instant>,
+    queue: Option<mpsc::Sender<v1::SessionRequest>>,
+) -> mpsc::OwnedPermit<v1::SessionRequest> {
+    if let (Some(at), Some(queue)) = (at, queue) {
+        tokio::time::sleep_until(at).await;
+        if let Ok(room) = queue.reserve_owned().await {
+            return room;
+        }
+        // The session has broken; news of that is on its way.
     }
+    std::future::pending().await
 }

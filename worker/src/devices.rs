@@ -27,36 +27,50 @@ pub(crate) fn boot_id(root: &Path) -> String {
     id.trim().to_owned()
 }
 
-/// The machine's memory, or the limit of the daemon's control group where that is less.
+/// The machine's memory, or the limit of the daemon's control group, or of one above it, where that is less.
 fn memory_bytes(root: &Path) -> u64 {
     let info = fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let kib = total.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     let machine = kib.unwrap_or(0) * 1024;
-    let limits = ["sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limit =
-        limits.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()?.trim().parse().ok()).min();
+    // In a container the daemon's group is the root of what it sees; under systemd it is further down.
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let places = groups.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        match controllers {
+            "" => Some(("sys/fs/cgroup", "memory.max", path)),
+            "memory" => Some(("sys/fs/cgroup/memory", "memory.limit_in_bytes", path)),
+            _ => None,
+        }
+    });
+    let limits = places.flat_map(|(mount, file, path)| {
+        let above = Path::new(path.trim_start_matches('/')).ancestors();
+        above.map(|group| root.join(mount).join(group).join(file)).collect::<Vec<_>>()
+    });
+    let limit = limits.filter_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok()).min();
     limit.map_or(machine, |limit: u64| limit.min(machine))
 }
 
-/// NVIDIA's driver shows one directory per GPU. Only those in `visible`, the daemon's own
-/// CUDA_VISIBLE_DEVICES, are ours to give.
+/// NVIDIA's driver shows one directory per GPU, named by its place on the bus. Their order is the index: that of
+/// nvidia-smi and of CUDA_DEVICE_ORDER=PCI_BUS_ID, also in a container that shows only some GPUs, where the device
+/// minor is not. Only those in `visible`, the daemon's own CUDA_VISIBLE_DEVICES, are ours to give.
 fn gpus(root: &Path, visible: Option<&str>) -> Vec<Device> {
     let Ok(entries) = fs::read_dir(root.join("proc/driver/nvidia/gpus")) else { return Vec::new() };
-    let mut found: Vec<Device> = entries
-        .filter_map(|entry| {
-            let text = fs::read_to_string(entry.ok()?.path().join("information")).ok()?;
+    let mut places: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    places.sort();
+    let read = |place: &std::path::PathBuf| fs::read_to_string(place.join("information")).ok();
+    let texts = places.iter().filter_map(read);
+    let mut found: Vec<Device> = (0..)
+        .zip(texts)
+        .map(|(index, text)| {
             let field = |name: &str| {
                 let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_prefix(':'));
-                line.map(|value| value.trim().to_owned())
+                line.map(|value| value.trim().to_owned()).unwrap_or_default()
             };
-            let index = field("Device Minor")?.parse().ok()?;
-            let (uuid, model) = (field("GPU UUID").unwrap_or_default(), field("Model").unwrap_or_default());
             // The driver's files do not tell the memory; NVML does, once it is used.
-            Some(Device { index, uuid, model, memory_bytes: 0 })
+            Device { index, uuid: field("GPU UUID"), model: field("Model"), memory_bytes: 0 }
         })
         .collect();
-    found.sort_by_key(|gpu| gpu.index);
     if let Some(visible) = visible {
         let wanted: Vec<&str> = visible.split(',').map(str::trim).collect();
         found.retain(|gpu| wanted.iter().any(|w| *w == gpu.index.to_string() || *w == gpu.uuid));
@@ -68,15 +82,42 @@ fn gpus(root: &Path, visible: Option<&str>) -> Vec<Device> {
 mod tests {
     use super::*;
 
+    fn write(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    /// As a container shows them that was given the upper GPUs of its machine.
     fn fake_gpus(count: u32) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for i in 0..count {
-            let dir = root.path().join(format!("proc/driver/nvidia/gpus/0000:0{i}:00.0"));
-            fs::create_dir_all(&dir).unwrap();
-            let text = format!("Model: \t\t NVIDIA H100\nGPU UUID: \t GPU-{i}\nDevice Minor: \t {i}\n");
-            fs::write(dir.join("information"), text).unwrap();
+            let minor = i + 4;
+            let text = format!("Model: \t\t NVIDIA H100\nGPU UUID: \t GPU-{i}\nDevice Minor: \t {minor}\n");
+            write(root.path(), &format!("proc/driver/nvidia/gpus/0000:{i}a:00.0/information"), &text);
         }
         root
+    }
+
+    #[test]
+    fn memory_is_the_tightest_limit() {
+        let v2 = "0::/system.slice/muster.service\n";
+        let v1 = "9:cpu,cpuacct:/a\n8:memory:/a/b\n1:name=systemd:/\n";
+        let table: [(&str, &str, &str, u64); 6] = [
+            ("0::/\n", "sys/fs/cgroup/memory.max", "1048576\n", 1 << 20),
+            ("0::/\n", "sys/fs/cgroup/memory.max", "max\n", 4 << 30),
+            (v2, "sys/fs/cgroup/system.slice/muster.service/memory.max", "1048576\n", 1 << 20),
+            (v2, "sys/fs/cgroup/system.slice/memory.max", "1048576\n", 1 << 20),
+            (v1, "sys/fs/cgroup/memory/memory.limit_in_bytes", "1048576\n", 1 << 20),
+            (v1, "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "9223372036854771712\n", 4 << 30),
+        ];
+        for (group, file, limit, expected) in table {
+            let root = tempfile::tempdir().unwrap();
+            write(root.path(), "proc/meminfo", "MemTotal:        4194304 kB\nMemFree: 1 kB\n");
+            write(root.path(), "proc/self/cgroup", group);
+            write(root.path(), file, limit);
+            assert_eq!(memory_bytes(root.path()), expected, "{file}");
+        }
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! What the ranks wrote, read from their files when the coordinator asks, no faster than it takes it.
+//!
+//! Any output on disk can be read, also that of gangs long forgotten. Nothing here deletes: what old jobs left
+//! under `<data_dir>/logs` is the operator's to remove.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use muster_core::types::{GangId, Generation, JobId};
+use muster_core::types::{GangId, Generation, JobId, Rank};
 use muster_proto::v1;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -24,21 +27,35 @@ const CREDIT_BYTES_MAX: u64 = 64 << 20;
 /// Time between looks at a file whose end was reached while its rank may still write.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Gangs whose ranks may still write.
+/// Gangs whose ranks may still write, each with the ranks that have ended.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Live(Arc<Mutex<BTreeSet<GangId>>>);
+pub(crate) struct Live(Arc<Mutex<BTreeMap<GangId, BTreeSet<Rank>>>>);
 
 impl Live {
+    /// The gang's ranks may write from now on.
     pub fn insert(&self, gang: GangId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(gang);
+        self.lock().insert(gang, BTreeSet::new());
     }
 
+    /// One rank has ended.
+    pub fn end(&self, gang: &GangId, rank: Rank) {
+        if let Some(ended) = self.lock().get_mut(gang) {
+            ended.insert(rank);
+        }
+    }
+
+    /// All have.
     pub fn remove(&self, gang: &GangId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(gang);
+        self.lock().remove(gang);
     }
 
-    fn contains(&self, gang: &GangId) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(gang)
+    fn may_write(&self, gang: &GangId, rank: Rank) -> bool {
+        self.lock().get(gang).is_some_and(|ended| !ended.contains(&rank))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<GangId, BTreeSet<Rank>>> {
+        // Every change is one call.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -70,7 +87,9 @@ impl Subscriptions {
             let error = result.err().unwrap_or_default();
             reader.send(None, error.is_empty(), error).await;
         });
-        self.0.insert(number, (credit, task.abort_handle()));
+        if let Some((_, older)) = self.0.insert(number, (credit, task.abort_handle())) {
+            older.abort();
+        }
     }
 
     /// Allows more of one.
@@ -113,6 +132,7 @@ impl Reader {
         let request = &self.request;
         let job = JobId::new(request.job_id.clone())?;
         let gang = GangId { job, generation: Generation(request.generation) };
+        let rank = Rank(request.rank);
         let name = match request.stream() {
             v1::LogStream::Stdout => "stdout.log",
             v1::LogStream::Stderr => "stderr.log",
@@ -121,8 +141,8 @@ impl Reader {
         let path = log_dir(&data_dir, gang.job.as_str(), request.generation, request.local_rank).join(name);
         let failed = |error: io::Error| format!("failed to read {}: {error}", path.display());
         let mut file = loop {
-            // Looked at before the file is opened: a gang that has ended meanwhile has made it by then.
-            let running = live.contains(&gang);
+            // Looked at before the file is opened: a rank that has ended meanwhile has made it by then.
+            let running = live.may_write(&gang, rank);
             match File::open(&path).await {
                 Ok(file) => break file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound && running && request.follow => {
@@ -138,7 +158,8 @@ impl Reader {
         file.seek(io::SeekFrom::Start(offset)).await.map_err(failed)?;
         let mut buffer = vec![0; CHUNK_BYTES_MAX];
         loop {
-            let ended = !live.contains(&gang);
+            // Looked at before the file is read: what comes after its end was written before the rank's.
+            let ended = !live.may_write(&gang, rank);
             // At least one byte of credit, and as much more as there is.
             let Ok(first) = self.credit.acquire().await else { return Ok(()) };
             first.forget();

@@ -12,11 +12,11 @@ use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
 use rand::RngExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{Config, Error};
 
@@ -30,21 +30,33 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 /// How long another daemon may hold our name before we give up: an earlier life of this one lets go of it
 /// within a lease.
 const NAME_HELD_MAX: Duration = Duration::from_secs(30);
-/// Messages on their way up: heartbeats in the first queue, which goes first, all else in the second.
+/// Heartbeats on their way up: more that wait say nothing new.
 const URGENT_MAX: usize = 8;
-const BULK_MAX: usize = 64;
+/// Reports and points on their way up. Few, so that a report does not wait behind many points.
+const BULK_MAX: usize = 16;
+/// Pieces of log on their way up, at most 64 KiB each.
+const LOGS_MAX: usize = 32;
 /// Largest message, as the coordinator's.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
 /// What the session tells the daemon.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A stream is open. The first message must be Hello, on `urgent`.
-    Open { urgent: mpsc::Sender<v1::SessionRequest>, bulk: mpsc::Sender<v1::SessionRequest> },
+    /// A session begins; `hello` takes its first message.
+    Open { coordinator: String, hello: oneshot::Sender<v1::Hello>, queues: Queues },
     /// The coordinator said something.
     Heard(Box<Down>),
     /// The stream is gone.
     Closed,
+}
+
+/// The ends into which the daemon puts what goes up.
+#[derive(Debug)]
+pub(crate) struct Queues {
+    /// Reports and points.
+    pub bulk: mpsc::Sender<v1::SessionRequest>,
+    /// Output, which goes after everything else.
+    pub logs: mpsc::Sender<v1::SessionRequest>,
 }
 
 /// Who this node is.
@@ -54,6 +66,29 @@ pub(crate) struct Identity {
     pub incarnation: String,
     pub boot_id: String,
     pub inventory: muster_core::Inventory,
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+enum Failure {
+    /// The coordinator could not be reached, or did not take the node.
+    Join(Status),
+    /// It took the node; the session broke later.
+    Session(Status),
+}
+
+/// Whether no further attempt can succeed. `held` is for how long another daemon has held our name.
+///
+/// Only a refused Join is final. A session that breaks, for whatever reason, must not cost the ranks their lives.
+fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
+    match failure {
+        Failure::Join(status) => match status.code() {
+            Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => true,
+            Code::AlreadyExists => held.is_some_and(|held| held > NAME_HELD_MAX),
+            _ => false,
+        },
+        Failure::Session(_) => false,
+    }
 }
 
 /// Keeps a session open. Only returns when no attempt can ever succeed.
@@ -66,21 +101,13 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
     let mut held_since = None;
     for (url, endpoint) in endpoints.iter().cycle() {
         let began = Instant::now();
-        match once(&identity, url, endpoint, &events).await {
-            Ok(()) => {}
-            Err(status) => {
-                warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
-                match status.code() {
-                    Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
-                        return Error::Refused(status.message().to_owned());
-                    }
-                    Code::AlreadyExists => {
-                        if began.duration_since(*held_since.get_or_insert(began)) > NAME_HELD_MAX {
-                            return Error::Refused(status.message().to_owned());
-                        }
-                    }
-                    _ => held_since = None,
-                }
+        if let Err(failure) = once(&identity, url, endpoint, &events).await {
+            let (Failure::Join(status) | Failure::Session(status)) = &failure;
+            warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
+            let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
+            held_since = is_held.then(|| held_since.unwrap_or(began));
+            if is_final(&failure, held_since.map(|since| began.duration_since(since))) {
+                return Error::Refused(status.message().to_owned());
             }
         }
         // A session that lasted was a success; the next attempt is quick again.
@@ -111,13 +138,48 @@ fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
     urls.iter().map(endpoint).collect()
 }
 
-/// One session, from connecting to its end. Ok if there was one.
+/// One session, from connecting to its end.
 async fn once(
     identity: &Identity,
     url: &str,
     endpoint: &Endpoint,
     events: &mpsc::Sender<Event>,
-) -> Result<(), Status> {
+) -> Result<(), Failure> {
+    let (mut client, joined) = join(identity, url, endpoint).await.map_err(Failure::Join)?;
+    let span = |field, wire: Option<&_>, default| {
+        span_from_wire(field, wire, default).unwrap_or(default).max(Millis(10))
+    };
+    let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
+    let lease = span("lease", joined.lease.as_ref(), Millis::from_secs(10));
+
+    let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);
+    let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
+    let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
+    let ends = || Failure::Session(Status::cancelled("the daemon ends"));
+    let (reply, hello) = oneshot::channel();
+    let opened = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
+    events.send(opened).await.map_err(|_| ends())?;
+    let hello = hello.await.map_err(|_| ends())?;
+    // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
+    urgent.try_send(request(Up::Hello(hello))).ok();
+    let session = async {
+        let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
+        let opened = tokio::time::timeout(CONNECT_MAX, stream).await;
+        let stream =
+            opened.map_err(|_| Status::deadline_exceeded("the session was not answered"))??.into_inner();
+        pump(stream, urgent, events, heartbeat, lease).await
+    };
+    let result = session.await;
+    events.send(Event::Closed).await.ok();
+    result.map_err(Failure::Session)
+}
+
+/// Connects, and registers the node.
+async fn join(
+    identity: &Identity,
+    url: &str,
+    endpoint: &Endpoint,
+) -> Result<(WorkerServiceClient<Channel>, v1::JoinResponse), Status> {
     let channel = endpoint.connect().await.map_err(|error| {
         let mut cause: &dyn std::error::Error = &error;
         while let Some(source) = cause.source() {
@@ -132,30 +194,9 @@ async fn once(
         Some(address) => address,
         None => address_towards(endpoint).await?,
     };
-    let join = tokio::time::timeout(CONNECT_MAX, client.join(join_request(identity, address)));
-    let joined = join.await.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"))??;
-    let joined = joined.into_inner();
-    let span = |field, wire: Option<&_>, default| {
-        span_from_wire(field, wire, default).unwrap_or(default).max(Millis(10))
-    };
-    let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
-    let lease = span("lease", joined.lease.as_ref(), Millis::from_secs(10));
-
-    let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);
-    let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
-    let opened = Event::Open { urgent: urgent.clone(), bulk };
-    events.send(opened).await.map_err(|_| Status::cancelled("the daemon ends"))?;
-    let session = async {
-        let stream = client.session(Prioritised { urgent: urgent_queue, bulk: bulk_queue });
-        let opened = tokio::time::timeout(CONNECT_MAX, stream).await;
-        let stream =
-            opened.map_err(|_| Status::deadline_exceeded("the session was not answered"))??.into_inner();
-        info!(node = %identity.config.name, coordinator = %url, %address, "joined");
-        pump(stream, urgent, events, heartbeat, lease).await
-    };
-    let result = session.await;
-    events.send(Event::Closed).await.ok();
-    result
+    let joined = tokio::time::timeout(CONNECT_MAX, client.join(join_request(identity, address))).await;
+    let joined = joined.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"))??;
+    Ok((client, joined.into_inner()))
 }
 
 /// Hands on what is heard, and beats. Ends when the stream does, or when a whole lease passes without a word.
@@ -234,20 +275,80 @@ async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
     Ok(socket.local_addr().map_err(failed)?.ip())
 }
 
-/// Two queues as one stream: what is urgent goes first, so that no log holds up a heartbeat.
-struct Prioritised {
-    urgent: mpsc::Receiver<v1::SessionRequest>,
-    bulk: mpsc::Receiver<v1::SessionRequest>,
-}
+/// Queues as one stream, the more urgent first: no log holds up a report, and nothing a heartbeat.
+struct Prioritised([mpsc::Receiver<v1::SessionRequest>; 3]);
 
 impl tokio_stream::Stream for Prioritised {
     type Item = v1::SessionRequest;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        match self.urgent.poll_recv(context) {
-            Poll::Ready(Some(request)) => Poll::Ready(Some(request)),
-            // The daemon drops both queues to end the stream, once they are empty.
-            Poll::Ready(None) | Poll::Pending => self.bulk.poll_recv(context),
+        let mut ended = true;
+        for queue in &mut self.0 {
+            match queue.poll_recv(context) {
+                Poll::Ready(Some(request)) => return Poll::Ready(Some(request)),
+                Poll::Ready(None) => {}
+                Poll::Pending => ended = false,
+            }
+        }
+        if ended { Poll::Ready(None) } else { Poll::Pending }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_stream::StreamExt;
+
+    #[test]
+    fn only_a_refused_join_ends_the_daemon() {
+        let held = |seconds| Some(Duration::from_secs(seconds));
+        let join = |code| Failure::Join(Status::new(code, ""));
+        let session = |code| Failure::Session(Status::new(code, ""));
+        let table = [
+            (join(Code::Unavailable), None, false),
+            (join(Code::DeadlineExceeded), None, false),
+            (join(Code::InvalidArgument), None, true),
+            (join(Code::PermissionDenied), None, true),
+            (join(Code::AlreadyExists), held(0), false),
+            (join(Code::AlreadyExists), held(29), false),
+            (join(Code::AlreadyExists), held(31), true),
+            (session(Code::InvalidArgument), None, false),
+            (session(Code::AlreadyExists), None, false),
+            (session(Code::Aborted), None, false),
+        ];
+        for (failure, held, expected) in table {
+            assert_eq!(is_final(&failure, held), expected, "{failure:?} {held:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_heartbeat_passes_reports_and_a_report_passes_logs() {
+        let [urgent, bulk, logs] = [(); 3].map(|()| mpsc::channel(4));
+        let mut stream = Prioritised([urgent.1, bulk.1, logs.1]);
+        let beat = |seq| request(Up::Heartbeat(v1::Heartbeat { seq }));
+        for seq in [30, 31] {
+            logs.0.try_send(beat(seq)).unwrap();
+        }
+        bulk.0.try_send(beat(20)).unwrap();
+        urgent.0.try_send(beat(10)).unwrap();
+        drop((urgent.0, bulk.0, logs.0));
+        let mut seqs = Vec::new();
+        while let Some(Some(Up::Heartbeat(beat))) = stream.next().await.map(|request| request.message) {
+            seqs.push(beat.seq);
+        }
+        assert_eq!(seqs, [10, 20, 30, 31]);
+    }
+
+    #[test]
+    fn urls_that_cannot_work_are_refused_in_words() {
+        for (url, ok) in [
+            ("http://10.0.0.1:7070", true),
+            ("http://[::1]:7070", true),
+            ("10.0.0.1:7070", false),
+            ("https://10.0.0.1:7070", false),
+            ("", false),
+        ] {
+            assert_eq!(endpoints(&[url.to_owned()]).is_ok(), ok, "{url}");
         }
     }
 }

@@ -6,8 +6,12 @@ use std::path::Path;
 
 use muster_core::types::{Assignment, Rank};
 
-/// Variables of the daemon that mean nothing to a rank.
-const DROPPED: [&str; 3] = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"];
+/// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
+/// it started where ours may not set it anew.
+const DROPPED: [&str; 5] =
+    ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "MUSTER_CHECKPOINT_DIR"];
+/// torchrun's default of --signals-to-handle.
+const SIGNALS_TO_HANDLE: &str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT";
 
 /// Where a rank writes.
 #[derive(Clone, Copy, Debug)]
@@ -26,16 +30,19 @@ pub(super) fn of_rank(
 ) -> BTreeMap<OsString, OsString> {
     let spec = &assignment.spec;
     let placement = &assignment.placement;
-    let mut env: BTreeMap<OsString, OsString> = inherited
-        .filter(|(key, _)| !DROPPED.iter().any(|dropped| key == dropped))
-        // What a daemon was told about itself, by MUSTER_COORDINATOR and the like, stays; what an outer job
-        // told its ranks must not leak into ours, and is set anew below.
-        .collect();
-    if !env.contains_key::<std::ffi::OsStr>("OMP_NUM_THREADS".as_ref()) && placement.procs > 1 {
-        env.insert("OMP_NUM_THREADS".into(), "1".into());
-    }
-    if !env.contains_key::<std::ffi::OsStr>("TORCH_NCCL_ASYNC_ERROR_HANDLING".as_ref()) {
-        env.insert("TORCH_NCCL_ASYNC_ERROR_HANDLING".into(), "1".into());
+    let mut env: BTreeMap<OsString, OsString> =
+        inherited.filter(|(key, _)| !DROPPED.iter().any(|dropped| key == dropped)).collect();
+    let defaults = [
+        ("OMP_NUM_THREADS", "1", placement.procs > 1),
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", true),
+        ("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE, true),
+        // GPUs are numbered as the bus has them; CUDA by itself counts from the fastest.
+        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", !placement.gpus.is_empty()),
+    ];
+    for (key, value, applies) in defaults {
+        if applies {
+            env.entry(key.into()).or_insert_with(|| value.into());
+        }
     }
     for (key, value) in &spec.env {
         env.insert(key.into(), value.into());
@@ -146,6 +153,8 @@ mod tests {
             ("TORCHELASTIC_ERROR_FILE", "/logs/error.json", "/logs/error.json"),
             ("MUSTER_GENERATION", "2", "2"),
             ("MUSTER_CHECKPOINT_DIR", "/shared/checkpoints", "/shared/checkpoints"),
+            ("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE, SIGNALS_TO_HANDLE),
+            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "PCI_BUS_ID"),
         ];
         let ranks = [env(0, &[]), env(1, &[])];
         for (name, first, second) in table {

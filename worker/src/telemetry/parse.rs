@@ -29,7 +29,7 @@ struct Line {
 
 /// Reads a line. The error says what is wrong with it.
 pub(super) fn parse(line: &[u8]) -> Result<Reported, String> {
-    let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    let line: Line = serde_json::from_slice(line).map_err(|error| format!("is not a point: {error}"))?;
     if line.values.len() > VALUES_MAX {
         return Err(format!("holds {} values; at most {VALUES_MAX} are kept", line.values.len()));
     }
