@@ -36,8 +36,8 @@ fn ranks_get_the_torchrun_environment_in_order() {
 #[test]
 fn the_first_failure_is_reported_and_ends_the_gang() {
     let cluster = Cluster::start(Settings::default());
-    let script = "if [ $RANK = 3 ]; then echo cannot read shard 7 >&2; exit 9; fi; exec sleep 1000";
-    let mark = "sleep 1000";
+    let script = "if [ $RANK = 3 ]; then echo cannot read shard 7 >&2; exit 9; fi; exec sleep 1234";
+    let mark = "sleep 1234";
     let id = cluster.submit(&["--nnodes", "2", "--nproc-per-node", "2"], script);
     let job = cluster.wait_for(&id, "FAILED");
     assert_eq!(job["reason"], "rank 3 on node n2 ended with exit code 9: cannot read shard 7");
