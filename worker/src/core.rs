@@ -166,13 +166,13 @@ impl Core {
         if stale || assignment.phase == DesiredPhase::Forgotten || self.parts.len() >= HELD_MAX {
             return;
         }
-        let error = if self.stopping {
-            Some("this node's daemon is being stopped".to_owned())
-        } else if self.unsettled().count() >= GANGS_MAX {
-            Some(format!("this node runs {GANGS_MAX} gangs already, the most it takes"))
-        } else {
-            None
-        };
+        // What a node says of a gang that it prepares is taken for the job's own fault, for good. The goodbye that
+        // follows says better why this one does not start here.
+        if self.stopping && !ends {
+            return;
+        }
+        let full = self.unsettled().count() >= GANGS_MAX;
+        let error = full.then(|| format!("this node runs {GANGS_MAX} gangs already, the most it takes"));
         // A gang to be stopped that is not held has nothing that runs: that is all there is to say.
         let settled = ends || error.is_some();
         let waiting = !settled && self.older_runs(&gang);
@@ -306,9 +306,10 @@ impl Core {
         let running: Vec<GangId> = self.unsettled().map(|(gang, _)| gang.clone()).collect();
         for gang in running {
             if let Some(part) = self.parts.get_mut(&gang)
-                && part.phase == Some(ObservedPhase::Running)
+                && part.launch_sent
             {
-                // Said before the ranks end, so that the coordinator sees the cause and not its consequence.
+                // Said before the ranks end, so that the coordinator sees the cause and not its consequence. They may
+                // run before it is known here that they do.
                 part.error.get_or_insert_with(|| "its daemon was stopped".to_owned());
                 effects.push(Effect::Report(gang.clone()));
             }

@@ -196,10 +196,25 @@ fn shutdown_says_why_before_the_ranks_end() {
         (assign(1, DesiredPhase::Running), &["start", "launch"]),
         (Input::Launched(gang(1)), &["report"]),
         (Input::Shutdown, &["report", "stop"]),
-        (assign(2, DesiredPhase::Prepared), &["report"]),
+        // Nothing new is begun, and nothing is said that would be taken for the job's fault.
+        (assign(2, DesiredPhase::Prepared), &[]),
+        (assign(2, DesiredPhase::Stopped), &["report"]),
     ]);
     assert_eq!(core.report(&gang(1)).unwrap().error.as_deref(), Some("its daemon was stopped"));
-    assert!(core.report(&gang(2)).unwrap().error.is_some(), "nothing new is begun");
+    assert_eq!(core.report(&gang(2)).unwrap().error, None);
+}
+
+#[test]
+fn shutdown_is_the_cause_also_while_the_ranks_are_launched() {
+    let core = check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Prepared(gang(1), None), &["report"]),
+        (Input::Shutdown, &["report", "stop"]),
+        (Input::Launched(gang(1)), &["report"]),
+        (Input::Exited(gang(1), exit()), &["report"]),
+        (Input::Gone(gang(1)), &["report"]),
+    ]);
+    assert_eq!(core.report(&gang(1)).unwrap().error.as_deref(), Some("its daemon was stopped"));
 }
 
 fn input() -> impl Strategy<Value = (u8, u32)> {

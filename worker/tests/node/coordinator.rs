@@ -1,0 +1,212 @@
+//! The coordinator's side of WorkerService, as a script: it says what a test tells it to and keeps what it hears.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use muster_proto::convert::duration_to_wire_std;
+use muster_proto::v1;
+use muster_proto::v1::session_request::Message as Up;
+use muster_proto::v1::session_response::Message as Down;
+use muster_proto::v1::worker_service_server::{WorkerService, WorkerServiceServer};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+type Answers = mpsc::Sender<Result<v1::SessionResponse, Status>>;
+
+/// What the script does, and what it has heard.
+pub struct State {
+    /// What the next Welcome lists.
+    pub desired: Vec<v1::Assignment>,
+    /// Answers to the next Joins, before they succeed.
+    pub refusals: VecDeque<Status>,
+    /// Whether heartbeats and points are acknowledged.
+    pub acks_heartbeats: bool,
+    pub acks_points: bool,
+    pub joins: Vec<v1::JoinRequest>,
+    /// Everything from all sessions, in order.
+    pub heard: Vec<Up>,
+    session: Option<Answers>,
+}
+
+#[derive(Clone)]
+pub struct Coordinator {
+    pub address: SocketAddr,
+    state: Arc<Mutex<State>>,
+    reads: Arc<watch::Sender<bool>>,
+    lease: Duration,
+    stop: CancellationToken,
+}
+
+impl Coordinator {
+    pub async fn start(lease: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let state = State {
+            desired: vec![],
+            refusals: VecDeque::new(),
+            acks_heartbeats: true,
+            acks_points: true,
+            joins: vec![],
+            heard: vec![],
+            session: None,
+        };
+        let coordinator = Self {
+            address: listener.local_addr().unwrap(),
+            state: Arc::new(Mutex::new(state)),
+            reads: Arc::new(watch::Sender::new(true)),
+            lease,
+            stop: CancellationToken::new(),
+        };
+        let server = tonic::transport::Server::builder()
+            .add_service(WorkerServiceServer::new(coordinator.clone()))
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                coordinator.stop.clone().cancelled_owned(),
+            );
+        tokio::spawn(server);
+        coordinator
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Says something in the open session.
+    pub async fn say(&self, message: Down) {
+        let session = self.state().session.clone().expect("a session is open");
+        session.send(Ok(v1::SessionResponse { message: Some(message) })).await.unwrap();
+    }
+
+    /// Ends the open session with an error; the node may come back at once.
+    pub async fn break_session(&self, status: Status) {
+        let session = self.state().session.take().expect("a session is open");
+        session.send(Err(status)).await.unwrap();
+    }
+
+    /// Whether what nodes send is read. What is not read fills the connection.
+    pub fn read(&self, reads: bool) {
+        self.reads.send_replace(reads);
+    }
+
+    /// The last that was heard of a gang.
+    pub fn report(&self, gang: &v1::Assignment) -> Option<v1::GangReport> {
+        let of_gang =
+            |r: &&v1::GangReport| (r.job_id.as_str(), r.generation) == (&gang.job_id, gang.generation);
+        self.state().heard.iter().rev().find_map(|message| match message {
+            Up::Gang(report) => Some(report).filter(of_gang).cloned(),
+            Up::Hello(hello) => hello.gangs.iter().find(of_gang).cloned(),
+            _ => None,
+        })
+    }
+
+    pub fn hellos(&self) -> Vec<v1::Hello> {
+        let state = self.state();
+        let hellos = state.heard.iter().filter_map(|message| match message {
+            Up::Hello(hello) => Some(hello.clone()),
+            _ => None,
+        });
+        hellos.collect()
+    }
+
+    /// Every point, in the order in which it came.
+    pub fn points(&self) -> Vec<v1::Point> {
+        let state = self.state();
+        let batches = state.heard.iter().filter_map(|message| match message {
+            Up::Points(batch) => Some(batch.points.clone()),
+            _ => None,
+        });
+        batches.flatten().collect()
+    }
+
+    /// What came for one subscription.
+    pub fn logs(&self, subscription: u64) -> Vec<v1::LogData> {
+        let state = self.state();
+        let pieces = state.heard.iter().filter_map(|message| match message {
+            Up::Log(log) if log.subscription == subscription => Some(log.clone()),
+            _ => None,
+        });
+        pieces.collect()
+    }
+
+    async fn listen(self, mut incoming: Streaming<v1::SessionRequest>, answers: Answers) {
+        let mut reads = self.reads.subscribe();
+        loop {
+            reads.wait_for(|reads| *reads).await.unwrap();
+            let Ok(Some(v1::SessionRequest { message: Some(message) })) = incoming.message().await else {
+                return;
+            };
+            let mut ends = false;
+            let answer = {
+                let mut state = self.state();
+                let answer = match &message {
+                    Up::Hello(_) => Some(Down::Welcome(v1::Welcome {
+                        session: state.joins.len() as u64,
+                        assignments: state.desired.clone(),
+                    })),
+                    Up::Heartbeat(beat) if state.acks_heartbeats => {
+                        Some(Down::HeartbeatAck(v1::HeartbeatAck { seq: beat.seq }))
+                    }
+                    Up::Points(batch) if state.acks_points => batch.points.last().map(|last| {
+                        Down::PointAck(v1::PointAck {
+                            job_id: batch.job_id.clone(),
+                            generation: last.generation,
+                            rank: last.rank(),
+                            seq: last.seq,
+                        })
+                    }),
+                    Up::Goodbye(_) => {
+                        ends = true;
+                        None
+                    }
+                    _ => None,
+                };
+                state.heard.push(message);
+                if ends {
+                    state.session = None;
+                }
+                answer
+            };
+            if ends {
+                return;
+            }
+            if let Some(answer) = answer {
+                answers.send(Ok(v1::SessionResponse { message: Some(answer) })).await.ok();
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl WorkerService for Coordinator {
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let mut state = self.state();
+        if let Some(refusal) = state.refusals.pop_front() {
+            return Err(refusal);
+        }
+        state.joins.push(request.into_inner());
+        Ok(Response::new(v1::JoinResponse {
+            lease: Some(duration_to_wire_std(self.lease)),
+            heartbeat_interval: Some(duration_to_wire_std(Duration::from_millis(50))),
+        }))
+    }
+
+    type SessionStream = ReceiverStream<Result<v1::SessionResponse, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (answers, outgoing) = mpsc::channel(64);
+        self.state().session = Some(answers.clone());
+        tokio::spawn(self.clone().listen(request.into_inner(), answers));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+}
