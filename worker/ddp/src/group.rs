@@ -3,6 +3,7 @@
 use crate::env::{self, Launch};
 use crate::error::{During, Error, Operation};
 use crate::listener;
+use crate::memory;
 use crate::sampler::Share;
 use c10d_sys::{Device, Group, ReduceOp, Store};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,6 +44,7 @@ impl ProcessGroup {
     /// Ranks listen on the interface that GLOO_SOCKET_IFNAME names, else on loopback if MASTER_ADDR is,
     /// else on the address from which this machine reaches MASTER_ADDR.
     pub fn from_env() -> Result<Self, Error> {
+        memory::keep_freed_blocks();
         let lookup = |name: &str| std::env::var(name).ok();
         let timeout = env::timeout(&lookup)?;
         match env::launch(&lookup)? {

@@ -35,6 +35,7 @@ mod env;
 mod error;
 mod group;
 mod listener;
+mod memory;
 mod model;
 mod sampler;
 mod telemetry;
