@@ -2,28 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use muster_core::types::{JobSpec, NodeName, NodePlacement, Rank, Resources, limits};
+use muster_core::types::{JobSpec, NodeName, NodePlacement, Rank};
 use proptest::prelude::*;
 
 use super::*;
 
 fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
-    let spec = JobSpec {
-        name: "j".into(),
-        command: vec!["train".into()],
-        env: BTreeMap::new(),
-        working_dir: None,
-        min_nodes: 1,
-        max_nodes: 1,
-        procs_per_node: 1,
-        per_proc: Resources::default(),
-        max_restarts: 0,
-        priority: 0,
-        node_selector: BTreeMap::new(),
-        checkpoint_dir: None,
-        stop_grace: limits::STOP_GRACE_DEFAULT,
-        start_timeout: limits::START_TIMEOUT_DEFAULT,
-    };
+    let spec = JobSpec::new(vec!["train".into()]);
     let placement = NodePlacement {
         node: NodeName::new("n").unwrap(),
         address: [127, 0, 0, 1].into(),

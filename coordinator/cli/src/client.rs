@@ -14,9 +14,9 @@ use crate::exit::Failure;
 /// Time to connect to one coordinator.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Pause before a call that found nobody is tried again.
-pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// How often it is tried: a coordinator that is restarted is back within it.
-pub(crate) const RETRIES_MAX: u32 = 60;
+const RETRIES_MAX: u32 = 60;
 
 /// A connection to one of the coordinators.
 #[derive(Clone, Debug)]
@@ -69,8 +69,29 @@ impl Client {
     }
 }
 
+/// Attempts at a call that must outlast a restart of the coordinator.
+#[derive(Debug, Default)]
+pub(crate) struct Retries(u32);
+
+impl Retries {
+    /// Something was heard: the next break is a new one.
+    pub fn reset(&mut self) {
+        self.0 = 0;
+    }
+
+    /// Pauses before the next attempt, or gives the error back if another would not help.
+    pub async fn pause(&mut self, broken: Status) -> Result<(), Failure> {
+        self.0 += 1;
+        if !is_passing(&broken) || self.0 > RETRIES_MAX {
+            return Err(broken.into());
+        }
+        tokio::time::sleep(RETRY_PAUSE).await;
+        Ok(())
+    }
+}
+
 /// Whether the same call may find somebody later. A broken connection shows as UNKNOWN or INTERNAL at times.
-pub(crate) fn is_passing(status: &Status) -> bool {
+fn is_passing(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable => true,
         Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),

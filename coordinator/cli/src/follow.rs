@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use muster_proto::v1;
 use tokio::sync::mpsc;
 
-use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
+use crate::client::{Client, Retries};
 use crate::exit::Failure;
 use crate::progress::Progress;
 use crate::{show, stream};
@@ -140,7 +140,7 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
 
 /// The job's states, over breaks of the connection.
 async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
-    let mut tries = 0;
+    let mut retries = Retries::default();
     loop {
         let request = v1::WatchJobRequest { job_id: job_id.clone() };
         let broken = match client.jobs().watch_job(request).await {
@@ -151,7 +151,7 @@ async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
                     match incoming.message().await {
                         Ok(Some(response)) => {
                             let Some(job) = response.job else { continue };
-                            tries = 0;
+                            retries.reset();
                             if events.send(Event::Job(Box::new(job))).await.is_err() {
                                 return;
                             }
@@ -162,11 +162,9 @@ async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
                 }
             }
         };
-        tries += 1;
-        if !is_passing(&broken) || tries > RETRIES_MAX {
-            return drop(events.send(Event::Failed(broken.into())).await);
+        if let Err(failure) = retries.pause(broken).await {
+            return drop(events.send(Event::Failed(failure)).await);
         }
-        tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::Write;
 use muster_proto::v1;
 
 use crate::args::{Global, LogStream, LogsArgs, MetricsArgs, Output};
-use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
+use crate::client::{Client, Retries};
 use crate::exit::{Failure, out, output_failed};
 use crate::json;
 
@@ -53,7 +53,7 @@ pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
     mut take: impl FnMut(v1::LogChunk) -> F,
 ) -> Result<(), Failure> {
     let mut ends: HashMap<(u32, i32), u64> = HashMap::new();
-    let mut tries = 0;
+    let mut retries = Retries::default();
     loop {
         let broken = match client.jobs().stream_logs(request.clone()).await {
             Err(status) => status,
@@ -68,7 +68,8 @@ pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
                             chunk.data = chunk.data.split_off(known as usize);
                             chunk.offset += known;
                             if !chunk.data.is_empty() {
-                                (*end, tries) = (chunk.offset + chunk.data.len() as u64, 0);
+                                retries.reset();
+                                *end = chunk.offset + chunk.data.len() as u64;
                                 take(chunk).await?;
                             }
                         }
@@ -78,12 +79,11 @@ pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
                 }
             }
         };
-        tries += 1;
         // Without follow there is somebody who waits for an answer, not for a job.
-        if !request.follow || !is_passing(&broken) || tries > RETRIES_MAX {
+        if !request.follow {
             return Err(broken.into());
         }
-        tokio::time::sleep(RETRY_PAUSE).await;
+        retries.pause(broken).await?;
     }
 }
 
@@ -156,7 +156,7 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
     follow: bool,
     mut take: impl FnMut(v1::Point) -> F,
 ) -> Result<(), Failure> {
-    let (mut after_index, mut tries) = (0, 0);
+    let (mut after_index, mut retries) = (0, Retries::default());
     loop {
         let request = v1::StreamMetricsRequest { job_id: job_id.clone(), rank, follow, after_index };
         let broken = match client.jobs().stream_metrics(request).await {
@@ -165,7 +165,8 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
                 loop {
                     match incoming.message().await {
                         Ok(Some(response)) => {
-                            (after_index, tries) = (response.index, 0);
+                            retries.reset();
+                            after_index = response.index;
                             if let Some(point) = response.point {
                                 take(point).await?;
                             }
@@ -177,10 +178,6 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
             }
             Err(status) => status,
         };
-        if !is_passing(&broken) || tries >= RETRIES_MAX {
-            return Err(broken.into());
-        }
-        tries += 1;
-        tokio::time::sleep(RETRY_PAUSE).await;
+        retries.pause(broken).await?;
     }
 }

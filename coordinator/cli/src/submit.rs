@@ -3,7 +3,7 @@
 use muster_proto::v1;
 
 use crate::args::{CancelArgs, Global, Output, SubmitArgs};
-use crate::client::{Client, RETRIES_MAX, RETRY_PAUSE, is_passing};
+use crate::client::{Client, Retries};
 use crate::exit::{Failure, out};
 use crate::{follow, json, show, spec};
 
@@ -44,21 +44,21 @@ pub(crate) async fn submit(
     spec: v1::JobSpec,
 ) -> Result<v1::Job, Failure> {
     let request = v1::SubmitJobRequest { request_id, spec: Some(spec) };
-    let mut tries = 0;
+    let (mut retries, mut said) = (Retries::default(), false);
     loop {
         match client.jobs().submit_job(request.clone()).await {
             Ok(response) => {
                 let job = response.into_inner().job;
                 return job.ok_or_else(|| anyhow::anyhow!("the coordinator answered without a job").into());
             }
-            Err(status) if is_passing(&status) && tries < RETRIES_MAX => {
-                if tries == 0 {
-                    eprintln!("{}; trying again", status.message());
+            Err(status) => {
+                let why = status.message().to_owned();
+                retries.pause(status).await?;
+                if !said {
+                    said = true;
+                    eprintln!("{why}; trying again");
                 }
-                tries += 1;
-                tokio::time::sleep(RETRY_PAUSE).await;
             }
-            Err(status) => return Err(status.into()),
         }
     }
 }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::types::{
-    Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Rank,
-    RankExit, RequestId,
+    Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
+    RequestId,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -244,10 +244,5 @@ impl Job {
             master_port: self.gang.as_ref().and_then(|gang| gang.master_port),
             restart_count: self.restarts_used,
         }
-    }
-
-    /// The node of a rank in the current or last generation.
-    pub fn node_of(&self, rank: Rank) -> Option<&NodePlacement> {
-        self.placements().iter().find(|placement| placement.holds(rank))
     }
 }

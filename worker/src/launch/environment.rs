@@ -86,26 +86,17 @@ pub(super) fn of_rank(
 mod tests {
     use super::*;
     use muster_core::types::{
-        DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources,
+        DesiredPhase, GangId, Generation, JobId, JobSpec, NodeName, NodePlacement, Resources,
     };
 
     fn assignment() -> Assignment {
         let spec = JobSpec {
-            name: "j".into(),
-            command: vec!["train".into()],
             env: [("OMP_NUM_THREADS".to_owned(), "4".to_owned()), ("MINE".to_owned(), "job".to_owned())]
                 .into(),
-            working_dir: None,
-            min_nodes: 2,
-            max_nodes: 2,
-            procs_per_node: 2,
             per_proc: Resources { gpus: 2, ..Resources::default() },
             max_restarts: 3,
-            priority: 0,
-            node_selector: BTreeMap::new(),
             checkpoint_dir: Some("/shared/checkpoints".into()),
-            stop_grace: Millis(1),
-            start_timeout: Millis(1000),
+            ..JobSpec::new(vec!["train".into()])
         };
         Assignment {
             gang: GangId { job: JobId::new("k3v9x2ma").unwrap(), generation: Generation(2) },

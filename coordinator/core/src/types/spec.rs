@@ -153,6 +153,26 @@ pub struct SpecError {
 }
 
 impl JobSpec {
+    /// One rank of a command, with every default; not checked yet.
+    pub fn new(command: Vec<String>) -> Self {
+        Self {
+            name: String::new(),
+            command,
+            env: BTreeMap::new(),
+            working_dir: None,
+            min_nodes: 1,
+            max_nodes: 0,
+            procs_per_node: 1,
+            per_proc: Resources::default(),
+            max_restarts: 0,
+            priority: 0,
+            node_selector: BTreeMap::new(),
+            checkpoint_dir: None,
+            stop_grace: limits::STOP_GRACE_DEFAULT,
+            start_timeout: limits::START_TIMEOUT_DEFAULT,
+        }
+    }
+
     /// Checks every rule, fills in the name, and returns every violation rather than the first.
     pub fn check(mut self) -> Result<Self, Vec<SpecError>> {
         let mut errors = Errors(Vec::new());
@@ -306,22 +326,7 @@ mod tests {
     use super::*;
 
     fn valid() -> JobSpec {
-        JobSpec {
-            name: String::new(),
-            command: vec!["/usr/bin/env".into(), "true".into()],
-            env: BTreeMap::new(),
-            working_dir: None,
-            min_nodes: 1,
-            max_nodes: 0,
-            procs_per_node: 1,
-            per_proc: Resources::default(),
-            max_restarts: 0,
-            priority: 0,
-            node_selector: BTreeMap::new(),
-            checkpoint_dir: None,
-            stop_grace: limits::STOP_GRACE_DEFAULT,
-            start_timeout: limits::START_TIMEOUT_DEFAULT,
-        }
+        JobSpec::new(vec!["/usr/bin/env".into(), "true".into()])
     }
 
     #[test]

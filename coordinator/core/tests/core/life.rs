@@ -1,12 +1,10 @@
 //! A job's life as tables and scripts: what a user sees of placement, faults, cancels and restarts.
 
-mod world;
-
 use std::net::IpAddr;
 
+use crate::world::{World, name, spec};
 use muster_core::types::{DesiredPhase, GangReport, Generation, Millis, ObservedPhase, Resources};
 use muster_core::{JobState, NodeState, Refusal};
-use world::{World, name, spec};
 
 #[test]
 fn two_nodes_train_to_the_end() {

@@ -1,14 +1,12 @@
 //! Random histories over the model cluster: the invariants hold after every step, and once faults stop, what
 //! can run runs.
 
-mod world;
-
 use std::collections::BTreeMap;
 
+use crate::world::{World, spec};
 use muster_core::JobState;
 use muster_core::types::{Generation, Resources};
 use proptest::prelude::*;
-use world::{World, spec};
 
 #[derive(Clone, Debug)]
 enum Op {

@@ -2,7 +2,6 @@
 //! clock that moves when the test says so.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -44,24 +43,7 @@ pub fn name(text: &str) -> NodeName {
 
 /// A spec of `nodes` x `procs`, checked.
 pub fn spec(nodes: u32, procs: u32) -> JobSpec {
-    JobSpec {
-        name: String::new(),
-        command: vec!["train".into()],
-        env: BTreeMap::new(),
-        working_dir: None,
-        min_nodes: nodes,
-        max_nodes: 0,
-        procs_per_node: procs,
-        per_proc: Resources::default(),
-        max_restarts: 0,
-        priority: 0,
-        node_selector: BTreeMap::new(),
-        checkpoint_dir: None,
-        stop_grace: Millis::from_secs(30),
-        start_timeout: Millis::from_secs(120),
-    }
-    .check()
-    .unwrap()
+    JobSpec { min_nodes: nodes, procs_per_node: procs, ..JobSpec::new(vec!["train".into()]) }.check().unwrap()
 }
 
 impl Default for World {
@@ -169,7 +151,8 @@ impl World {
 
     /// A rank ends by itself.
     pub fn exit(&mut self, rank: u32, job: &str, code: i32) {
-        let Some(placement) = self.job(job).node_of(Rank(rank)).cloned() else { return };
+        let held = self.job(job).placements().iter().find(|placement| placement.holds(Rank(rank)));
+        let Some(placement) = held.cloned() else { return };
         let gang = self.job(job).gang_id();
         let now = self.now;
         let Some((_, report)) =

@@ -1,0 +1,5 @@
+//! The core from the outside, on a model cluster.
+
+mod life;
+mod properties;
+mod world;
