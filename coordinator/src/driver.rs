@@ -11,7 +11,7 @@ mod watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
+use muster_core::types::{Millis, NodeName, Session};
 use muster_core::{Core, Effects, Event, Input, Job, Node, Refusal, Reply, ToNode};
 use muster_proto::{convert, v1};
 use muster_store::{Batch, Error as StoreError, Fence, Store};
@@ -25,7 +25,7 @@ use crate::links::{Link, Links};
 use crate::metrics::Metrics;
 use crate::{Error, persist};
 use handle::{Answer, Command, JobWatch, Later, NodeWatch};
-pub(crate) use handle::{Handle, RequestError};
+pub(crate) use handle::{Handle, Hello, RequestError};
 use watch::Watchers;
 
 /// Commands that may wait for the driver; senders wait beyond it.
@@ -165,9 +165,7 @@ impl Driver {
                 None => self.step(*input, Some(reply)),
             },
             Command::FromNode(input) => self.step(*input, None),
-            Command::OpenSession { node, incarnation, gangs, sender, reply } => {
-                self.open_session(&node, incarnation, gangs, sender, reply);
-            }
+            Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
             Command::Read(look) => {
                 let later = look(&self.core);
                 if self.degraded.is_some() {
@@ -189,18 +187,17 @@ impl Driver {
 
     fn open_session(
         &mut self,
-        node: &NodeName,
-        incarnation: Incarnation,
-        gangs: Vec<GangReport>,
+        hello: Hello,
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
         reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
     ) {
-        let hello = Input::Hello { node: node.clone(), incarnation, gangs };
+        let Hello { node, incarnation, gangs, leaving } = hello;
+        let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving };
         let mut effects = self.core.step(self.clock.now(), hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {
                 let link = Link::new(session, sender);
-                if let Some(older) = self.links.replace(node, link.clone()) {
+                if let Some(older) = self.links.replace(&node, link.clone()) {
                     older.close(Status::aborted("a newer session of this node was opened"));
                 }
                 info!(%node, %session, "node connected");

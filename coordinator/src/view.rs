@@ -66,6 +66,11 @@ pub(crate) fn node(node: &Node) -> v1::Node {
         job_ids: node.reserved.jobs.keys().map(ToString::to_string).collect(),
         joined: Some(timestamp_to_wire(node.joined)),
         changed: Some(timestamp_to_wire(node.changed)),
+        drain: node.drain.as_ref().map(|drain| v1::Drain {
+            reason: drain.reason.clone(),
+            deadline: drain.deadline.map(timestamp_to_wire),
+        }),
+        stuck_gangs: node.reserved.stuck.keys().map(ToString::to_string).collect(),
     }
 }
 

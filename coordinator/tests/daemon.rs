@@ -82,7 +82,7 @@ impl Session {
             })
             .await?;
         let (up, requests) = mpsc::channel(16);
-        let hello = v1::Hello { node_name: "n1".into(), incarnation: "i1".into(), gangs };
+        let hello = v1::Hello { node_name: "n1".into(), incarnation: "i1".into(), gangs, leaving: None };
         up.send(v1::SessionRequest { message: Some(Up::Hello(hello)) }).await.unwrap();
         let down = client.session(ReceiverStream::new(requests)).await?.into_inner();
         Ok(Self { up, down })
@@ -114,6 +114,7 @@ fn report(job: &v1::Assignment, phase: v1::ObservedPhase, exits: Vec<v1::RankExi
         master_port: 29500,
         exits,
         error: String::new(),
+        quiet: vec![],
     })
 }
 

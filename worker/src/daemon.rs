@@ -6,17 +6,18 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::time::Duration;
 
-use muster_core::types::{GangId, Generation, JobId, Rank};
+use muster_core::types::{GangId, Generation, JobId, Millis, Rank};
 use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
+use muster_worker_core::{Core, Effect, Input};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::core::{Core, Effect, Input};
+use crate::clock::boot_now;
 use crate::launch::{Command, Context, Launcher, Runner};
 use crate::logs::{Live, Subscriptions};
 use crate::session::{self, Event, Identity, Queues, request};
@@ -54,6 +55,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(root),
+        data_id: data_id(&data_dir)?,
         inventory: devices::inventory(root, visible.as_deref(), config.labels.clone()),
         config,
     };
@@ -72,6 +74,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         live: Live::default(),
         link: None,
         unsent: BTreeSet::new(),
+        leaving: None,
         points_at: None,
         identity,
     };
@@ -87,6 +90,23 @@ fn lock(data_dir: &Path) -> Result<File, Error> {
         Err(TryLockError::WouldBlock) => Err(Error::DataDirHeld(data_dir.to_owned())),
         Err(TryLockError::Error(source)) => Err(failed(source)),
     }
+}
+
+/// Identity of the data directory, made when it is first used.
+fn data_id(data_dir: &Path) -> Result<String, Error> {
+    let failed = |source| Error::DataDir { path: data_dir.to_owned(), source };
+    let path = data_dir.join("id");
+    match std::fs::read_to_string(&path) {
+        Ok(id) if uuid::Uuid::parse_str(id.trim()).is_ok() => return Ok(id.trim().to_owned()),
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let id = uuid::Uuid::new_v4().to_string();
+    // Renamed when whole: an empty file would give the node another identity at its next start.
+    let partial = data_dir.join("id.new");
+    std::fs::write(&partial, &id).and_then(|()| std::fs::rename(&partial, &path)).map_err(failed)?;
+    Ok(id)
 }
 
 /// The open session, seen from here.
@@ -108,6 +128,8 @@ struct Daemon {
     link: Option<Link>,
     /// Gangs whose report is to be sent.
     unsent: BTreeSet<GangId>,
+    /// Why the daemon is about to end, until the coordinator has been told.
+    leaving: Option<String>,
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
     identity: Identity,
@@ -161,7 +183,11 @@ impl Daemon {
             at => at,
         };
         // Reports go at once.
-        let send_at = if self.unsent.is_empty() { self.points_at } else { Some(Instant::now()) };
+        let send_at = if self.unsent.is_empty() && self.leaving.is_none() {
+            self.points_at
+        } else {
+            Some(Instant::now())
+        };
         let bulk = self.link.as_ref().map(|link| link.queues.bulk.clone());
         let outbox = self.outbox.clone();
         tokio::select! {
@@ -171,6 +197,7 @@ impl Daemon {
             room = room_from(send_at, bulk) => if let Some(message) = self.next_message() {
                 room.send(request(message));
             },
+            () = until(self.core.next_deadline()) => self.step(Input::Tick),
             // The next turn looks at it.
             () = outbox.added(), if self.points_at.is_none() => {}
         }
@@ -181,14 +208,19 @@ impl Daemon {
             Event::Open { coordinator, hello, queues } => {
                 let (name, incarnation) = (&self.identity.config.name, self.identity.incarnation.clone());
                 let gangs = observed(&self.core);
-                hello.send(v1::Hello { node_name: name.to_string(), incarnation, gangs }).ok();
+                let reason = self.leaving_since_shutdown();
+                let leaving = reason.map(|reason| v1::Leaving { reason });
+                hello.send(v1::Hello { node_name: name.to_string(), incarnation, gangs, leaving }).ok();
                 self.unsent.clear();
+                self.leaving = None;
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is
                 // older than what it has.
                 self.outbox.rewind();
                 self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
             }
             Event::Closed => self.link = None,
+            Event::Renewed { sent, lease } => self.step(Input::Renewed { sent, lease }),
+            Event::CoordinatorGone { at } => self.step(Input::CoordinatorGone { at }),
             Event::Heard(message) => self.hear(*message),
         }
     }
@@ -248,13 +280,9 @@ impl Daemon {
                 self.runners.remove(gang);
                 self.live.remove(gang);
             }
-            Input::Welcome(_)
-            | Input::Assign(_)
-            | Input::Prepared(..)
-            | Input::Launched(_)
-            | Input::Shutdown => {}
+            _ => {}
         }
-        let mut effects: VecDeque<Effect> = self.core.step(input).into();
+        let mut effects: VecDeque<Effect> = self.core.step(boot_now(), input).into();
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Start(assignment) => {
@@ -263,14 +291,16 @@ impl Daemon {
                     let runner = self.launcher.run(*assignment, self.context.clone(), self.events.clone());
                     self.runners.insert(gang, runner);
                 }
-                Effect::Launch(assignment) => {
+                Effect::Launch(assignment, _) => {
                     if let Some(runner) = self.runners.get(&assignment.gang) {
                         runner.tell(Command::Launch(assignment));
                     }
                 }
-                Effect::Stop(gang, grace) => {
+                Effect::Fence(..) | Effect::Kill(_) => {}
+                Effect::Leaving(reason) => self.leaving = Some(reason),
+                Effect::Stop(gang, stop) => {
                     if let Some(runner) = self.runners.get(&gang) {
-                        runner.tell(Command::Stop(grace));
+                        runner.tell(Command::Stop(stop.grace));
                     }
                 }
                 Effect::Release(gang) => self.outbox.end(&gang),
@@ -282,6 +312,9 @@ impl Daemon {
     /// What is to be sent next: reports, before points. But the last points of a rank go ahead of the report that
     /// it has ended, so that the coordinator has the whole curve when it ends the job.
     fn next_message(&mut self) -> Option<Up> {
+        if let Some(reason) = self.leaving.take() {
+            return Some(Up::Leaving(v1::Leaving { reason }));
+        }
         let mut first = None;
         for gang in self.unsent.clone() {
             let Some(report) = self.core.report(&gang) else {
@@ -301,6 +334,10 @@ impl Daemon {
             None => self.outbox.next_batch(),
         };
         batch.map(Up::Points)
+    }
+
+    fn leaving_since_shutdown(&self) -> Option<String> {
+        self.core.is_stopping().then(|| "its daemon is being stopped".to_owned())
     }
 
     /// Waits until the coordinator has the last reports and points.
@@ -331,6 +368,14 @@ fn observed(core: &Core) -> Vec<v1::GangReport> {
     gangs.iter_mut().filter_map(|gang| gang.exits.first_mut()).for_each(&mut fit);
     gangs.iter_mut().flat_map(|gang| gang.exits.iter_mut().skip(1)).for_each(&mut fit);
     gangs
+}
+
+/// Waits for a time on the node's clock; for ever without one.
+async fn until(at: Option<Millis>) {
+    match at {
+        Some(at) => tokio::time::sleep(Duration::from_millis(at.since(boot_now()).0)).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Room in the queue, from a time on; never without a time or a queue.

@@ -1,11 +1,10 @@
 //! The node daemon, as a library: registers a node with the coordinator, launches one process per rank, and
 //! streams points, logs and exits back. `muster worker` calls [`run`].
 //!
-//! A small pure core ([`core`](self)) holds what is desired against what runs; one task owns it. Only
+//! A small pure core (`muster-worker-core`) holds what is desired against what runs; one task owns it. Only
 //! `launch` and `devices` touch the operating system.
 
 mod clock;
-mod core;
 mod daemon;
 mod devices;
 mod launch;

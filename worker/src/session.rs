@@ -1,9 +1,11 @@
 //! The one stream to the coordinator: connect, join, say hello, and connect again with jittered backoff when
 //! it breaks. Ranks run on meanwhile.
 
+mod queues;
+mod signs;
+
+use std::collections::VecDeque;
 use std::net::{IpAddr, UdpSocket};
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use muster_core::types::Millis;
@@ -18,7 +20,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tracing::warn;
 
+use crate::clock::boot_now;
 use crate::{Config, Error};
+use queues::Prioritised;
+use signs::{Signs, is_refused, root_cause, takes_connections};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
 /// come back spread over it rather than all at once.
@@ -30,6 +35,9 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 /// How long another daemon may hold our name before we give up: an earlier life of this one lets go of it
 /// within a lease.
 const NAME_HELD_MAX: Duration = Duration::from_secs(30);
+/// Heartbeats whose sending time is remembered until they are acknowledged: more than fit in the silence after which a
+/// session is given up.
+const UNACKNOWLEDGED_MAX: usize = 64;
 /// Heartbeats on their way up: more that wait say nothing new.
 const URGENT_MAX: usize = 8;
 /// Reports and points on their way up. Few, so that a report does not wait behind many points.
@@ -48,6 +56,10 @@ pub(crate) enum Event {
     Heard(Box<Down>),
     /// The stream is gone.
     Closed,
+    /// A heartbeat that was sent then is acknowledged.
+    Renewed { sent: Millis, lease: Millis },
+    /// No coordinator runs.
+    CoordinatorGone { at: Millis },
 }
 
 /// The ends into which the daemon puts what goes up.
@@ -65,13 +77,16 @@ pub(crate) struct Identity {
     pub config: Config,
     pub incarnation: String,
     pub boot_id: String,
+    pub data_id: String,
     pub inventory: muster_core::Inventory,
 }
 
 /// How an attempt ended.
 #[derive(Debug)]
 enum Failure {
-    /// The coordinator could not be reached, or did not take the node.
+    /// The coordinator could not be reached.
+    Connect(Status),
+    /// It did not take the node.
     Join(Status),
     /// It took the node; the session broke later.
     Session(Status),
@@ -87,7 +102,7 @@ fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
             Code::AlreadyExists => held.is_some_and(|held| held > NAME_HELD_MAX),
             _ => false,
         },
-        Failure::Session(_) => false,
+        Failure::Connect(_) | Failure::Session(_) => false,
     }
 }
 
@@ -99,10 +114,12 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
     };
     let mut pause = BACKOFF.0;
     let mut held_since = None;
-    for (url, endpoint) in endpoints.iter().cycle() {
+    let mut signs = Signs::new(endpoints.len(), events.clone());
+    for (index, (url, endpoint)) in endpoints.iter().enumerate().cycle() {
         let began = Instant::now();
-        if let Err(failure) = once(&identity, url, endpoint, &events).await {
-            let (Failure::Join(status) | Failure::Session(status)) = &failure;
+        signs.current = index;
+        if let Err(failure) = once(&identity, url, endpoint, &events, &mut signs).await {
+            let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
             warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
             held_since = is_held.then(|| held_since.unwrap_or(began));
@@ -116,7 +133,8 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
         }
         let jittered = rand::rng().random_range(BACKOFF.0 / 2..=pause);
         tokio::time::sleep(jittered).await;
-        pause = (pause * 2).min(BACKOFF.1);
+        // Ranks live by what the attempts find out: there must be several in a lease.
+        pause = (pause * 2).min(BACKOFF.1).min((signs.lease() / 4).max(BACKOFF.0));
     }
     Error::Url { url: String::new(), why: "no coordinator was named".to_owned() }
 }
@@ -144,13 +162,15 @@ async fn once(
     url: &str,
     endpoint: &Endpoint,
     events: &mpsc::Sender<Event>,
+    signs: &mut Signs,
 ) -> Result<(), Failure> {
-    let (mut client, joined) = join(identity, url, endpoint).await.map_err(Failure::Join)?;
+    let (mut client, joined) = join(identity, url, endpoint, signs).await?;
     let span = |field, wire: Option<&_>, default| {
         span_from_wire(field, wire, default).unwrap_or(default).max(Millis(10))
     };
     let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
     let lease = span("lease", joined.lease.as_ref(), Millis::from_secs(10));
+    signs.lease = lease;
 
     let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);
     let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
@@ -162,12 +182,13 @@ async fn once(
     let hello = hello.await.map_err(|_| ends())?;
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
     urgent.try_send(request(Up::Hello(hello))).ok();
+    let hello_sent = boot_now();
     let session = async {
         let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
         let opened = tokio::time::timeout(CONNECT_MAX, stream).await;
         let stream =
             opened.map_err(|_| Status::deadline_exceeded("the session was not answered"))??.into_inner();
-        pump(stream, urgent, events, heartbeat, lease).await
+        pump(stream, urgent, events, heartbeat, lease, hello_sent).await
     };
     let result = session.await;
     events.send(Event::Closed).await.ok();
@@ -179,54 +200,100 @@ async fn join(
     identity: &Identity,
     url: &str,
     endpoint: &Endpoint,
-) -> Result<(WorkerServiceClient<Channel>, v1::JoinResponse), Status> {
-    let channel = endpoint.connect().await.map_err(|error| {
-        let mut cause: &dyn std::error::Error = &error;
-        while let Some(source) = cause.source() {
-            cause = source;
+    signs: &mut Signs,
+) -> Result<(WorkerServiceClient<Channel>, v1::JoinResponse), Failure> {
+    let began = boot_now();
+    let channel = match endpoint.connect().await {
+        Ok(channel) => channel,
+        Err(error) => {
+            let (refused, why) = (is_refused(root_cause(&error)), root_cause(&error).to_string());
+            signs.note(refused.then_some(began)).await;
+            return Err(Failure::Connect(Status::unavailable(format!("failed to connect to {url}: {why}"))));
         }
-        Status::unavailable(format!("failed to connect to {url}: {cause}"))
-    })?;
-    let mut client = WorkerServiceClient::new(channel)
+    };
+    let client = WorkerServiceClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let address = match identity.config.address {
         Some(address) => address,
-        None => address_towards(endpoint).await?,
+        None => address_towards(endpoint).await.map_err(Failure::Connect)?,
     };
-    let joined = tokio::time::timeout(CONNECT_MAX, client.join(join_request(identity, address))).await;
-    let joined = joined.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"))??;
-    Ok((client, joined.into_inner()))
+    let mut joining = client.clone();
+    let call = tokio::time::timeout(CONNECT_MAX, joining.join(join_request(identity, address)));
+    tokio::pin!(call);
+    let joined = loop {
+        let asked = boot_now();
+        tokio::select! {
+            joined = &mut call => break joined,
+            // It took the connection and says nothing.
+            () = tokio::time::sleep(signs.patience()) => {
+                let takes = takes_connections(endpoint, signs.patience()).await;
+                signs.note(takes.then_some(asked)).await;
+            }
+        }
+    };
+    match joined {
+        Ok(Ok(joined)) => {
+            signs.note(None).await;
+            Ok((client, joined.into_inner()))
+        }
+        Ok(Err(status)) => {
+            // Whoever answers is there.
+            signs.note(None).await;
+            Err(Failure::Join(status))
+        }
+        Err(_) => Err(Failure::Connect(Status::deadline_exceeded("the coordinator does not answer"))),
+    }
 }
 
-/// Hands on what is heard, and beats. Ends when the stream does, or when a whole lease passes without a word.
+/// Hands on what is heard, and beats. Ends when the stream does, or when a good part of a lease passes without a word:
+/// what is wrong must be known before the lease ends.
 async fn pump(
     mut stream: tonic::Streaming<v1::SessionResponse>,
     urgent: mpsc::Sender<v1::SessionRequest>,
     events: &mpsc::Sender<Event>,
     heartbeat: Millis,
     lease: Millis,
+    hello_sent: Millis,
 ) -> Result<(), Status> {
+    let ends = |_| Status::cancelled("the daemon ends");
     let mut beat = tokio::time::interval(Duration::from_millis(heartbeat.0));
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let lease = Duration::from_millis(lease.0);
+    let silence_max = Duration::from_millis((lease.0 / 3).max(heartbeat.0 * 3 / 2));
+    // When the heartbeats were sent that are not acknowledged yet, the oldest first.
+    let mut sent: VecDeque<(u64, Millis)> = VecDeque::new();
     let (mut seq, mut heard) = (0, Instant::now());
     loop {
         tokio::select! {
             message = stream.message() => {
                 heard = Instant::now();
                 let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
+                let renewed = match &message.message {
+                    Some(Down::Welcome(_)) => Some(hello_sent),
+                    Some(Down::HeartbeatAck(ack)) => {
+                        let known = sent.partition_point(|(seq, _)| *seq <= ack.seq);
+                        sent.drain(..known).next_back().map(|(_, at)| at)
+                    }
+                    _ => None,
+                };
+                if let Some(sent) = renewed {
+                    events.send(Event::Renewed { sent, lease }).await.map_err(ends)?;
+                }
                 if let Some(message) = message.message {
-                    events.send(Event::Heard(Box::new(message))).await.map_err(|_| Status::cancelled("the daemon ends"))?;
+                    events.send(Event::Heard(Box::new(message))).await.map_err(ends)?;
                 }
             }
             _ = beat.tick() => {
-                if heard.elapsed() > lease {
-                    return Err(Status::unavailable("the coordinator said nothing for a whole lease"));
+                if heard.elapsed() > silence_max {
+                    return Err(Status::unavailable("the coordinator says nothing"));
                 }
                 seq += 1;
+                let at = boot_now();
                 // A queue that is full holds heartbeats enough.
-                urgent.try_send(request(Up::Heartbeat(v1::Heartbeat { seq }))).ok();
+                if urgent.try_send(request(Up::Heartbeat(v1::Heartbeat { seq }))).is_ok() {
+                    sent.push_back((seq, at));
+                }
+                sent.truncate(UNACKNOWLEDGED_MAX);
             }
         }
     }
@@ -250,6 +317,7 @@ fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
         address: address.to_string(),
         incarnation: identity.incarnation.clone(),
         boot_id: identity.boot_id.clone(),
+        data_id: identity.data_id.clone(),
         inventory: Some(v1::Inventory {
             total: Some(resources_to_wire(found.total)),
             gpus: gpus.collect(),
@@ -275,29 +343,9 @@ async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
     Ok(socket.local_addr().map_err(failed)?.ip())
 }
 
-/// Queues as one stream, the more urgent first: no log holds up a report, and nothing a heartbeat.
-struct Prioritised([mpsc::Receiver<v1::SessionRequest>; 3]);
-
-impl tokio_stream::Stream for Prioritised {
-    type Item = v1::SessionRequest;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let mut ended = true;
-        for queue in &mut self.0 {
-            match queue.poll_recv(context) {
-                Poll::Ready(Some(request)) => return Poll::Ready(Some(request)),
-                Poll::Ready(None) => {}
-                Poll::Pending => ended = false,
-            }
-        }
-        if ended { Poll::Ready(None) } else { Poll::Pending }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio_stream::StreamExt;
 
     #[test]
     fn only_a_refused_join_ends_the_daemon() {
@@ -312,6 +360,7 @@ mod tests {
             (join(Code::AlreadyExists), held(0), false),
             (join(Code::AlreadyExists), held(29), false),
             (join(Code::AlreadyExists), held(31), true),
+            (Failure::Connect(Status::unavailable("")), None, false),
             (session(Code::InvalidArgument), None, false),
             (session(Code::AlreadyExists), None, false),
             (session(Code::Aborted), None, false),
@@ -319,24 +368,6 @@ mod tests {
         for (failure, held, expected) in table {
             assert_eq!(is_final(&failure, held), expected, "{failure:?} {held:?}");
         }
-    }
-
-    #[tokio::test]
-    async fn a_heartbeat_passes_reports_and_a_report_passes_logs() {
-        let [urgent, bulk, logs] = [(); 3].map(|()| mpsc::channel(4));
-        let mut stream = Prioritised([urgent.1, bulk.1, logs.1]);
-        let beat = |seq| request(Up::Heartbeat(v1::Heartbeat { seq }));
-        for seq in [30, 31] {
-            logs.0.try_send(beat(seq)).unwrap();
-        }
-        bulk.0.try_send(beat(20)).unwrap();
-        urgent.0.try_send(beat(10)).unwrap();
-        drop((urgent.0, bulk.0, logs.0));
-        let mut seqs = Vec::new();
-        while let Some(Some(Up::Heartbeat(beat))) = stream.next().await.map(|request| request.message) {
-            seqs.push(beat.seq);
-        }
-        assert_eq!(seqs, [10, 20, 30, 31]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
 use crate::job::{Job, Observed};
 use crate::node::{Join, Node, NodeState, Reserved};
@@ -31,6 +32,8 @@ pub struct Config {
     pub scan_max: usize,
     /// Longest wait before a job that crashes at once is started again.
     pub backoff_max: Millis,
+    /// Time from the return of a node until elastic jobs are started again with it: nodes often return together.
+    pub grow_delay: Millis,
 }
 
 impl Default for Config {
@@ -43,6 +46,7 @@ impl Default for Config {
             node_memory: Millis::from_secs(24 * 3600),
             scan_max: 256,
             backoff_max: Millis::from_secs(30),
+            grow_delay: Millis(500),
         }
     }
 }
@@ -95,6 +99,15 @@ pub enum Input {
         /// Why; none gives it back.
         cordon: Option<String>,
     },
+    /// A user empties a node.
+    Drain {
+        /// The node's name as given.
+        node: String,
+        /// In words.
+        reason: String,
+        /// Longest time until ranks that do not end are killed; none leaves each job its own.
+        timeout: Option<Millis>,
+    },
     /// A daemon registers.
     Join(Box<Join>),
     /// A daemon opens its session and says everything it observes.
@@ -105,6 +118,17 @@ pub enum Input {
         incarnation: Incarnation,
         /// Every gang it holds anything of.
         gangs: Vec<GangReport>,
+        /// Why it is about to end, if it is.
+        leaving: Option<String>,
+    },
+    /// A daemon is about to end in good order.
+    Leaving {
+        /// The node.
+        node: NodeName,
+        /// The session it came on.
+        session: Session,
+        /// In words.
+        reason: String,
     },
     /// A daemon's heartbeat.
     Heartbeat {
@@ -149,6 +173,7 @@ pub(crate) enum Timer {
     ForgetNode(NodeName),
     StartTimeout(JobId, Generation),
     Requeue(JobId),
+    Grow(JobId, Generation),
 }
 
 type QueueKey = (Reverse<i32>, u64, JobId);
@@ -169,6 +194,8 @@ pub struct Core {
     pub(crate) rescan: bool,
     /// Jobs that have just come into the queue: only they need a look.
     pub(crate) fresh: BTreeSet<QueueKey>,
+    /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
+    pub(crate) growable: BTreeSet<JobId>,
 }
 
 impl Core {
@@ -187,6 +214,7 @@ impl Core {
             timers: BTreeSet::new(),
             rescan: true,
             fresh: BTreeSet::new(),
+            growable: BTreeSet::new(),
         };
         for mut node in snapshot.nodes {
             (node.state, node.session) = (NodeState::Disconnected, None);
@@ -205,7 +233,7 @@ impl Core {
 
     fn load_job(&mut self, now: Millis, mut job: Job) {
         let id = job.id.clone();
-        if let Some(request) = &job.request_id {
+        if let Some(request) = job.request_id.as_ref().filter(|_| !planted(Bug::RequestsForgotten)) {
             self.requests.insert(request.clone(), id.clone());
         }
         self.by_order.insert(job.order, id.clone());
@@ -224,12 +252,16 @@ impl Core {
             }
             let deadline = now.plus(job.spec.start_timeout);
             self.timers.insert((deadline, Timer::StartTimeout(id.clone(), job.generation)));
+            if planted(Bug::RestartStopsGangs) {
+                gang.desired = crate::types::DesiredPhase::Stopped;
+            }
         } else if job.state.is_terminal() {
             self.ended.insert((job.finished.unwrap_or_default(), id.clone()));
         } else {
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }
-        self.jobs.insert(id, job);
+        self.jobs.insert(id.clone(), job);
+        self.note_growable(&id);
     }
 
     /// Takes one input. Never panics on any input; a request that is refused changes nothing.
@@ -246,9 +278,17 @@ impl Core {
             Input::SetCordon { node, cordon } => {
                 fx.reply = Some(self.set_cordon(now, &node, cordon, &mut fx));
             }
+            Input::Drain { node, reason, timeout } => {
+                fx.reply = Some(self.drain(now, &node, reason, timeout, &mut fx));
+            }
             Input::Join(join) => fx.reply = Some(self.join(now, *join, &mut fx)),
-            Input::Hello { node, incarnation, gangs } => {
-                fx.reply = Some(self.hello(now, &node, &incarnation, &gangs, &mut fx));
+            Input::Hello { node, incarnation, gangs, leaving } => {
+                fx.reply = Some(self.hello(now, &node, &incarnation, &gangs, leaving, &mut fx));
+            }
+            Input::Leaving { node, session, reason } => {
+                if self.has_session(&node, session) {
+                    self.leaving(now, &node, reason, &mut fx);
+                }
             }
             Input::Heartbeat { node, session } => self.renew(now, &node, session),
             Input::Report { node, session, report } => {
@@ -260,6 +300,9 @@ impl Core {
             Input::Disconnected { node, session } => {
                 if self.has_session(&node, session) {
                     self.set_node_state(now, &node, NodeState::Disconnected, &mut fx);
+                    if planted(Bug::DisconnectedIsGone) {
+                        self.node_gone(now, &node, NodeState::Lost, &mut fx);
+                    }
                 }
             }
             Input::Goodbye { node, session } => {
@@ -290,6 +333,7 @@ impl Core {
                 Timer::Lease(name) => self.lease_timer(now, &name, fx),
                 Timer::ForgetNode(name) => self.forget_node(now, &name, fx),
                 Timer::StartTimeout(id, generation) => self.start_timeout(now, &id, generation, fx),
+                Timer::Grow(id, generation) => self.grow(now, &id, generation, fx),
                 Timer::Requeue(id) => {
                     if self.jobs.get(&id).is_some_and(|job| job.gang.is_none() && !job.state.is_terminal()) {
                         self.enqueue(&id);
@@ -328,7 +372,7 @@ impl Core {
             fx.stored_jobs.insert(id.clone());
             fx.events.insert(Event::JobDeleted(id));
         }
-        if std::mem::take(&mut fx.meta_changed) {
+        if std::mem::take(&mut fx.meta_changed) && !planted(Bug::CounterNotStored) {
             fx.writes.push(Write::Meta(self.meta));
         }
         for id in std::mem::take(&mut fx.stored_jobs) {

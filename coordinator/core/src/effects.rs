@@ -135,6 +135,14 @@ pub enum Refusal {
         "node name {0} is held by another live daemon; start this one with another --name, or stop the other"
     )]
     NameHeld(NodeName),
+    /// The earlier daemon of the name was cut off; its ranks may run until its lease ends.
+    #[error("the lease of the daemon that had the name {node} before ends in {millis} ms; try again then")]
+    LeaseHeld {
+        /// The node.
+        node: NodeName,
+        /// Time left.
+        millis: u64,
+    },
     /// Session without Join, or after another daemon took the name.
     #[error("node {0} has not joined with this incarnation; call Join first")]
     NotJoined(NodeName),

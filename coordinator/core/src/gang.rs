@@ -1,32 +1,18 @@
 //! A gang's life: placed whole, prepared everywhere, launched everywhere, stopped everywhere.
 //!
 //! A gang only ends once every node has reported its part stopped or is itself gone; only then are its
-//! resources free and may a new generation start.
+//! resources free and may a new generation start. What ends it is in `fault.rs`.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
+use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, ToNode};
-use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration, RootCause};
+use crate::fault::Cause;
+use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration};
 use crate::node::NodeState;
 use crate::schedule::{Candidate, Plan, solve};
 use crate::types::{DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit};
-
-/// A generation that ran at least this long before it failed is started again without delay.
-const QUICK_FAILURE: Millis = Millis::from_secs(60);
-/// Delay before the second restart of a job that crashes at once; doubles with each.
-const BACKOFF_FIRST: Millis = Millis(250);
-
-/// What ended a generation.
-pub(crate) enum Cause {
-    /// A rank ended with something else than success.
-    Exit(NodeName, RankExit),
-    /// Something else; in words. A new generation may fare better.
-    Fault(String),
-    /// In words. A new generation would meet the same.
-    Permanent(String),
-}
 
 impl Core {
     /// Places waiting jobs, in order of priority and submission. A job that does not fit does not hold up
@@ -34,15 +20,27 @@ impl Core {
     pub(crate) fn schedule(&mut self, now: Millis, fx: &mut Effects) {
         let fresh = std::mem::take(&mut self.fresh);
         let looked_at: Vec<JobId> = if std::mem::take(&mut self.rescan) {
+            self.consider_growth(now);
             self.queue.iter().take(self.config.scan_max).map(|(_, _, id)| id.clone()).collect()
         } else {
             fresh.into_iter().map(|(_, _, id)| id).collect()
         };
         for id in looked_at {
-            let Some(job) = self.jobs.get(&id) else { continue };
-            match solve(&job.spec, self.nodes.values().map(Candidate::from)) {
-                Plan::Place(placements) => self.place(now, &id, Gang::new(placements, now), fx),
-                Plan::Wait(reason) => self.explain(&id, reason, fx),
+            self.place_or_explain(now, &id, fx);
+        }
+    }
+
+    /// Places one job if it fits; else says why not, and gives false.
+    fn place_or_explain(&mut self, now: Millis, id: &JobId, fx: &mut Effects) -> bool {
+        let Some(job) = self.jobs.get(id) else { return false };
+        match solve(&job.spec, self.nodes.values().map(Candidate::from)) {
+            Plan::Place(placements) => {
+                self.place(now, id, Gang::new(placements, now), fx);
+                true
+            }
+            Plan::Wait(reason) => {
+                self.explain(id, reason, fx);
+                false
             }
         }
     }
@@ -64,7 +62,9 @@ impl Core {
     fn place(&mut self, now: Millis, id: &JobId, gang: Gang, fx: &mut Effects) {
         self.dequeue(id);
         let Some(job) = self.jobs.get_mut(id) else { return };
-        job.generation = Generation(job.generation.0 + 1);
+        if !planted(Bug::GenerationReused) || job.generation == Generation(0) {
+            job.generation = Generation(job.generation.0 + 1);
+        }
         job.state = JobState::Starting;
         job.reason = format!("starting on {} nodes", gang.placements.len());
         for placement in &gang.placements {
@@ -81,7 +81,7 @@ impl Core {
     }
 
     /// Sends the gang's desired state to each of its nodes that has a session and has not stopped.
-    fn send_assignments(&self, id: &JobId, fx: &mut Effects) {
+    pub(crate) fn send_assignments(&self, id: &JobId, fx: &mut Effects) {
         let Some(job) = self.jobs.get(id) else { return };
         let Some(gang) = &job.gang else { return };
         for (placement, seen) in gang.placements.iter().zip(&gang.observed) {
@@ -116,7 +116,14 @@ impl Core {
     }
 
     /// A node's part of a gang is gone for good; `cause` ends the generation unless it is ending already.
-    fn part_stopped(&mut self, now: Millis, id: &JobId, group_rank: usize, cause: Cause, fx: &mut Effects) {
+    pub(crate) fn part_stopped(
+        &mut self,
+        now: Millis,
+        id: &JobId,
+        group_rank: usize,
+        cause: Cause,
+        fx: &mut Effects,
+    ) {
         if let Some(gang) = self.jobs.get_mut(id).and_then(|job| job.gang.as_mut()) {
             gang.observe(group_rank, Observed::Stopped);
         }
@@ -128,38 +135,44 @@ impl Core {
     pub(crate) fn gangs_gone(&mut self, now: Millis, name: &NodeName, state: NodeState, fx: &mut Effects) {
         let held = self.nodes.get(name).map(|node| node.reserved.jobs.clone()).unwrap_or_default();
         for (id, group_rank) in held {
-            let why = match state {
-                NodeState::Left => format!("node {name} left: its daemon was stopped"),
-                NodeState::Lost | NodeState::Ready | NodeState::Disconnected => {
-                    format!("node {name} was lost: no heartbeat within {} ms", self.config.lease.0)
-                }
+            let cause = match state {
+                // Whoever stopped the daemon meant to; that is no fault of the job.
+                NodeState::Left => Cause::Move(format!("node {name} left: its daemon was stopped")),
+                NodeState::Lost | NodeState::Ready | NodeState::Disconnected => Cause::Fault(format!(
+                    "node {name} was lost: no heartbeat within {} ms",
+                    self.config.lease.0
+                )),
             };
-            self.part_stopped(now, &id, group_rank, Cause::Fault(why), fx);
+            self.part_stopped(now, &id, group_rank, cause, fx);
         }
     }
 
     /// One node's whole observed state of one gang.
     pub(crate) fn report(&mut self, now: Millis, name: &NodeName, report: &GangReport, fx: &mut Effects) {
         let id = &report.gang.job;
+        self.report_of_stuck(name, report, fx);
         let Some(group_rank) = self.nodes.get(name).and_then(|node| node.reserved.jobs.get(id).copied())
         else {
             return;
         };
-        let Some(job) = self.jobs.get_mut(id).filter(|job| job.generation == report.gang.generation) else {
-            return;
-        };
+        let current = |generation| generation == report.gang.generation || planted(Bug::OldReportsCount);
+        let Some(job) = self.jobs.get_mut(id).filter(|job| current(job.generation)) else { return };
         let Some(gang) = job.gang.as_mut() else { return };
         let placement = gang.placements[group_rank].clone();
         let (seen, done) = match report.phase {
             ObservedPhase::Prepared => (Observed::Prepared, false),
             ObservedPhase::Running => (Observed::Running, false),
+            ObservedPhase::Killed => (Observed::Killed, false),
             ObservedPhase::Stopped => {
                 let all = report.exits.len() == placement.procs as usize;
                 (Observed::Stopped, all && report.exits.iter().all(RankExit::is_success))
             }
         };
         let preparing = gang.desired == DesiredPhase::Prepared;
-        if !gang.observe(group_rank, seen) && report.exits.is_empty() && report.error.is_none() {
+        let quiet_before = gang.quiet.len();
+        gang.set_quiet(group_rank, &report.quiet);
+        let told = !report.exits.is_empty() || report.error.is_some() || gang.quiet.len() > quiet_before;
+        if !gang.observe(group_rank, seen) && !told {
             return;
         }
         if group_rank == 0 && gang.master_port.is_none() {
@@ -170,14 +183,16 @@ impl Core {
             (Some(error), _) if preparing => Some(Cause::Permanent(format!("node {name}: {error}"))),
             (Some(error), _) => Some(Cause::Fault(format!("node {name}: {error}"))),
             (None, Some(exit)) => Some(Cause::Exit(name.clone(), exit.clone())),
-            (None, None) if seen == Observed::Stopped && !done => {
+            (None, None) if seen >= Observed::Killed && !done => {
                 Some(Cause::Fault(format!("node {name} stopped its ranks")))
             }
             (None, None) => None,
         };
-        match cause {
-            Some(cause) => self.fault(now, &report.gang.job, cause, fx),
-            None => self.advance(now, &report.gang.job, fx),
+        if let Some(cause) = cause {
+            self.fault(now, &report.gang.job, cause, fx);
+        } else {
+            self.advance(now, &report.gang.job, fx);
+            self.check_progress(now, &report.gang.job, fx);
         }
         self.conclude(now, &report.gang.job, fx);
     }
@@ -186,7 +201,8 @@ impl Core {
     fn advance(&mut self, now: Millis, id: &JobId, fx: &mut Effects) {
         let Some(job) = self.jobs.get_mut(id) else { return };
         let Some(gang) = job.gang.as_mut() else { return };
-        if gang.desired == DesiredPhase::Prepared && gang.all_prepared() && gang.master_port.is_some() {
+        let prepared = gang.all_prepared() || planted(Bug::LaunchBeforeAllPrepared);
+        if gang.desired == DesiredPhase::Prepared && prepared && gang.master_port.is_some() {
             gang.desired = DesiredPhase::Running;
             fx.store_job(id);
             self.send_assignments(id, fx);
@@ -197,42 +213,9 @@ impl Core {
             job.state = JobState::Running;
             job.reason = format!("running {} ranks on {} nodes", job.world_size(), job.placements().len());
             job.started = job.started.or(Some(now));
+            self.note_growable(id);
             fx.store_job(id);
         }
-    }
-
-    /// Begins to end the current generation. The first cause counts; later ones are its consequences.
-    pub(crate) fn fault(&mut self, now: Millis, id: &JobId, cause: Cause, fx: &mut Effects) {
-        let Some(job) = self.jobs.get_mut(id) else { return };
-        let generation = job.generation;
-        let Some(gang) = job.gang.as_mut().filter(|gang| gang.outcome.is_none()) else { return };
-        let permanent = matches!(cause, Cause::Permanent(_));
-        let (why, exit) = match cause {
-            Cause::Exit(node, exit) => {
-                (describe_exit(&node, &exit), Some(RootCause { generation, node, exit }))
-            }
-            Cause::Fault(why) | Cause::Permanent(why) => (why, None),
-        };
-        let left = job.spec.max_restarts.saturating_sub(job.restarts_used);
-        let restart = left > 0 && !permanent;
-        gang.outcome = Some(if restart { Outcome::Restart } else { Outcome::Fail });
-        gang.desired = DesiredPhase::Stopped;
-        job.state = if restart { JobState::Restarting } else { JobState::Stopping };
-        job.reason = match (restart, job.restarts_used) {
-            (true, used) => format!("{why}; restart {} of {}", used + 1, job.spec.max_restarts),
-            (false, 0) => why,
-            (false, used) => format!("{why}; after {used} restarts"),
-        };
-        job.exit = exit;
-        let ran = now.since(gang.placed);
-        job.not_before = now.plus(if ran >= QUICK_FAILURE || job.restarts_used == 0 {
-            Millis(0)
-        } else {
-            let doublings = (job.restarts_used - 1).min(16);
-            Millis(BACKOFF_FIRST.0 << doublings).min(self.config.backoff_max)
-        });
-        fx.store_job(id);
-        self.send_assignments(id, fx);
     }
 
     /// A user stops a job.
@@ -246,7 +229,7 @@ impl Core {
         let id = self.job(id)?.id.clone();
         self.dequeue(&id);
         let Some(job) = self.jobs.get_mut(&id) else { return Err(Refusal::NoJob(id.to_string())) };
-        if !job.state.is_terminal() {
+        if !job.state.is_terminal() || planted(Bug::CancelOverridesEnd) {
             let why = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
             job.reason = why;
             match job.gang.as_mut() {
@@ -265,37 +248,22 @@ impl Core {
         Ok(&self.jobs[&id])
     }
 
-    pub(crate) fn start_timeout(
-        &mut self,
-        now: Millis,
-        id: &JobId,
-        generation: Generation,
-        fx: &mut Effects,
-    ) {
-        let Some(job) = self.jobs.get(id).filter(|job| job.generation == generation) else { return };
-        if job.state != JobState::Starting {
-            return;
-        }
-        let Some(gang) = &job.gang else { return };
-        let late: Vec<&str> = (gang.placements.iter().zip(&gang.observed))
-            .filter(|(_, seen)| **seen < Observed::Running)
-            .map(|(placement, _)| placement.node.as_str())
-            .collect();
-        let (count, first) = (late.len(), late.first().copied().unwrap_or("no node"));
-        let secs = job.spec.start_timeout.0 / 1000;
-        let why =
-            format!("not every rank was launched within {secs} s: {first} (of {count} nodes) is not ready");
-        self.fault(now, id, Cause::Fault(why), fx);
-    }
-
-    /// Ends the generation once every node's part has stopped.
-    fn conclude(&mut self, now: Millis, id: &JobId, fx: &mut Effects) {
+    /// Ends the generation once no rank of it executes anything any more.
+    pub(crate) fn conclude(&mut self, now: Millis, id: &JobId, fx: &mut Effects) {
         let Some(job) = self.jobs.get_mut(id) else { return };
-        let Some(gang) = job.gang.take_if(|gang| gang.all_stopped()) else { return };
-        for placement in &gang.placements {
+        let Some(gang) = job.gang.take_if(|gang| gang.all_ended()) else { return };
+        let gang_id = job.gang_id();
+        let mut stuck = Vec::new();
+        for (placement, seen) in gang.placements.iter().zip(&gang.observed) {
             let Some(node) = self.nodes.get_mut(&placement.node) else { continue };
-            node.release(id, &job.spec, placement);
             fx.show_node(&placement.node);
+            if *seen == Observed::Killed {
+                // The ranks are as good as dead, but what they hold is not free.
+                node.hold_stuck(&gang_id, &job.spec, placement);
+                stuck.push(placement.node.clone());
+                continue;
+            }
+            node.release(id, &job.spec, placement);
             if let Some(session) = node.session {
                 let forget = job.assignment_as(placement, DesiredPhase::Forgotten);
                 fx.sends.push((placement.node.clone(), session, ToNode::Assign(Box::new(forget))));
@@ -306,6 +274,7 @@ impl Core {
         }
         job.past.push(PastGeneration { generation: job.generation, placements: gang.placements });
         self.rescan = true;
+        self.growable.remove(id);
         match gang.outcome {
             None => {
                 "every rank ended with exit code 0".clone_into(&mut job.reason);
@@ -315,16 +284,26 @@ impl Core {
             }
             Some(Outcome::Fail) => self.end(now, id, JobState::Failed, fx),
             Some(Outcome::Cancel) => self.end(now, id, JobState::Cancelled, fx),
-            Some(Outcome::Restart) => {
-                job.restarts_used += 1;
-                let at = job.not_before;
-                fx.store_job(id);
-                if at <= now {
-                    self.enqueue(id);
-                } else {
-                    self.timers.insert((at, Timer::Requeue(id.clone())));
+            Some(Outcome::Restart | Outcome::Move) => {
+                if gang.outcome == Some(Outcome::Restart) || planted(Bug::MoveSpendsRestart) {
+                    job.restarts_used += 1;
                 }
+                self.start_again(now, id, fx);
             }
+        }
+        for node in stuck {
+            self.drain_stuck(now, &node, &gang_id, fx);
+        }
+    }
+
+    /// A job that was running has its place before those that wait: it goes on at once where it fits.
+    fn start_again(&mut self, now: Millis, id: &JobId, fx: &mut Effects) {
+        fx.store_job(id);
+        let Some(at) = self.jobs.get(id).map(|job| job.not_before) else { return };
+        if at > now {
+            self.timers.insert((at, Timer::Requeue(id.clone())));
+        } else if !self.place_or_explain(now, id, fx) {
+            self.enqueue(id);
         }
     }
 
@@ -334,63 +313,5 @@ impl Core {
         job.finished = Some(now);
         self.ended.insert((now, id.clone()));
         fx.store_job(id);
-    }
-
-    /// Checks what must hold between any two steps; for tests and simulation. Returns what is violated.
-    pub fn check_invariants(&self) -> Result<(), String> {
-        let mut owners: BTreeMap<(&NodeName, u32), &JobId> = BTreeMap::new();
-        for (id, job) in &self.jobs {
-            let queued = self.queue.contains(&(Reverse(job.spec.priority), job.order, id.clone()));
-            if job.state.is_terminal() && (job.gang.is_some() || queued || job.finished.is_none()) {
-                return Err(format!("{id} has ended but still holds a gang or a place in the queue"));
-            }
-            let Some(gang) = &job.gang else { continue };
-            let mut next = 0;
-            for (index, placement) in gang.placements.iter().enumerate() {
-                if placement.first_rank.0 != next || placement.group_rank as usize != index {
-                    return Err(format!("{id}: ranks are not contiguous at node {}", placement.node));
-                }
-                next += placement.procs;
-                for gpu in &placement.gpus {
-                    if let Some(other) = owners.insert((&placement.node, *gpu), id) {
-                        return Err(format!("{} GPU {gpu} is owned by {other} and {id}", placement.node));
-                    }
-                }
-            }
-            let nodes = gang.placements.len() as u32;
-            if !(job.spec.min_nodes..=job.spec.max_nodes).contains(&nodes) {
-                return Err(format!("{id} runs on {nodes} nodes"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// How a rank ended, in words.
-fn describe_exit(node: &NodeName, exit: &RankExit) -> String {
-    let how = match (exit.code, exit.signal) {
-        (_, Some(signal)) => format!("was ended by signal {signal}{}", signal_name(signal)),
-        (Some(code), None) => format!("ended with exit code {code}"),
-        (None, None) => "ended".to_owned(),
-    };
-    let last = exit.stderr_tail.lines().rev().find(|line| !line.trim().is_empty());
-    let last = last.map(|line| format!(": {}", line.chars().take(200).collect::<String>()));
-    format!("rank {} on node {node} {how}{}", exit.rank, last.unwrap_or_default())
-}
-
-fn signal_name(signal: i32) -> &'static str {
-    match signal {
-        1 => " (SIGHUP)",
-        2 => " (SIGINT)",
-        3 => " (SIGQUIT)",
-        4 => " (SIGILL)",
-        6 => " (SIGABRT)",
-        7 => " (SIGBUS)",
-        8 => " (SIGFPE)",
-        9 => " (SIGKILL)",
-        11 => " (SIGSEGV)",
-        13 => " (SIGPIPE)",
-        15 => " (SIGTERM)",
-        _ => "",
     }
 }

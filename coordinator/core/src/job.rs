@@ -1,10 +1,13 @@
 //! A job and its gang, as stored.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use crate::bugs::{Bug, planted};
 use crate::types::{
     Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
-    RequestId,
+    RankProgress, RequestId,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -74,6 +77,9 @@ pub struct Job {
     pub finished: Option<Millis>,
     /// Not to be placed again before this.
     pub not_before: Millis,
+    /// Generations that ended because another program took the master port.
+    #[serde(default)]
+    pub port_retries: u32,
 }
 
 /// The rank whose exit ended a generation: the first failure observed.
@@ -101,6 +107,8 @@ pub struct PastGeneration {
 pub(crate) enum Outcome {
     Fail,
     Restart,
+    /// As Restart, by somebody's will: the budget is not spent.
+    Move,
     Cancel,
 }
 
@@ -116,12 +124,21 @@ pub struct Gang {
     pub(crate) outcome: Option<Outcome>,
     /// When this generation was placed.
     pub placed: Millis,
+    /// Time to stop in, if it is not the spec's.
+    #[serde(default)]
+    pub(crate) stop_grace: Option<Millis>,
+    /// It hangs: stacks are written before it is stopped.
+    #[serde(default)]
+    pub(crate) dump_stacks: bool,
     /// What each node reported, by group rank. Not stored: nodes report everything when they reconnect, so
     /// a gang of n nodes costs a handful of writes rather than n.
     #[serde(skip)]
     pub(crate) observed: Vec<Observed>,
     #[serde(skip)]
     pub(crate) counts: Counts,
+    /// Nodes, by group rank, none of whose ranks shows progress.
+    #[serde(skip)]
+    pub(crate) quiet: BTreeMap<usize, Vec<RankProgress>>,
 }
 
 /// Where a node's part of a gang is, as far as the coordinator knows.
@@ -131,6 +148,8 @@ pub(crate) enum Observed {
     Unknown,
     Prepared,
     Running,
+    /// Every rank was killed, and the kernel holds some.
+    Killed,
     /// No rank runs and none will: reported, or the node is gone.
     Stopped,
 }
@@ -140,6 +159,7 @@ pub(crate) enum Observed {
 pub(crate) struct Counts {
     pub prepared: usize,
     pub running: usize,
+    pub killed: usize,
     pub stopped: usize,
 }
 
@@ -152,8 +172,11 @@ impl Gang {
             master_port: None,
             outcome: None,
             placed: now,
+            stop_grace: None,
+            dump_stacks: false,
             observed,
             counts: Counts::default(),
+            quiet: BTreeMap::new(),
         }
     }
 
@@ -173,6 +196,7 @@ impl Gang {
         let reached = |at: Observed| usize::from(before < at && at <= seen);
         self.counts.prepared += reached(Observed::Prepared);
         self.counts.running += reached(Observed::Running);
+        self.counts.killed += reached(Observed::Killed);
         self.counts.stopped += reached(Observed::Stopped);
         true
     }
@@ -185,8 +209,18 @@ impl Gang {
         self.counts.running == self.placements.len()
     }
 
-    pub(crate) fn all_stopped(&self) -> bool {
-        self.counts.stopped == self.placements.len()
+    /// Whether no rank executes anything any more.
+    pub(crate) fn all_ended(&self) -> bool {
+        let ended = self.counts.killed;
+        ended == self.placements.len() || (planted(Bug::OneStoppedIsAll) && ended > 0)
+    }
+
+    pub(crate) fn set_quiet(&mut self, group_rank: usize, ranks: &[RankProgress]) {
+        if ranks.is_empty() {
+            self.quiet.remove(&group_rank);
+        } else {
+            self.quiet.insert(group_rank, ranks.to_vec());
+        }
     }
 }
 
@@ -232,6 +266,7 @@ impl Job {
     }
 
     pub(crate) fn assignment_as(&self, placement: &NodePlacement, phase: DesiredPhase) -> Assignment {
+        let stop = self.stop_mode(self.gang.as_ref());
         let first = self.placements().first().unwrap_or(placement);
         Assignment {
             gang: self.gang_id(),
@@ -243,6 +278,7 @@ impl Job {
             master_addr: first.address,
             master_port: self.gang.as_ref().and_then(|gang| gang.master_port),
             restart_count: self.restarts_used,
+            stop,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Nodes come, are heard, fall silent and go: registration, sessions and leases.
 
+use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::node::{Join, Node, NodeState};
@@ -18,13 +19,22 @@ impl Core {
             }
             Some(node) => {
                 let same = node.incarnation == join.incarnation;
-                if !same && node.state == NodeState::Ready {
-                    return Err(Refusal::NameHeld(name));
+                if !same {
+                    check_takeover(now, node, &join)?;
+                    node.leaving = None;
+                    if let Some(older) = node.session.take() {
+                        let why = "the daemon was started anew".to_owned();
+                        fx.sends.push((name.clone(), older, ToNode::Close(why)));
+                    }
+                    // Its ranks are as they were until the new daemon says what is left of them.
+                    self.set_node_state(now, &name, NodeState::Disconnected, fx);
                 }
+                let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NotJoined(name)) };
                 // Written only if something differs: ten thousand nodes that reconnect cost no write.
                 if !same || node.address != join.address || node.inventory != join.inventory {
                     node.incarnation = join.incarnation;
                     node.boot_id = join.boot_id;
+                    node.data_id = join.data_id;
                     node.address = join.address;
                     node.inventory = join.inventory;
                     fx.store_node(&name);
@@ -42,6 +52,7 @@ impl Core {
         name: &NodeName,
         incarnation: &Incarnation,
         gangs: &[GangReport],
+        leaving: Option<String>,
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
         let Some(node) = self.nodes.get_mut(name).filter(|node| node.incarnation == *incarnation) else {
@@ -54,9 +65,14 @@ impl Core {
         fx.meta_changed = true;
         let session = Session(self.meta.sessions);
         node.session = Some(session);
+        node.leaving = None;
         self.grant_lease(now, name);
         self.set_node_state(now, name, NodeState::Ready, fx);
+        self.observe_stuck(now, name, gangs, fx);
         self.observe_all(now, name, gangs, fx);
+        if let Some(reason) = leaving {
+            self.leaving(now, name, reason, fx);
+        }
         let jobs = &self.nodes[name].reserved.jobs;
         let assignments = jobs.iter().filter_map(|(id, rank)| self.jobs.get(id)?.assignment(*rank)).collect();
         // What the reports just caused is already in the assignments.
@@ -72,6 +88,7 @@ impl Core {
     pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) {
         if let Some(node) = self.nodes.get_mut(name)
             && node.session == Some(session)
+            && !planted(Bug::LeaseNotRenewed)
         {
             // The timer that is set looks at this when it fires: a heartbeat costs no timer.
             node.lease_expires = now.plus(self.config.lease);
@@ -139,6 +156,26 @@ impl Core {
         if gone && node.reserved.jobs.is_empty() && now.since(node.changed) >= self.config.node_memory {
             self.nodes.remove(name);
             fx.stored_nodes.insert(name.clone());
+        }
+    }
+}
+
+/// Whether a daemon may take the name of another that may still run. It may once the lease has ended, and before only
+/// with proof that nothing of the other is left but what the new one knows of.
+fn check_takeover(now: Millis, node: &Node, join: &Join) -> Result<(), Refusal> {
+    if matches!(node.state, NodeState::Lost | NodeState::Left) || planted(Bug::TakeoverWithoutProof) {
+        return Ok(());
+    }
+    // One daemon at a time uses a data directory, and it finds there whatever an earlier one has running. On the
+    // same machine (the same boot, or the same address after a reboot, which ends everything) that is all there is.
+    let same_dir = !join.data_id.is_empty() && join.data_id == node.data_id;
+    if same_dir && (join.boot_id == node.boot_id || join.address == node.address) {
+        return Ok(());
+    }
+    match node.state {
+        NodeState::Ready => Err(Refusal::NameHeld(node.name.clone())),
+        NodeState::Disconnected | NodeState::Lost | NodeState::Left => {
+            Err(Refusal::LeaseHeld { node: node.name.clone(), millis: node.lease_expires.since(now).0 })
         }
     }
 }

@@ -6,11 +6,16 @@
 //! Time: `now` is Unix time in milliseconds that never goes back while the process lives (the driver takes
 //! the wall clock once and adds monotonic time), so a clock that is set changes no lease.
 
+#[doc(hidden)]
+pub mod bugs;
 mod core;
 mod effects;
+mod fault;
 mod gang;
+mod invariants;
 mod job;
 mod lease;
+mod membership;
 mod node;
 mod read;
 mod requests;
@@ -20,5 +25,5 @@ pub mod types;
 pub use core::{Config, Core, Input, Meta, Snapshot};
 pub use effects::{Effects, Event, Refusal, Reply, ToNode, Write};
 pub use job::{Gang, Job, JobState, PastGeneration, RootCause};
-pub use node::{Device, Inventory, Join, Node, NodeState, Reserved};
+pub use node::{Device, Drain, Held, Inventory, Join, Node, NodeState, Reserved};
 pub use schedule::{Candidate, Plan, solve};

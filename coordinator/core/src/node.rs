@@ -5,7 +5,10 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources, Session};
+use crate::bugs::{Bug, planted};
+use crate::types::{
+    GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources, Session,
+};
 
 /// One GPU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +51,8 @@ pub struct Join {
     pub boot_id: String,
     /// What the machine has.
     pub inventory: Inventory,
+    /// Identity of the daemon's data directory; empty if the daemon does not know it.
+    pub data_id: String,
 }
 
 /// Whether a node can be given work.
@@ -75,6 +80,26 @@ pub struct Reserved {
     pub jobs: BTreeMap<JobId, usize>,
     /// The job that has the node for itself, if one has.
     pub exclusive: Option<JobId>,
+    /// What ended gangs still hold because the kernel does not let go of their ranks.
+    pub stuck: BTreeMap<GangId, Held>,
+}
+
+/// Resources held on a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// The amount.
+    pub amount: Resources,
+    /// The GPU indices.
+    pub gpus: Vec<u32>,
+}
+
+/// A node that is being emptied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Why, in words.
+    pub reason: String,
+    /// When ranks that are still being stopped are killed.
+    pub deadline: Option<Millis>,
 }
 
 /// A machine that runs ranks.
@@ -90,8 +115,14 @@ pub struct Node {
     pub boot_id: String,
     /// What the machine has.
     pub inventory: Inventory,
+    /// Identity of the data directory of the daemon that joined last.
+    #[serde(default)]
+    pub data_id: String,
     /// Why it is cordoned, if it is.
     pub cordon: Option<String>,
+    /// Set while it is being emptied, and once it is empty.
+    #[serde(default)]
+    pub drain: Option<Drain>,
     /// When it first joined.
     pub joined: Millis,
     /// When its state last changed.
@@ -99,6 +130,9 @@ pub struct Node {
     /// Whether it can be given work.
     #[serde(skip)]
     pub state: NodeState,
+    /// Why its daemon is about to end, if it is.
+    #[serde(skip)]
+    pub leaving: Option<String>,
     /// The open session.
     #[serde(skip)]
     pub session: Option<Session>,
@@ -118,10 +152,13 @@ impl Node {
             incarnation: join.incarnation,
             boot_id: join.boot_id,
             inventory: join.inventory,
+            data_id: join.data_id,
             cordon: None,
+            drain: None,
             joined: now,
             changed: now,
             state: NodeState::Disconnected,
+            leaving: None,
             session: None,
             lease_expires: now,
             reserved: Reserved::default(),
@@ -143,7 +180,9 @@ impl Node {
             return;
         }
         self.reserved.amount = self.reserved.amount.plus(spec.per_proc.times(placement.procs));
-        self.reserved.gpus.extend(&placement.gpus);
+        if !planted(Bug::DevicesNotReserved) {
+            self.reserved.gpus.extend(&placement.gpus);
+        }
         if spec.per_proc.is_zero() {
             self.reserved.exclusive = Some(job.clone());
         }
@@ -160,5 +199,27 @@ impl Node {
         if self.reserved.exclusive.as_ref() == Some(job) {
             self.reserved.exclusive = None;
         }
+    }
+
+    /// The job lets go of the node; what its killed ranks hold stays taken.
+    pub(crate) fn hold_stuck(&mut self, gang: &GangId, spec: &JobSpec, placement: &NodePlacement) {
+        self.release(&gang.job, spec, placement);
+        if planted(Bug::StuckIsFree) || self.reserved.stuck.contains_key(gang) {
+            return;
+        }
+        let held = Held { amount: spec.per_proc.times(placement.procs), gpus: placement.gpus.clone() };
+        self.reserved.amount = self.reserved.amount.plus(held.amount);
+        self.reserved.gpus.extend(&held.gpus);
+        self.reserved.stuck.insert(gang.clone(), held);
+    }
+
+    /// The kernel has let go. False if nothing was held.
+    pub(crate) fn release_stuck(&mut self, gang: &GangId) -> bool {
+        let Some(held) = self.reserved.stuck.remove(gang) else { return false };
+        self.reserved.amount = self.reserved.amount.minus(held.amount);
+        for gpu in &held.gpus {
+            self.reserved.gpus.remove(gpu);
+        }
+        true
     }
 }

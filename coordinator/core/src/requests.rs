@@ -46,6 +46,7 @@ impl Core {
             started: None,
             finished: None,
             not_before: now,
+            port_retries: 0,
         };
         self.by_order.insert(job.order, id.clone());
         self.jobs.insert(id.clone(), job);
@@ -89,9 +90,11 @@ impl Core {
     ) -> Result<Reply, Refusal> {
         let name = self.node(name)?.name.clone();
         let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NoNode(name.to_string())) };
-        if node.cordon != cordon {
+        // Giving a node back ends a drain as well.
+        let drain = if cordon.is_none() { None } else { node.drain.clone() };
+        if node.cordon != cordon || node.drain != drain {
             self.rescan |= cordon.is_none();
-            node.cordon = cordon;
+            (node.cordon, node.drain) = (cordon, drain);
             node.changed = now;
             fx.store_node(&name);
         }

@@ -36,17 +36,24 @@ pub struct Candidate<'a> {
 
 impl<'a> From<&'a Node> for Candidate<'a> {
     fn from(node: &'a Node) -> Self {
-        let closed = match (node.state, &node.cordon, &node.reserved.exclusive) {
-            (NodeState::Disconnected, _, _) => Some("not connected".to_owned()),
-            (NodeState::Lost, _, _) => Some("lost".to_owned()),
-            (NodeState::Left, _, _) => Some("left".to_owned()),
-            (NodeState::Ready, Some(why), _) if why.is_empty() => Some("cordoned".to_owned()),
-            (NodeState::Ready, Some(why), _) => Some(format!("cordoned ({why})")),
-            (NodeState::Ready, None, Some(job)) => {
-                Some(format!("held by job {job}, which names no resources and so has its nodes for itself"))
-            }
-            (NodeState::Ready, None, None) => None,
+        let because = |what: &str, why: &str| match why {
+            "" => what.to_owned(),
+            why => format!("{what} ({why})"),
         };
+        let closed = match node.state {
+            NodeState::Disconnected => Some("not connected".to_owned()),
+            NodeState::Lost => Some("lost".to_owned()),
+            NodeState::Left => Some("left".to_owned()),
+            NodeState::Ready => None,
+        };
+        let closed = closed
+            .or_else(|| Some(because("drained", &node.drain.as_ref()?.reason)))
+            .or_else(|| Some(because("cordoned", node.cordon.as_ref()?)))
+            .or_else(|| Some(because("leaving", node.leaving.as_ref()?)))
+            .or_else(|| {
+                let job = node.reserved.exclusive.as_ref()?;
+                Some(format!("held by job {job}, which names no resources and so has its nodes for itself"))
+            });
         Self {
             name: &node.name,
             address: node.address,
@@ -54,7 +61,7 @@ impl<'a> From<&'a Node> for Candidate<'a> {
             total: node.inventory.total,
             free_gpus: node.free_gpus().collect(),
             labels: &node.inventory.labels,
-            jobs: node.reserved.jobs.len(),
+            jobs: node.reserved.jobs.len() + node.reserved.stuck.len(),
             closed,
         }
     }

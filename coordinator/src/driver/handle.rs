@@ -27,6 +27,15 @@ pub(crate) enum RequestError {
     Stopping,
 }
 
+/// The first message of a session, checked.
+#[derive(Debug)]
+pub(crate) struct Hello {
+    pub node: NodeName,
+    pub incarnation: Incarnation,
+    pub gangs: Vec<GangReport>,
+    pub leaving: Option<String>,
+}
+
 pub(super) enum Command {
     Request {
         input: Box<Input>,
@@ -34,9 +43,7 @@ pub(super) enum Command {
     },
     FromNode(Box<Input>),
     OpenSession {
-        node: NodeName,
-        incarnation: Incarnation,
-        gangs: Vec<GangReport>,
+        hello: Box<Hello>,
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
         reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
     },
@@ -77,12 +84,11 @@ impl Handle {
     /// Opens a node's session; `sender` is its stream.
     pub async fn open_session(
         &self,
-        node: NodeName,
-        incarnation: Incarnation,
-        gangs: Vec<GangReport>,
+        hello: Hello,
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
     ) -> Result<Arc<Link>, RequestError> {
-        self.ask(|reply| Command::OpenSession { node, incarnation, gangs, sender, reply }).await?
+        let hello = Box::new(hello);
+        self.ask(|reply| Command::OpenSession { hello, sender, reply }).await?
     }
 
     /// Looks at the state. What is seen is durable by the time this returns.

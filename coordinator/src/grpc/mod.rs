@@ -83,6 +83,9 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         Refusal::QueueFull { .. } => convert::refusal(Code::ResourceExhausted, "QUEUE_FULL", message),
         Refusal::TooManyNodes { .. } => convert::refusal(Code::ResourceExhausted, "TOO_MANY_NODES", message),
         Refusal::NameHeld(_) => convert::refusal(Code::AlreadyExists, "NODE_NAME_HELD", message),
+        Refusal::LeaseHeld { millis, .. } => {
+            convert::unavailable("LEASE_HELD", message, Duration::from_millis(*millis))
+        }
         Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),
     }
 }

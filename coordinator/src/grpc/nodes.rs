@@ -1,6 +1,6 @@
 //! NodeService.
 
-use muster_core::types::NodeName;
+use muster_core::types::{Millis, NodeName, limits};
 use muster_core::{Input, Node, Reply};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, node_service_server::NodeService};
@@ -63,26 +63,48 @@ impl NodeService for Api {
         request: Request<v1::CordonNodeRequest>,
     ) -> Result<Response<v1::CordonNodeResponse>, Status> {
         let v1::CordonNodeRequest { node_name, reason } = request.into_inner();
-        if reason.len() > REASON_BYTES_MAX {
-            let why = format!("has {} bytes; at most {REASON_BYTES_MAX} fit", reason.len());
-            return Err(convert::invalid_argument(&[field_error("reason", why)]));
-        }
-        let node = Some(self.set_cordon(node_name, Some(reason)).await?);
+        check_reason(&reason)?;
+        let node = Some(self.change(Input::SetCordon { node: node_name, cordon: Some(reason) }).await?);
         Ok(Response::new(v1::CordonNodeResponse { node }))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<v1::DrainNodeRequest>,
+    ) -> Result<Response<v1::DrainNodeResponse>, Status> {
+        let v1::DrainNodeRequest { node_name, reason, timeout } = request.into_inner();
+        check_reason(&reason)?;
+        let span = convert::span_from_wire("timeout", timeout.as_ref(), Millis(0));
+        let span = span.map_err(|error| convert::invalid_argument(&[error]))?;
+        if span > limits::SPAN_MAX {
+            return Err(convert::invalid_argument(&[field_error("timeout", "is longer than 24h")]));
+        }
+        let timeout = timeout.map(|_| span);
+        let node = Some(self.change(Input::Drain { node: node_name, reason, timeout }).await?);
+        Ok(Response::new(v1::DrainNodeResponse { node }))
     }
 
     async fn uncordon_node(
         &self,
         request: Request<v1::UncordonNodeRequest>,
     ) -> Result<Response<v1::UncordonNodeResponse>, Status> {
-        let node = Some(self.set_cordon(request.into_inner().node_name, None).await?);
+        let node_name = request.into_inner().node_name;
+        let node = Some(self.change(Input::SetCordon { node: node_name, cordon: None }).await?);
         Ok(Response::new(v1::UncordonNodeResponse { node }))
     }
 }
 
+fn check_reason(reason: &str) -> Result<(), Status> {
+    if reason.len() > REASON_BYTES_MAX {
+        let why = format!("has {} bytes; at most {REASON_BYTES_MAX} fit", reason.len());
+        return Err(convert::invalid_argument(&[field_error("reason", why)]));
+    }
+    Ok(())
+}
+
 impl Api {
-    async fn set_cordon(&self, node: String, cordon: Option<String>) -> Result<v1::Node, Status> {
-        match self.driver.request(Input::SetCordon { node, cordon }).await? {
+    async fn change(&self, input: Input) -> Result<v1::Node, Status> {
+        match self.driver.request(input).await? {
             Reply::Node(node) => Ok(view::node(&node)),
             Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) => Err(unexpected_reply()),
         }

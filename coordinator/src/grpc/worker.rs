@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Api, Stream};
+use crate::driver::Hello;
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
 
@@ -25,6 +26,13 @@ const GANGS_MAX: usize = 1024;
 const POINTS_MAX: usize = 512;
 const VALUES_MAX: usize = 64;
 const VALUE_NAME_BYTES_MAX: usize = 128;
+
+/// Longest reason of a daemon that ends.
+const REASON_CHARS_MAX: usize = 256;
+
+fn reason(leaving: &v1::Leaving) -> String {
+    leaving.reason.chars().take(REASON_CHARS_MAX).collect()
+}
 
 fn invalid(error: FieldError) -> Status {
     convert::invalid_argument(&[error])
@@ -66,8 +74,9 @@ impl WorkerService for Api {
             .map_err(|why| invalid(field_error("hello.incarnation", why)))?;
         let gangs = hello.gangs.into_iter().map(convert::gang_report_from_wire).collect::<Result<_, _>>();
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
-        let link =
-            self.driver.open_session(node.clone(), incarnation, gangs.map_err(invalid)?, sender).await?;
+        let leaving = hello.leaving.as_ref().map(reason);
+        let hello = Hello { node: node.clone(), incarnation, gangs: gangs.map_err(invalid)?, leaving };
+        let link = self.driver.open_session(hello, sender).await?;
         tokio::spawn(self.clone().listen(node, link, incoming));
         Ok(Response::new(Stream::new(receiver)))
     }
@@ -119,9 +128,13 @@ impl Api {
             Some(Message::Points(batch)) => self.take_points(link, batch).await?,
             Some(Message::Log(data)) => link.route_log(data),
             Some(Message::Goodbye(goodbye)) => {
-                let reason: String = goodbye.reason.chars().take(256).collect();
+                let reason: String = goodbye.reason.chars().take(REASON_CHARS_MAX).collect();
                 info!(%node, %session, %reason, "node says goodbye");
                 self.driver.tell(Input::Goodbye { node: name, session }).await?;
+            }
+            Some(Message::Leaving(leaving)) => {
+                let reason = reason(&leaving);
+                self.driver.tell(Input::Leaving { node: name, session, reason }).await?;
             }
             Some(Message::Hello(_)) => {
                 return Err(invalid(field_error("message", "hello comes once, at the start")));
@@ -157,6 +170,7 @@ fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
     let inventory = wire.inventory.unwrap_or_default();
     let texts = [
         ("boot_id", &wire.boot_id),
+        ("data_id", &wire.data_id),
         ("inventory.hostname", &inventory.hostname),
         ("inventory.version", &inventory.version),
     ];
@@ -200,6 +214,7 @@ fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
             .map_err(|_| field_error("address", format!("{:?} is not an IP address", wire.address)))?,
         incarnation: Incarnation::new(wire.incarnation).map_err(|why| field_error("incarnation", why))?,
         boot_id: wire.boot_id,
+        data_id: wire.data_id,
         inventory: Inventory {
             total,
             gpus,

@@ -3,16 +3,16 @@
 use std::net::IpAddr;
 
 use muster_core::types::{
-    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, NodeName, NodePlacement, ObservedPhase,
-    Rank, RankExit, limits,
+    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, NodePlacement,
+    ObservedPhase, Rank, RankExit, RankProgress, StopMode, limits,
 };
 
 use super::job::{spec_from_wire, spec_to_wire};
-use super::time::{millis_from_timestamp, timestamp_to_wire};
+use super::time::{duration_to_wire, millis_from_timestamp, span_from_wire, timestamp_to_wire};
 use super::{FieldError, field_error, required};
 use crate::v1;
 
-/// Longest tail of standard error that an exit carries.
+/// Longest tail of standard error, and longest error of a program, that an exit carries.
 const STDERR_TAIL_BYTES_MAX: usize = 2048;
 /// Longest error of a node, in characters.
 const ERROR_CHARS_MAX: usize = 1024;
@@ -81,6 +81,7 @@ pub fn assignment_from_wire(wire: v1::Assignment) -> Result<Assignment, FieldErr
     if placement.gpus.len() as u64 != u64::from(spec.per_proc.gpus) * u64::from(placement.procs) {
         return Err(field_error("placement.gpus", "does not hold per_proc.gpus for each process"));
     }
+    let grace = span_from_wire("stop_grace", wire.stop_grace.as_ref(), spec.stop_grace)?;
     Ok(Assignment {
         gang: gang_id(wire.job_id, wire.generation)?,
         phase,
@@ -91,6 +92,7 @@ pub fn assignment_from_wire(wire: v1::Assignment) -> Result<Assignment, FieldErr
         master_addr: address("master_addr", &wire.master_addr)?,
         master_port: port("master_port", wire.master_port)?,
         restart_count: wire.restart_count,
+        stop: StopMode { grace: grace.min(limits::SPAN_MAX), dump_stacks: wire.dump_stacks },
     })
 }
 
@@ -113,6 +115,8 @@ pub fn assignment_to_wire(assignment: &Assignment) -> v1::Assignment {
         master_addr: assignment.master_addr.to_string(),
         master_port: assignment.master_port.map_or(0, u32::from),
         restart_count: assignment.restart_count,
+        dump_stacks: assignment.stop.dump_stacks,
+        stop_grace: Some(duration_to_wire(assignment.stop.grace)),
     }
 }
 
@@ -122,8 +126,12 @@ pub fn gang_report_from_wire(wire: v1::GangReport) -> Result<GangReport, FieldEr
         v1::ObservedPhase::Unspecified => return Err(field_error("phase", "is not known to this version")),
         v1::ObservedPhase::Prepared => ObservedPhase::Prepared,
         v1::ObservedPhase::Running => ObservedPhase::Running,
+        v1::ObservedPhase::Killed => ObservedPhase::Killed,
         v1::ObservedPhase::Stopped => ObservedPhase::Stopped,
     };
+    if wire.quiet.len() > limits::PROCS_PER_NODE_MAX as usize {
+        return Err(field_error("quiet", "holds more ranks than a node has"));
+    }
     if wire.exits.len() > limits::PROCS_PER_NODE_MAX as usize {
         return Err(field_error("exits", "holds more exits than a node has ranks"));
     }
@@ -134,6 +142,16 @@ pub fn gang_report_from_wire(wire: v1::GangReport) -> Result<GangReport, FieldEr
         master_port: port("master_port", wire.master_port)?,
         exits: wire.exits.into_iter().map(rank_exit_from_wire).collect::<Result<_, _>>()?,
         error: (!error.is_empty()).then_some(error),
+        quiet: wire.quiet.iter().map(progress_from_wire).collect::<Result<_, _>>()?,
+    })
+}
+
+fn progress_from_wire(wire: &v1::RankProgress) -> Result<RankProgress, FieldError> {
+    Ok(RankProgress {
+        rank: Rank(wire.rank),
+        step: wire.step,
+        silent: span_from_wire("quiet.silent", wire.silent.as_ref(), Millis(0))?,
+        state: wire.state.chars().next().filter(char::is_ascii_alphabetic).unwrap_or('?'),
     })
 }
 
@@ -142,8 +160,15 @@ pub fn gang_report_to_wire(report: &GangReport) -> v1::GangReport {
     let phase = match report.phase {
         ObservedPhase::Prepared => v1::ObservedPhase::Prepared,
         ObservedPhase::Running => v1::ObservedPhase::Running,
+        ObservedPhase::Killed => v1::ObservedPhase::Killed,
         ObservedPhase::Stopped => v1::ObservedPhase::Stopped,
     };
+    let quiet = report.quiet.iter().map(|progress| v1::RankProgress {
+        rank: progress.rank.0,
+        step: progress.step,
+        silent: Some(duration_to_wire(progress.silent)),
+        state: progress.state.to_string(),
+    });
     let generation = report.gang.generation;
     v1::GangReport {
         job_id: report.gang.job.to_string(),
@@ -152,6 +177,7 @@ pub fn gang_report_to_wire(report: &GangReport) -> v1::GangReport {
         master_port: report.master_port.map_or(0, u32::from),
         exits: report.exits.iter().map(|exit| rank_exit_to_wire(exit, generation, "")).collect(),
         error: report.error.clone().unwrap_or_default(),
+        quiet: quiet.collect(),
     }
 }
 
@@ -162,19 +188,17 @@ pub fn rank_exit_from_wire(wire: v1::RankExit) -> Result<RankExit, FieldError> {
         return Err(field_error("exits", "needs either a code or a signal"));
     }
     let mut tail = wire.stderr_tail;
-    if tail.len() > STDERR_TAIL_BYTES_MAX {
-        let mut start = tail.len() - STDERR_TAIL_BYTES_MAX;
-        while !tail.is_char_boundary(start) {
-            start += 1;
-        }
-        tail.drain(..start);
-    }
+    tail.drain(..tail.ceil_char_boundary(tail.len().saturating_sub(STDERR_TAIL_BYTES_MAX)));
+    let mut error = wire.error;
+    error.truncate(error.floor_char_boundary(STDERR_TAIL_BYTES_MAX));
     Ok(RankExit {
         rank: Rank(rank),
         code: wire.code,
         signal: wire.signal,
         time: wire.time.as_ref().map(millis_from_timestamp).unwrap_or_default(),
         stderr_tail: tail,
+        out_of_memory: wire.out_of_memory,
+        error: (!error.is_empty()).then_some(error),
     })
 }
 
@@ -188,5 +212,7 @@ pub fn rank_exit_to_wire(exit: &RankExit, generation: Generation, node: &str) ->
         time: Some(timestamp_to_wire(exit.time)),
         stderr_tail: exit.stderr_tail.clone(),
         generation: generation.0,
+        out_of_memory: exit.out_of_memory,
+        error: exit.error.clone().unwrap_or_default(),
     }
 }

@@ -1,8 +1,9 @@
 //! The job specification.
 
-use muster_core::types::{JobSpec, Resources, SpecError, limits};
+use muster_core::types::{CoordinatorLoss, JobSpec, Millis, Resources, SpecError, StopSignal, limits};
 
 use super::time::{duration_to_wire, span_from_wire};
+use super::{FieldError, field_error};
 use crate::v1;
 
 /// Checks a specification and fills in its defaults. Returns every violation, not just the first.
@@ -17,6 +18,15 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
     };
     let stop_grace = span("stop_grace", wire.stop_grace.as_ref(), limits::STOP_GRACE_DEFAULT);
     let start_timeout = span("start_timeout", wire.start_timeout.as_ref(), limits::START_TIMEOUT_DEFAULT);
+    let progress_timeout = span("progress_timeout", wire.progress_timeout.as_ref(), Millis(0));
+    let on_coordinator_loss = match wire.on_coordinator_loss() {
+        v1::CoordinatorLossPolicy::Unspecified | v1::CoordinatorLossPolicy::Run => CoordinatorLoss::Run,
+        v1::CoordinatorLossPolicy::Stop => CoordinatorLoss::Stop,
+    };
+    let stop_signal = stop_signal_from_wire(&wire.stop_signal).unwrap_or_else(|error| {
+        errors.push(error);
+        StopSignal::default()
+    });
     let checked = JobSpec {
         name: wire.name,
         command: wire.command,
@@ -32,6 +42,9 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         checkpoint_dir: non_empty(wire.checkpoint_dir),
         stop_grace,
         start_timeout,
+        progress_timeout,
+        stop_signal,
+        on_coordinator_loss,
     }
     .check();
     match checked {
@@ -58,7 +71,27 @@ pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
         checkpoint_dir: spec.checkpoint_dir.clone().unwrap_or_default(),
         stop_grace: Some(duration_to_wire(spec.stop_grace)),
         start_timeout: Some(duration_to_wire(spec.start_timeout)),
+        progress_timeout: Some(duration_to_wire(spec.progress_timeout)),
+        stop_signal: spec.stop_signal.name().to_owned(),
+        on_coordinator_loss: match spec.on_coordinator_loss {
+            CoordinatorLoss::Run => v1::CoordinatorLossPolicy::Run,
+            CoordinatorLoss::Stop => v1::CoordinatorLossPolicy::Stop,
+        }
+        .into(),
     }
+}
+
+/// A signal by its name; the default if there is none.
+fn stop_signal_from_wire(name: &str) -> Result<StopSignal, FieldError> {
+    if name.is_empty() {
+        return Ok(StopSignal::default());
+    }
+    let found = StopSignal::ALL.into_iter().find(|signal| signal.name() == name);
+    found.ok_or_else(|| {
+        let all = StopSignal::ALL.map(StopSignal::name).join(", ");
+        let name: String = name.chars().take(32).collect();
+        field_error("stop_signal", format!("is {name:?}; use one of {all}"))
+    })
 }
 
 /// Resources as they are; every value is valid.

@@ -86,7 +86,8 @@ pub(super) fn of_rank(
 mod tests {
     use super::*;
     use muster_core::types::{
-        DesiredPhase, GangId, Generation, JobId, JobSpec, NodeName, NodePlacement, Resources,
+        DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources,
+        StopMode,
     };
 
     fn assignment() -> Assignment {
@@ -115,6 +116,7 @@ mod tests {
             master_addr: [10, 0, 0, 1].into(),
             master_port: Some(29500),
             restart_count: 1,
+            stop: StopMode { grace: Millis(0), dump_stacks: false },
         }
     }
 

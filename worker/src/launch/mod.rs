@@ -17,7 +17,7 @@ pub(crate) use prepare::log_dir;
 pub(crate) use runner::Context;
 
 use crate::Error;
-use crate::core::Input;
+use muster_worker_core::Input;
 
 /// Commands that may wait for a runner: one to launch and one to stop.
 const COMMANDS_MAX: usize = 4;

@@ -93,7 +93,8 @@ impl RankProcess {
             Err(_) => (Some(-1), None),
         };
         let stderr_tail = tail(&self.stderr).unwrap_or_default();
-        RankExit { rank: self.rank, code, signal, time: unix_now(), stderr_tail }
+        let (out_of_memory, error) = (false, None);
+        RankExit { rank: self.rank, code, signal, time: unix_now(), stderr_tail, out_of_memory, error }
     }
 }
 

@@ -10,8 +10,8 @@ use tracing::{info, warn};
 
 use super::process::{self, Group, RankProcess};
 use super::{Command, environment, prepare};
-use crate::core::Input;
 use crate::telemetry::{Outbox, RankSocket, Sockets};
+use muster_worker_core::Input;
 
 /// What every runner shares.
 #[derive(Clone, Debug)]

@@ -170,6 +170,8 @@ fn gang(world: &World, job: &str, script: &str) -> v1::Assignment {
         master_addr: "127.0.0.1".into(),
         master_port: 0,
         restart_count: 0,
+        dump_stacks: false,
+        stop_grace: None,
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{GangId, JobSpec, Millis, NodeName, Rank};
+use super::{GangId, JobSpec, Millis, NodeName, Rank, StopMode};
 
 /// One node's part of a gang.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,12 +50,14 @@ pub enum ObservedPhase {
     Prepared,
     /// Every rank of the node was launched; some may have exited.
     Running,
+    /// Every rank was killed and none executes anything any more, but the kernel still holds some.
+    Killed,
     /// No rank runs, and none will.
     Stopped,
 }
 
 /// The whole desired state of one gang on one node. Applying it twice is the same as once.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
     /// The gang.
     pub gang: GangId,
@@ -75,6 +77,8 @@ pub struct Assignment {
     pub master_port: Option<u16>,
     /// Restarts before this generation.
     pub restart_count: u32,
+    /// How it is stopped, when it is.
+    pub stop: StopMode,
 }
 
 /// The whole observed state of one gang on one node.
@@ -90,6 +94,21 @@ pub struct GangReport {
     pub exits: Vec<RankExit>,
     /// Why the node could not prepare or launch.
     pub error: Option<String>,
+    /// How far each rank of the node is, while none has shown progress for the job's `progress_timeout`.
+    pub quiet: Vec<RankProgress>,
+}
+
+/// How far a rank is that shows no progress.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankProgress {
+    /// Global rank.
+    pub rank: Rank,
+    /// Last step it reported.
+    pub step: Option<u64>,
+    /// Time since its last sign of progress.
+    pub silent: Millis,
+    /// State of its process as the kernel shows it, such as 'S' or 'T'.
+    pub state: char,
 }
 
 /// How one rank ended.
@@ -105,6 +124,12 @@ pub struct RankExit {
     pub time: Millis,
     /// Last lines of its standard error.
     pub stderr_tail: String,
+    /// Whether the kernel ended it for want of memory.
+    #[serde(default)]
+    pub out_of_memory: bool,
+    /// What it wrote to its error file.
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 impl RankExit {

@@ -3,10 +3,14 @@
 mod assignment;
 mod ids;
 mod spec;
+mod stop;
 
-pub use assignment::{Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit};
+pub use assignment::{
+    Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
+};
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
 pub use spec::{JobSpec, RESERVED_ENV, Resources, SpecError, limits};
+pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 
 use serde::{Deserialize, Serialize};
 

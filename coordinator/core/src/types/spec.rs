@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Millis, ids::is_name_char};
+use super::{CoordinatorLoss, Millis, StopSignal, ids::is_name_char};
 
 /// Bounds on what one job may ask for, each with its reason.
 pub mod limits {
@@ -140,6 +140,15 @@ pub struct JobSpec {
     pub stop_grace: Millis,
     /// Longest time from placement until every rank runs.
     pub start_timeout: Millis,
+    /// Longest time without a sign of progress of any rank; 0 for ever.
+    #[serde(default)]
+    pub progress_timeout: Millis,
+    /// Asks the ranks to end.
+    #[serde(default)]
+    pub stop_signal: StopSignal,
+    /// Whether ranks run on when only the coordinator is gone.
+    #[serde(default)]
+    pub on_coordinator_loss: CoordinatorLoss,
 }
 
 /// One thing that is wrong with a specification.
@@ -170,6 +179,9 @@ impl JobSpec {
             checkpoint_dir: None,
             stop_grace: limits::STOP_GRACE_DEFAULT,
             start_timeout: limits::START_TIMEOUT_DEFAULT,
+            progress_timeout: Millis(0),
+            stop_signal: StopSignal::default(),
+            on_coordinator_loss: CoordinatorLoss::default(),
         }
     }
 
@@ -282,6 +294,10 @@ impl JobSpec {
         }
         if self.start_timeout > limits::SPAN_MAX || self.start_timeout < Millis::from_secs(1) {
             errors.add("start_timeout", "is not between 1s and 24h".into());
+        }
+        let progress = self.progress_timeout;
+        if progress > limits::SPAN_MAX || (progress.0 > 0 && progress < Millis::from_secs(1)) {
+            errors.add("progress_timeout", "is not between 1s and 24h, nor 0s for none".into());
         }
     }
 }

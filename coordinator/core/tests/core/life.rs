@@ -123,7 +123,8 @@ fn a_node_that_cannot_prepare_fails_the_job_before_anything_ran() {
     let gang = world.job(&job).gang_id();
     assert!(world.nodes[&name("a")].gangs.values().all(|(a, _)| a.phase == DesiredPhase::Prepared));
     let error = Some("program \"train\" was not found".to_owned());
-    let report = GangReport { gang, phase: ObservedPhase::Stopped, master_port: None, exits: vec![], error };
+    let phase = ObservedPhase::Stopped;
+    let report = GangReport { gang, phase, master_port: None, exits: vec![], error, quiet: vec![] };
     world.report(&name("b"), report);
     assert_eq!(world.state(&job), JobState::Failed, "the next generation would meet the same");
     assert_eq!(world.job(&job).reason, "node b: program \"train\" was not found");
@@ -222,7 +223,8 @@ fn a_request_id_makes_one_job() {
 fn a_live_daemon_keeps_its_name() {
     let mut world = World::with_nodes(&["a"]);
     let session = world.node("a").session;
-    world.node("a").incarnation = 99;
+    let clone = world.node("a");
+    (clone.incarnation, clone.data_id) = (99, Some("another directory".into()));
     world.connect("a");
     assert_eq!(world.node("a").session, session, "the clone was refused");
 }

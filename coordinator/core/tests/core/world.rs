@@ -26,6 +26,8 @@ pub struct ModelNode {
     inbox: VecDeque<ToNode>,
     pub address: Option<IpAddr>,
     pub gpus: u32,
+    /// Its data directory's identity, if it is not the name.
+    pub data_id: Option<String>,
     pub labels: BTreeMap<String, String>,
 }
 
@@ -112,6 +114,7 @@ impl World {
             address: model.address.unwrap_or(IpAddr::from([10, 0, 0, 1])),
             incarnation: Incarnation::new(format!("i{}", model.incarnation)).unwrap(),
             boot_id: "boot".into(),
+            data_id: model.data_id.clone().unwrap_or_else(|| node.to_owned()),
             inventory: Inventory {
                 total: Resources { gpus: model.gpus, cpu_millis: 8000, memory_bytes: 1 << 34 },
                 gpus: (0..model.gpus).map(device).collect(),
@@ -125,7 +128,8 @@ impl World {
             return;
         }
         // The session must be known before the effects of Hello are carried out, as in the driver.
-        let mut effects = self.core.step(self.now, Input::Hello { node: name(node), incarnation, gangs });
+        let mut effects =
+            self.core.step(self.now, Input::Hello { node: name(node), incarnation, gangs, leaving: None });
         if let Some(Ok(Reply::Session(session))) = effects.reply.take() {
             self.node(node).session = Some(session);
             self.node(node).inbox.clear();
@@ -280,7 +284,10 @@ impl ModelNode {
         let (held, report) = self.gangs.entry(gang.clone()).or_insert_with(|| {
             let master_port = (placement.group_rank == 0).then_some(29500);
             let phase = ObservedPhase::Prepared;
-            (assignment.clone(), GangReport { gang, phase, master_port, exits: vec![], error: None })
+            (
+                assignment.clone(),
+                GangReport { gang, phase, master_port, exits: vec![], error: None, quiet: vec![] },
+            )
         });
         held.clone_from(assignment);
         match assignment.phase {
@@ -307,7 +314,8 @@ impl ModelNode {
 }
 
 fn exit_of(rank: u32, code: Option<i32>, signal: Option<i32>, time: Millis) -> RankExit {
-    RankExit { rank: Rank(rank), code, signal, time, stderr_tail: String::new() }
+    let (stderr_tail, out_of_memory, error) = (String::new(), false, None);
+    RankExit { rank: Rank(rank), code, signal, time, stderr_tail, out_of_memory, error }
 }
 
 fn device(index: u32) -> Device {

@@ -20,6 +20,7 @@ fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
     let (world_size, group_world_size) = (1, 1);
     let master_addr = [127, 0, 0, 1].into();
     let (master_port, restart_count) = (None, 0);
+    let stop = StopMode { grace: spec.stop_grace, dump_stacks: false };
     let gang = gang(generation);
     Assignment {
         gang,
@@ -31,6 +32,7 @@ fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
         master_addr,
         master_port,
         restart_count,
+        stop,
     }
 }
 
@@ -46,7 +48,10 @@ fn assign(generation: u32, phase: DesiredPhase) -> Input {
 fn names(effects: &[Effect]) -> Vec<&'static str> {
     let name = |effect: &Effect| match effect {
         Effect::Start(_) => "start",
-        Effect::Launch(_) => "launch",
+        Effect::Launch(..) => "launch",
+        Effect::Fence(..) => "fence",
+        Effect::Kill(_) => "kill",
+        Effect::Leaving(_) => "leaving",
         Effect::Stop(..) => "stop",
         Effect::Release(_) => "release",
         Effect::Report(_) => "report",
@@ -58,13 +63,21 @@ fn check(script: Vec<(Input, &[&str])>) -> Core {
     let mut core = Core::default();
     for (input, expected) in script {
         let shown = format!("{input:?}");
-        assert_eq!(names(&core.step(input)), expected, "{shown}");
+        assert_eq!(names(&core.step(Millis(0), input)), expected, "{shown}");
     }
     core
 }
 
 fn exit() -> RankExit {
-    RankExit { rank: Rank(0), code: Some(0), signal: None, time: Millis(0), stderr_tail: String::new() }
+    RankExit {
+        rank: Rank(0),
+        code: Some(0),
+        signal: None,
+        time: Millis(0),
+        stderr_tail: String::new(),
+        out_of_memory: false,
+        error: None,
+    }
 }
 
 #[test]
@@ -157,7 +170,7 @@ fn what_is_held_is_bounded() {
             GANGS_MAX..HELD_MAX => &["report"],
             HELD_MAX.. => &[],
         };
-        let effects = core.step(Input::Assign(Box::new(of_job(number))));
+        let effects = core.step(Millis(0), Input::Assign(Box::new(of_job(number))));
         assert_eq!(names(&effects), expected, "{number}");
     }
     let refused = core.report(&of_job(GANGS_MAX).gang).unwrap();
@@ -176,30 +189,104 @@ fn what_cannot_be_prepared_is_reported_and_never_launched() {
 }
 
 #[test]
-fn shutdown_says_why_before_the_ranks_end() {
+fn shutdown_says_that_it_leaves_before_the_ranks_end() {
     let core = check(vec![
         (assign(1, DesiredPhase::Running), &["start", "launch"]),
         (Input::Launched(gang(1)), &["report"]),
-        (Input::Shutdown, &["report", "stop"]),
+        (Input::Shutdown, &["leaving", "stop"]),
         // Nothing new is begun, and nothing is said that would be taken for the job's fault.
         (assign(2, DesiredPhase::Prepared), &[]),
         (assign(2, DesiredPhase::Stopped), &["report"]),
     ]);
-    assert_eq!(core.report(&gang(1)).unwrap().error.as_deref(), Some("its daemon was stopped"));
     assert_eq!(core.report(&gang(2)).unwrap().error, None);
+    assert!(core.is_stopping());
+}
+
+fn at(core: &mut Core, now: u64, input: Input) -> Vec<Effect> {
+    core.step(Millis(now), input)
 }
 
 #[test]
-fn shutdown_is_the_cause_also_while_the_ranks_are_launched() {
+fn ranks_live_by_the_lease() {
+    let mut core = Core::default();
+    let renewed = |sent| Input::Renewed { sent: Millis(sent), lease: Millis(10_000) };
+    let fence =
+        |until: u64| Fence { term: Millis(until - 2500), kill: Millis(until - 1000), lease: Millis(10_000) };
+    assert!(at(&mut core, 0, renewed(0)).is_empty(), "nothing runs");
+    let launched = at(&mut core, 10, assign(1, DesiredPhase::Running));
+    assert!(matches!(&launched[1], Effect::Launch(_, Some(told)) if *told == fence(10_000)));
+    at(&mut core, 20, Input::Launched(gang(1)));
+    assert_eq!(at(&mut core, 1500, renewed(1000)), [Effect::Fence(gang(1), fence(11_000))]);
+    assert_eq!(at(&mut core, 1600, renewed(900)), [], "an older heartbeat takes nothing back");
+    let gone = Input::CoordinatorGone { at: Millis(5000) };
+    assert_eq!(at(&mut core, 5000, gone), [Effect::Fence(gang(1), fence(15_000))]);
+    assert_eq!(core.next_deadline(), Some(Millis(14_000)));
+    assert_eq!(at(&mut core, 14_000, Input::Tick), [], "the shim gets a moment");
+    assert_eq!(core.next_deadline(), Some(Millis(14_500)));
+    assert_eq!(at(&mut core, 14_500, Input::Tick), [Effect::Kill(gang(1))], "it does not act: it is killed");
+    at(&mut core, 14_600, Input::Fenced(gang(1)));
+    assert_eq!(names(&at(&mut core, 14_700, Input::Gone(gang(1)))), ["report"]);
+    assert!(core.report(&gang(1)).unwrap().error.unwrap().contains("could not renew its lease"));
+    assert_eq!(core.next_deadline(), None);
+}
+
+#[test]
+fn a_job_may_ask_to_be_stopped_when_the_coordinator_is_gone() {
+    let mut core = Core::default();
+    let mut strict = assignment(1, DesiredPhase::Running);
+    strict.spec.on_coordinator_loss = muster_core::types::CoordinatorLoss::Stop;
+    at(&mut core, 0, Input::Renewed { sent: Millis(0), lease: Millis(10_000) });
+    at(&mut core, 0, Input::Assign(Box::new(strict)));
+    at(&mut core, 0, Input::Launched(gang(1)));
+    assert_eq!(at(&mut core, 5000, Input::CoordinatorGone { at: Millis(5000) }), []);
+}
+
+#[test]
+fn a_shim_that_is_adopted_is_as_if_this_daemon_had_started_it() {
+    let mut core = Core::default();
+    let fence = Fence { term: Millis(7500), kill: Millis(9000), lease: Millis(10_000) };
+    let adopted = Adopted {
+        assignment: assignment(2, DesiredPhase::Running),
+        master_port: Some(29500),
+        launched: true,
+        exits: vec![],
+        fence: Some(fence),
+    };
+    at(&mut core, 5000, Input::Adopted(Box::new(adopted)));
+    assert_eq!((core.reports().len(), core.reports()[0].phase), (1, ObservedPhase::Running));
+    assert_eq!(names(&at(&mut core, 5001, assign(2, DesiredPhase::Running))), Vec::<&str>::new());
+    // Only the coordinator is gone: the ranks run on, by what the earlier daemon knew of the lease.
+    assert_eq!(names(&at(&mut core, 6000, Input::CoordinatorGone { at: Millis(6000) })), ["fence"]);
+    assert_eq!(names(&at(&mut core, 6001, assign(1, DesiredPhase::Running))), Vec::<&str>::new());
+    assert_eq!(names(&at(&mut core, 6002, Input::Welcome(vec![]))), ["stop"]);
+}
+
+#[test]
+fn ranks_that_the_kernel_holds_are_said_and_forgotten_only_when_gone() {
     let core = check(vec![
         (assign(1, DesiredPhase::Running), &["start", "launch"]),
-        (Input::Prepared(gang(1), None), &["report"]),
-        (Input::Shutdown, &["report", "stop"]),
         (Input::Launched(gang(1)), &["report"]),
-        (Input::Exited(gang(1), exit()), &["report"]),
-        (Input::Gone(gang(1)), &["report"]),
+        (assign(1, DesiredPhase::Stopped), &["stop"]),
+        (Input::Killed(gang(1)), &["report"]),
+        (assign(1, DesiredPhase::Forgotten), &[]),
+        (Input::Gone(gang(1)), &["report", "release"]),
     ]);
-    assert_eq!(core.report(&gang(1)).unwrap().error.as_deref(), Some("its daemon was stopped"));
+    assert!(core.is_idle());
+}
+
+#[test]
+fn a_stop_is_told_again_if_there_is_less_time() {
+    let mut core = Core::default();
+    at(&mut core, 0, assign(1, DesiredPhase::Running));
+    let stop = |grace| {
+        let mut assignment = assignment(1, DesiredPhase::Stopped);
+        assignment.stop.grace = Millis(grace);
+        Input::Assign(Box::new(assignment))
+    };
+    for (grace, expected) in [(30_000, 1), (30_000, 0), (5000, 1), (9000, 0)] {
+        assert_eq!(at(&mut core, 0, stop(grace)).len(), expected, "{grace}");
+    }
+    assert_eq!(core.next_deadline(), Some(Millis(5000).plus(SHIM_SLACK)));
 }
 
 fn input() -> impl Strategy<Value = (u8, u32)> {
@@ -216,16 +303,16 @@ proptest! {
         let mut newest = Generation(0);
         let mut apply = |core: &mut Core, running: &mut BTreeMap<GangId, bool>, input| {
             let mut launches = vec![];
-            for effect in core.step(input) {
+            for effect in core.step(Millis(0), input) {
                 match effect {
                     Effect::Start(a) => {
                         assert!(newest < a.gang.generation, "generations rise: {newest} then {}", a.gang);
                         newest = a.gang.generation;
                         running.insert(a.gang, false);
                     }
-                    Effect::Launch(a) => launches.push(a.gang),
+                    Effect::Launch(a, _) => launches.push(a.gang),
                     Effect::Stop(gang, _) => { running.insert(gang, true); }
-                    Effect::Release(_) | Effect::Report(_) => {}
+                    _ => {}
                 }
             }
             launches
@@ -250,7 +337,7 @@ proptest! {
         apply(&mut core, &mut running, Input::Welcome(vec![]));
         prop_assert!(running.values().all(|told| *told), "{running:?}");
         for gang in running.keys() {
-            core.step(Input::Gone(gang.clone()));
+            core.step(Millis(0), Input::Gone(gang.clone()));
         }
         prop_assert!(core.is_idle() && core.reports().is_empty());
     }

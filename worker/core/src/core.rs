@@ -1,58 +1,30 @@
-//! The pure core of the node: desired assignments against what runs. No I/O, no clock.
+//! Desired assignments against what runs.
 //!
 //! Level-triggered: an assignment and a report each say the whole of their half, so either may be lost or
 //! repeated. The core never decides that a gang should stop because a rank ended; that is the coordinator's.
 
 use std::collections::{BTreeMap, VecDeque};
 
+use muster_core::bugs::{Bug, planted};
 use muster_core::types::{
     Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase, RankExit,
+    RankProgress, StopMode,
 };
 
+use crate::lease::{Fence, Lease};
+use crate::messages::{Adopted, Effect, Input};
+
 /// Gangs that may run at once: far above what one machine can.
-pub(crate) const GANGS_MAX: usize = 256;
+const GANGS_MAX: usize = 256;
 /// Gangs held at once, with those refused and those not forgotten yet: a Hello may name 1024. What comes beyond
 /// it goes unanswered, and the coordinator's start timeout deals with it.
 const HELD_MAX: usize = 2 * GANGS_MAX;
 /// Jobs of which the newest generation is remembered once it is forgotten, so that a late assignment does not
 /// bring an ended one back.
 const FORGOTTEN_MAX: usize = 4096;
-
-/// Something that happened.
-#[derive(Debug)]
-pub(crate) enum Input {
-    /// Everything the coordinator wants of this node.
-    Welcome(Vec<Assignment>),
-    /// What it wants of one gang.
-    Assign(Box<Assignment>),
-    /// The gang could be launched; on its first node with the master port.
-    Prepared(GangId, Option<u16>),
-    /// Every rank was launched.
-    Launched(GangId),
-    /// It could not be prepared or launched; nothing runs.
-    Failed(GangId, String),
-    /// One rank ended.
-    Exited(GangId, RankExit),
-    /// No process of the gang is left.
-    Gone(GangId),
-    /// The daemon is to end: stop everything.
-    Shutdown,
-}
-
-/// Something to do.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Effect {
-    /// Check and prepare, in a runner of its own.
-    Start(Box<Assignment>),
-    /// Tell the runner to launch.
-    Launch(Box<Assignment>),
-    /// Tell the runner to stop, with this grace.
-    Stop(GangId, Millis),
-    /// Give up what is kept for the gang beside its logs.
-    Release(GangId),
-    /// Send the gang's whole observed state.
-    Report(GangId),
-}
+/// Time beyond its grace that a shim gets to stop its ranks, before it is taken to be frozen and is killed itself. Killed
+/// ranks have ten seconds to be gone before a shim says that the kernel holds them.
+const SHIM_SLACK: Millis = Millis::from_secs(15);
 
 /// One gang's part on this node.
 #[derive(Debug)]
@@ -63,16 +35,50 @@ struct Part {
     master_port: Option<u16>,
     exits: Vec<RankExit>,
     error: Option<String>,
+    quiet: Vec<RankProgress>,
     launch_sent: bool,
-    stop_sent: bool,
+    /// How it was told to stop.
+    stop_sent: Option<StopMode>,
+    /// When its ranks are stopped unless the lease is renewed.
+    fence: Option<Fence>,
+    /// When its shim is killed unless it has done what it was told.
+    kill_at: Option<Millis>,
     /// An older generation of the job still has processes here.
     waiting: bool,
 }
 
+impl Part {
+    fn deadline(&self) -> Option<Millis> {
+        self.kill_at.into_iter().chain(self.fence.map(|fence| fence.kill)).min()
+    }
+
+    fn new(assignment: Assignment) -> Self {
+        Self {
+            assignment,
+            phase: None,
+            master_port: None,
+            exits: Vec::new(),
+            error: None,
+            quiet: Vec::new(),
+            launch_sent: false,
+            stop_sent: None,
+            fence: None,
+            kill_at: None,
+            waiting: false,
+        }
+    }
+
+    /// Whether something of it executes, or may.
+    fn runs(&self) -> bool {
+        self.phase < Some(ObservedPhase::Killed)
+    }
+}
+
 /// The state.
 #[derive(Debug, Default)]
-pub(crate) struct Core {
+pub struct Core {
     parts: BTreeMap<GangId, Part>,
+    lease: Lease,
     /// The newest generation that was forgotten, by job; `forgotten_order` says which goes first.
     forgotten: BTreeMap<JobId, Generation>,
     forgotten_order: VecDeque<JobId>,
@@ -81,20 +87,21 @@ pub(crate) struct Core {
 
 impl Core {
     /// Takes one input; what it does is carried out in order.
-    pub fn step(&mut self, input: Input) -> Vec<Effect> {
+    pub fn step(&mut self, now: Millis, input: Input) -> Vec<Effect> {
         let mut effects = Vec::new();
         match input {
+            Input::Adopted(adopted) => self.adopted(*adopted),
             Input::Welcome(all) => {
                 let unwanted: Vec<GangId> =
                     self.parts.keys().filter(|gang| all.iter().all(|a| a.gang != **gang)).cloned().collect();
                 for gang in unwanted {
-                    self.want(&gang, DesiredPhase::Forgotten, &mut effects);
+                    self.want(now, &gang, DesiredPhase::Forgotten, &mut effects);
                 }
                 for assignment in all {
-                    self.assign(assignment, &mut effects);
+                    self.assign(now, assignment, &mut effects);
                 }
             }
-            Input::Assign(assignment) => self.assign(*assignment, &mut effects),
+            Input::Assign(assignment) => self.assign(now, *assignment, &mut effects),
             Input::Prepared(gang, port) => {
                 self.observe(&gang, &mut effects, |part| {
                     part.phase = Some(ObservedPhase::Prepared);
@@ -109,7 +116,7 @@ impl Core {
                     part.error.get_or_insert(error);
                     part.phase = Some(ObservedPhase::Stopped);
                 });
-                self.settle(&gang, &mut effects);
+                self.settle(now, &gang, &mut effects);
             }
             Input::Exited(gang, exit) => {
                 self.observe(&gang, &mut effects, |part| {
@@ -118,12 +125,31 @@ impl Core {
                     }
                 });
             }
+            Input::Killed(gang) => {
+                self.observe(&gang, &mut effects, |part| part.phase = Some(ObservedPhase::Killed));
+                self.settle(now, &gang, &mut effects);
+            }
             Input::Gone(gang) => {
                 self.observe(&gang, &mut effects, |part| part.phase = Some(ObservedPhase::Stopped));
-                self.settle(&gang, &mut effects);
+                self.settle(now, &gang, &mut effects);
             }
-            Input::Shutdown => self.shutdown(&mut effects),
+            Input::Fenced(gang) => self.observe(&gang, &mut effects, |part| {
+                let why = "it could not renew its lease, and stopped its ranks so that none lives twice";
+                part.error.get_or_insert_with(|| why.to_owned());
+            }),
+            Input::Quiet(gang, ranks) => self.observe(&gang, &mut effects, |part| part.quiet = ranks),
+            Input::Renewed { sent, lease } => {
+                self.lease.renewed(now, sent, lease);
+                self.raise_fences(&mut effects);
+            }
+            Input::CoordinatorGone { at } => {
+                self.lease.coordinator_gone(at);
+                self.raise_fences(&mut effects);
+            }
+            Input::Shutdown => self.shutdown(now, &mut effects),
+            Input::Tick => {}
         }
+        self.watch_shims(now, &mut effects);
         effects
     }
 
@@ -136,7 +162,68 @@ impl Core {
             master_port: part.master_port,
             exits: part.exits.clone(),
             error: part.error.clone(),
+            quiet: part.quiet.clone(),
         })
+    }
+
+    /// When `Tick` is due next, unless something else comes first.
+    pub fn next_deadline(&self) -> Option<Millis> {
+        self.parts.values().filter(|part| part.runs()).filter_map(Part::deadline).min()
+    }
+
+    /// What the gang was told last; none if nothing of it is held.
+    pub fn assignment(&self, gang: &GangId) -> Option<&Assignment> {
+        self.parts.get(gang).map(|part| &part.assignment)
+    }
+
+    /// Why the daemon is about to end, if it is.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping
+    }
+
+    fn adopted(&mut self, adopted: Adopted) {
+        if let Some(fence) = adopted.fence {
+            self.lease.adopt(fence);
+        }
+        let phase = if adopted.launched { ObservedPhase::Running } else { ObservedPhase::Prepared };
+        let part = Part {
+            phase: Some(phase),
+            master_port: adopted.master_port,
+            exits: adopted.exits,
+            launch_sent: adopted.launched,
+            fence: adopted.fence,
+            ..Part::new(adopted.assignment)
+        };
+        self.parts.insert(part.assignment.gang.clone(), part);
+    }
+
+    /// Passes the lease on to the shims.
+    fn raise_fences(&mut self, effects: &mut Vec<Effect>) {
+        for (gang, part) in &mut self.parts {
+            let fence = self.lease.fence(part.assignment.spec.on_coordinator_loss);
+            if let Some(fence) = fence.filter(|_| part.launch_sent && part.runs())
+                && part.fence.is_none_or(|before| before.kill < fence.kill)
+            {
+                part.fence = Some(fence);
+                part.kill_at = part.stop_sent.and(part.kill_at);
+                effects.push(Effect::Fence(gang.clone(), fence));
+            }
+        }
+    }
+
+    /// A shim that is frozen neither stops its ranks when it is told to nor when their lease runs out.
+    fn watch_shims(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        for (gang, part) in self.parts.iter_mut().filter(|(_, part)| part.runs()) {
+            if part.kill_at.is_some_and(|at| at <= now) {
+                // Again after a while, should the first not have been enough.
+                part.kill_at = Some(now.plus(SHIM_SLACK));
+                effects.push(Effect::Kill(gang.clone()));
+            } else if let Some(fence) = part.fence.take_if(|fence| fence.kill <= now) {
+                // It may only just have been thawed together with this daemon: it gets a moment.
+                let at = now.plus(fence.slack());
+                part.kill_at = Some(part.kill_at.map_or(at, |before| before.min(at)));
+            }
+        }
     }
 
     /// The whole observed state.
@@ -149,7 +236,7 @@ impl Core {
         self.unsettled().next().is_none()
     }
 
-    fn assign(&mut self, assignment: Assignment, effects: &mut Vec<Effect>) {
+    fn assign(&mut self, now: Millis, assignment: Assignment, effects: &mut Vec<Effect>) {
         let gang = assignment.gang.clone();
         if let Some(part) = self.parts.get_mut(&gang) {
             let phase = assignment.phase;
@@ -157,11 +244,12 @@ impl Core {
             if assignment.phase >= part.assignment.phase {
                 part.assignment = Assignment { phase: part.assignment.phase, ..assignment };
             }
-            self.want(&gang, phase, effects);
+            self.want(now, &gang, phase, effects);
             return;
         }
         let stale = self.newest(&gang.job).is_some_and(|newest| newest > gang.generation)
             || self.forgotten.get(&gang.job).is_some_and(|newest| *newest >= gang.generation);
+        let stale = stale && !planted(Bug::OldGenerationLaunches);
         let ends = assignment.phase == DesiredPhase::Stopped;
         if stale || assignment.phase == DesiredPhase::Forgotten || self.parts.len() >= HELD_MAX {
             return;
@@ -178,35 +266,31 @@ impl Core {
         let waiting = !settled && self.older_runs(&gang);
         let part = Part {
             phase: settled.then_some(ObservedPhase::Stopped),
-            master_port: None,
-            exits: Vec::new(),
             error,
-            launch_sent: false,
-            stop_sent: settled,
             waiting,
-            assignment: assignment.clone(),
+            ..Part::new(assignment)
         };
         self.parts.insert(gang.clone(), part);
         if settled {
             effects.push(Effect::Report(gang));
         } else if waiting {
-            self.stop_older(&gang, effects);
+            self.stop_older(now, &gang, effects);
         } else {
-            self.start(&gang, effects);
+            self.start(now, &gang, effects);
         }
     }
 
-    fn start(&mut self, gang: &GangId, effects: &mut Vec<Effect>) {
+    fn start(&mut self, now: Millis, gang: &GangId, effects: &mut Vec<Effect>) {
         if let Some(part) = self.parts.get_mut(gang) {
             part.waiting = false;
             effects.push(Effect::Start(Box::new(part.assignment.clone())));
             let phase = part.assignment.phase;
-            self.want(gang, phase, effects);
+            self.want(now, gang, phase, effects);
         }
     }
 
     /// Raises what is wanted; it never falls.
-    fn want(&mut self, gang: &GangId, phase: DesiredPhase, effects: &mut Vec<Effect>) {
+    fn want(&mut self, now: Millis, gang: &GangId, phase: DesiredPhase, effects: &mut Vec<Effect>) {
         let Some(part) = self.parts.get_mut(gang) else { return };
         part.assignment.phase = part.assignment.phase.max(phase);
         if part.waiting {
@@ -214,24 +298,32 @@ impl Core {
                 part.waiting = false;
                 part.phase = Some(ObservedPhase::Stopped);
                 effects.push(Effect::Report(gang.clone()));
-                self.settle(gang, effects);
+                self.settle(now, gang, effects);
             }
             return;
         }
         match part.assignment.phase {
             DesiredPhase::Prepared => {}
             DesiredPhase::Running => {
-                if !part.launch_sent && !part.stop_sent {
+                if !part.launch_sent && part.stop_sent.is_none() && part.runs() {
                     part.launch_sent = true;
-                    effects.push(Effect::Launch(Box::new(part.assignment.clone())));
+                    part.fence = self.lease.fence(part.assignment.spec.on_coordinator_loss);
+                    effects.push(Effect::Launch(Box::new(part.assignment.clone()), part.fence));
                 }
             }
+            DesiredPhase::Forgotten if part.runs() && planted(Bug::ForgottenKeepsRunning) => {
+                self.parts.remove(gang);
+            }
+            DesiredPhase::Stopped | DesiredPhase::Forgotten if !part.runs() => {
+                self.settle(now, gang, effects);
+            }
             DesiredPhase::Stopped | DesiredPhase::Forgotten => {
-                if part.phase == Some(ObservedPhase::Stopped) {
-                    self.settle(gang, effects);
-                } else if !part.stop_sent {
-                    part.stop_sent = true;
-                    effects.push(Effect::Stop(gang.clone(), part.assignment.spec.stop_grace));
+                // Told again if there is less time than before: a drain has a deadline.
+                let stop = part.assignment.stop;
+                if part.stop_sent.is_none_or(|before| stop.grace < before.grace) {
+                    part.stop_sent = Some(stop);
+                    part.kill_at = Some(now.plus(stop.grace).plus(SHIM_SLACK));
+                    effects.push(Effect::Stop(gang.clone(), stop));
                 }
             }
         }
@@ -247,9 +339,11 @@ impl Core {
     }
 
     /// After a gang has stopped: forgets it if that is wanted, and lets a newer generation begin.
-    fn settle(&mut self, gang: &GangId, effects: &mut Vec<Effect>) {
-        let wanted = self.parts.get(gang).map(|part| part.assignment.phase);
-        if wanted == Some(DesiredPhase::Forgotten) {
+    fn settle(&mut self, now: Millis, gang: &GangId, effects: &mut Vec<Effect>) {
+        let is_over = |part: &Part| {
+            part.phase == Some(ObservedPhase::Stopped) && part.assignment.phase == DesiredPhase::Forgotten
+        };
+        if self.parts.get(gang).is_some_and(is_over) {
             self.parts.remove(gang);
             self.remember(gang);
             effects.push(Effect::Release(gang.clone()));
@@ -258,7 +352,7 @@ impl Core {
         if let Some(next) = next.map(|(other, _)| other.clone())
             && !self.older_runs(&next)
         {
-            self.start(&next, effects);
+            self.start(now, &next, effects);
         }
     }
 
@@ -279,7 +373,7 @@ impl Core {
 
     /// Gangs of which something runs, or may.
     fn unsettled(&self) -> impl Iterator<Item = (&GangId, &Part)> {
-        self.parts.iter().filter(|(_, part)| part.phase != Some(ObservedPhase::Stopped))
+        self.parts.iter().filter(|(_, part)| part.runs())
     }
 
     fn newest(&self, job: &JobId) -> Option<Generation> {
@@ -291,29 +385,23 @@ impl Core {
     }
 
     fn older_runs(&self, gang: &GangId) -> bool {
-        self.older(gang).next().is_some()
+        self.older(gang).next().is_some() && !planted(Bug::NewBesideOld)
     }
 
-    fn stop_older(&mut self, gang: &GangId, effects: &mut Vec<Effect>) {
+    fn stop_older(&mut self, now: Millis, gang: &GangId, effects: &mut Vec<Effect>) {
         let older: Vec<GangId> = self.older(gang).map(|(gang, _)| gang.clone()).collect();
         for gang in older {
-            self.want(&gang, DesiredPhase::Stopped, effects);
+            self.want(now, &gang, DesiredPhase::Stopped, effects);
         }
     }
 
-    fn shutdown(&mut self, effects: &mut Vec<Effect>) {
+    fn shutdown(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         self.stopping = true;
+        // Said first, so that the coordinator sees the cause and not its consequences, the ends of the ranks.
+        effects.push(Effect::Leaving("its daemon is being stopped".to_owned()));
         let running: Vec<GangId> = self.unsettled().map(|(gang, _)| gang.clone()).collect();
         for gang in running {
-            if let Some(part) = self.parts.get_mut(&gang)
-                && part.launch_sent
-            {
-                // Said before the ranks end, so that the coordinator sees the cause and not its consequence. They may
-                // run before it is known here that they do.
-                part.error.get_or_insert_with(|| "its daemon was stopped".to_owned());
-                effects.push(Effect::Report(gang.clone()));
-            }
-            self.want(&gang, DesiredPhase::Stopped, effects);
+            self.want(now, &gang, DesiredPhase::Stopped, effects);
         }
     }
 }

@@ -1,0 +1,185 @@
+//! Nodes are emptied and nodes come back: drains, daemons that leave, nodes whose ranks the kernel holds, and elastic
+//! gangs that grow. None of it spends a job's restarts.
+
+use crate::core::{Core, Timer};
+use crate::effects::{Effects, Refusal, Reply, ToNode};
+use crate::fault::Cause;
+use crate::job::JobState;
+use crate::node::{Drain, Node};
+use crate::schedule::{Candidate, Plan, solve};
+use crate::types::{
+    DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, StopMode,
+};
+
+impl Core {
+    /// A user empties a node.
+    pub(crate) fn drain(
+        &mut self,
+        now: Millis,
+        name: &str,
+        reason: String,
+        timeout: Option<Millis>,
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        let name = self.node(name)?.name.clone();
+        self.begin_drain(now, &name, Drain { reason, deadline: timeout.map(|span| now.plus(span)) }, fx);
+        Ok(Reply::Node(Box::new(self.node(name.as_str())?.clone())))
+    }
+
+    fn begin_drain(&mut self, now: Millis, name: &NodeName, drain: Drain, fx: &mut Effects) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let why = match drain.reason.as_str() {
+            "" => format!("node {name} is drained"),
+            reason => format!("node {name} is drained ({reason})"),
+        };
+        let limit = drain.deadline.map(|deadline| deadline.since(now));
+        node.drain = Some(drain);
+        node.changed = now;
+        fx.store_node(name);
+        self.move_gangs(now, name, &why, limit, fx);
+    }
+
+    /// Stops every gang with ranks on a node, to be started elsewhere. `limit` shortens their grace.
+    fn move_gangs(
+        &mut self,
+        now: Millis,
+        name: &NodeName,
+        why: &str,
+        limit: Option<Millis>,
+        fx: &mut Effects,
+    ) {
+        let held = self.nodes.get(name).map(|node| node.reserved.jobs.clone()).unwrap_or_default();
+        for id in held.into_keys() {
+            if let (Some(limit), Some(job)) = (limit, self.jobs.get_mut(&id))
+                && let Some(gang) = &mut job.gang
+            {
+                gang.stop_grace = Some(limit.min(gang.stop_grace.unwrap_or(job.spec.stop_grace)));
+                if gang.outcome.is_some() {
+                    fx.store_job(&id);
+                    self.send_assignments(&id, fx);
+                }
+            }
+            self.fault(now, &id, Cause::Move(why.to_owned()), fx);
+        }
+    }
+
+    /// A daemon is about to end in good order.
+    pub(crate) fn leaving(&mut self, now: Millis, name: &NodeName, reason: String, fx: &mut Effects) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let why = format!("node {name} leaves: {reason}");
+        node.leaving = Some(reason);
+        fx.show_node(name);
+        self.move_gangs(now, name, &why, None, fx);
+    }
+
+    /// Ranks that were killed and are not gone: the machine needs somebody to look at it.
+    pub(crate) fn drain_stuck(&mut self, now: Millis, name: &NodeName, gang: &GangId, fx: &mut Effects) {
+        if self.nodes.get(name).is_some_and(|node| node.drain.is_none()) {
+            let reason = format!("ranks of {gang} were killed and the kernel holds them; reboot it");
+            self.begin_drain(now, name, Drain { reason, deadline: None }, fx);
+        }
+    }
+
+    /// News of a gang that ended while the kernel held ranks of it.
+    pub(crate) fn report_of_stuck(&mut self, name: &NodeName, report: &GangReport, fx: &mut Effects) {
+        let gone = report.phase == ObservedPhase::Stopped;
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        if gone && node.release_stuck(&report.gang) {
+            self.rescan = true;
+            fx.show_node(name);
+            self.send_forget(name, report, fx);
+        }
+    }
+
+    /// Tells a node to forget a gang that the job has left behind.
+    fn send_forget(&self, name: &NodeName, report: &GangReport, fx: &mut Effects) {
+        let Some(job) = self.jobs.get(&report.gang.job) else { return };
+        let Some(session) = self.nodes.get(name).and_then(|node| node.session) else { return };
+        let placements = job.placements_of(report.gang.generation).unwrap_or_default();
+        if let Some(placement) = placements.iter().find(|placement| placement.node == *name) {
+            let mut forget = job.assignment_as(placement, DesiredPhase::Forgotten);
+            forget.gang = report.gang.clone();
+            fx.sends.push((name.clone(), session, ToNode::Assign(Box::new(forget))));
+        }
+    }
+
+    /// What the node says in its Hello of ended gangs that the kernel holds is all there is to know of them.
+    pub(crate) fn observe_stuck(
+        &mut self,
+        now: Millis,
+        name: &NodeName,
+        reports: &[GangReport],
+        fx: &mut Effects,
+    ) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let still = |gang: &GangId| {
+            reports.iter().any(|report| report.gang == *gang && report.phase == ObservedPhase::Killed)
+        };
+        let gone: Vec<GangId> = node.reserved.stuck.keys().filter(|gang| !still(gang)).cloned().collect();
+        for gang in gone {
+            self.rescan |= node.release_stuck(&gang);
+        }
+        for report in reports.iter().filter(|report| report.phase == ObservedPhase::Killed) {
+            let Some(job) = self.jobs.get(&report.gang.job) else { continue };
+            let current = job.gang.is_some() && job.generation == report.gang.generation;
+            let placements = job.placements_of(report.gang.generation).unwrap_or_default();
+            let placement = placements.iter().find(|placement| placement.node == *name);
+            if let (false, Some(placement), Some(node)) = (current, placement, self.nodes.get_mut(name)) {
+                node.hold_stuck(&report.gang, &job.spec, placement);
+                self.drain_stuck(now, name, &report.gang, fx);
+            }
+        }
+    }
+
+    /// An elastic job that runs on fewer nodes than it may is looked at when room appears.
+    pub(crate) fn note_growable(&mut self, id: &JobId) {
+        let Some(job) = self.jobs.get(id) else { return };
+        if job.state == JobState::Running && job.placements().len() < job.spec.max_nodes as usize {
+            self.growable.insert(id.clone());
+        }
+    }
+
+    /// Room has appeared. Nodes often come back together, so it is looked at a little later, once for all.
+    pub(crate) fn consider_growth(&mut self, now: Millis) {
+        for _ in 0..self.config.scan_max {
+            let Some(id) = self.growable.pop_first() else { return };
+            if let Some(job) = self.jobs.get(&id) {
+                let at = now.plus(self.config.grow_delay);
+                self.timers.insert((at, Timer::Grow(id, job.generation)));
+            }
+        }
+    }
+
+    /// Starts an elastic job again if that gives it more nodes.
+    pub(crate) fn grow(&mut self, now: Millis, id: &JobId, generation: Generation, fx: &mut Effects) {
+        let Some(job) = self.jobs.get(id).filter(|job| job.generation == generation) else { return };
+        if job.state != JobState::Running {
+            return;
+        }
+        let own: Vec<Node> = (job.placements().iter())
+            .filter_map(|placement| {
+                let mut node = self.nodes.get(&placement.node)?.clone();
+                node.release(id, &job.spec, placement);
+                Some(node)
+            })
+            .collect();
+        let others = self.nodes.values().filter(|node| !node.reserved.jobs.contains_key(id));
+        let before = job.placements().len();
+        match solve(&job.spec, own.iter().chain(others).map(Candidate::from)) {
+            Plan::Place(more) if more.len() > before => {
+                let why = format!("{} nodes can be had instead of {before}", more.len());
+                self.fault(now, id, Cause::Move(why), fx);
+            }
+            Plan::Place(_) | Plan::Wait(_) => self.note_growable(id),
+        }
+    }
+}
+
+impl crate::job::Job {
+    /// How a gang of this job is stopped.
+    pub(crate) fn stop_mode(&self, gang: Option<&crate::job::Gang>) -> StopMode {
+        let own = gang.and_then(|gang| gang.stop_grace);
+        let grace = own.unwrap_or(self.spec.stop_grace);
+        StopMode { grace, dump_stacks: gang.is_some_and(|gang| gang.dump_stacks) }
+    }
+}

@@ -1,0 +1,14 @@
+//! The pure core of the node daemon: desired assignments against what runs, and the lease that ranks live by.
+//!
+//! No I/O, no clock. `now` counts milliseconds on a clock that never goes back and that goes on while the machine is
+//! suspended (CLOCK_BOOTTIME): a node that slept must not take its lease to be younger than it is.
+
+mod adopt;
+mod core;
+mod lease;
+mod messages;
+
+pub use adopt::{Adoption, ShimRecord, adopt};
+pub use core::Core;
+pub use lease::Fence;
+pub use messages::{Adopted, Effect, Input};
