@@ -109,7 +109,10 @@ pub(crate) enum Command {
     /// Give a node no new work; what runs there goes on.
     #[command(after_help = "Example:\n  muster cordon gpu-7 --reason 'fan replaced on Monday'")]
     Cordon(CordonArgs),
-    /// Give a cordoned node work again.
+    /// Empty a node: its jobs are stopped in good order and start again elsewhere, without spending a restart.
+    #[command(after_help = "Example:\n  muster drain gpu-7 --timeout 5m --reason 'new kernel'")]
+    Drain(DrainArgs),
+    /// Give a cordoned or drained node work again.
     #[command(after_help = "Example:\n  muster uncordon gpu-7")]
     Uncordon(NodeArgs),
     /// Start a coordinator and two workers here, and train a small network with DDP on them.
@@ -229,12 +232,21 @@ pub(crate) struct SubmitArgs {
     /// Label that a node must carry; may be repeated.
     #[arg(long = "node-selector", value_name = "KEY=VALUE")]
     pub node_selector: Vec<KeyValue>,
-    /// Time between SIGTERM and SIGKILL when ranks are stopped.
+    /// Time between the stop signal and SIGKILL when ranks are stopped.
     #[arg(long, value_name = "SPAN")]
     pub stop_grace: Option<Span>,
     /// Longest time from placement until every rank runs.
     #[arg(long, value_name = "SPAN")]
     pub start_timeout: Option<Span>,
+    /// Longest time without a point or a line of output of any rank; then the job hangs and starts again. Default: none.
+    #[arg(long, value_name = "SPAN")]
+    pub progress_timeout: Option<Span>,
+    /// Signal that asks ranks to end, such as SIGINT. Default: SIGTERM.
+    #[arg(long, value_name = "SIGNAL")]
+    pub stop_signal: Option<String>,
+    /// Whether ranks run on when only the coordinator is gone. Default: run.
+    #[arg(long, value_enum)]
+    pub on_coordinator_loss: Option<CoordinatorLoss>,
     /// Makes a repeated call harmless. Default: a new one for each call.
     #[arg(long, value_name = "ID")]
     pub request_id: Option<String>,
@@ -247,6 +259,15 @@ pub(crate) struct SubmitArgs {
     /// Program and arguments.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// What becomes of ranks when no coordinator runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CoordinatorLoss {
+    /// They run on: nobody can replace them.
+    Run,
+    /// They are stopped when the node's lease ends.
+    Stop,
 }
 
 #[derive(Debug, clap::Args)]
@@ -334,6 +355,21 @@ pub(crate) struct CordonArgs {
     /// Why, for whoever wonders.
     #[arg(long, default_value = "")]
     pub reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DrainArgs {
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Why, for whoever wonders.
+    #[arg(long, default_value = "")]
+    pub reason: String,
+    /// Longest time that ranks get to end in before they are killed. Default: each job's --stop-grace.
+    #[arg(long, value_name = "SPAN")]
+    pub timeout: Option<Span>,
+    /// Return at once rather than when the node is empty.
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -7,6 +7,7 @@ mod demo;
 mod exit;
 mod follow;
 mod json;
+mod nodes;
 mod plot;
 mod progress;
 mod show;
@@ -49,11 +50,12 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Logs(args) => stream::logs(&args, &global).await,
         Command::Metrics(args) => stream::metrics(&args, &global).await,
         Command::Plot(args) => plot::run(&args, &global).await,
-        Command::Nodes => show::nodes(&global).await,
-        Command::Node(args) => show::node(&args, &global).await,
+        Command::Nodes => nodes::nodes(&global).await,
+        Command::Node(args) => nodes::node(&args, &global).await,
         Command::Cancel(args) => submit::cancel(args, &global).await,
-        Command::Cordon(args) => show::cordon(args, &global).await,
-        Command::Uncordon(args) => show::uncordon(args, &global).await,
+        Command::Cordon(args) => nodes::cordon(args, &global).await,
+        Command::Drain(args) => nodes::drain(args, &global).await,
+        Command::Uncordon(args) => nodes::uncordon(args, &global).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }

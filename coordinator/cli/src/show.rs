@@ -1,13 +1,13 @@
-//! Jobs and nodes for people, and as JSON.
+//! Jobs for people, and as JSON.
 
 use muster_proto::convert::millis_from_timestamp;
 use muster_proto::v1;
 
-use crate::args::{CordonArgs, Global, JobArgs, JobsArgs, NodeArgs, Output};
+use crate::args::{Global, JobArgs, JobsArgs, Output};
 use crate::client::Client;
 use crate::exit::{Failure, out};
 use crate::json;
-use crate::units::{show_bytes, show_span};
+use crate::units::show_span;
 
 /// Ended jobs listed without --all.
 const ENDED_SHOWN: usize = 10;
@@ -145,12 +145,14 @@ pub(crate) fn placement(nodes: &[v1::NodePlacement]) -> String {
 
 fn root_cause(exit: &v1::RankExit) -> String {
     let how = match (exit.code, exit.signal) {
+        _ if exit.out_of_memory => "ran out of memory and was killed by the kernel".to_owned(),
         (_, Some(signal)) => format!("was ended by signal {signal}"),
         (Some(code), None) => format!("ended with exit code {code}"),
         (None, None) => "ended".to_owned(),
     };
     let rank = exit.rank.unwrap_or(0);
-    let head = format!("root cause: rank {rank} on {} {how}", exit.node_name);
+    let said = if exit.error.is_empty() { String::new() } else { format!(": {}", exit.error.trim_end()) };
+    let head = format!("root cause: rank {rank} on {} {how}{said}", exit.node_name);
     if exit.stderr_tail.trim().is_empty() {
         return format!("{head}; it wrote nothing on standard error\n");
     }
@@ -204,96 +206,8 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
     Ok(())
 }
 
-/// `muster nodes`.
-pub(crate) async fn nodes(global: &Global) -> Result<(), Failure> {
-    let client = Client::connect(global).await?;
-    let (mut rows, mut page_token) = (Vec::new(), String::new());
-    loop {
-        let request = v1::ListNodesRequest { page_size: 0, page_token };
-        let page = client.nodes().list_nodes(request).await?.into_inner();
-        for node in page.nodes {
-            if global.output == Output::Json {
-                json::print("Node", &node)?;
-            } else {
-                rows.push(node_row(&node));
-            }
-        }
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
-    if global.output == Output::Text {
-        out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &rows));
-    }
-    Ok(())
-}
-
-fn node_state(node: &v1::Node) -> String {
-    let state = node.state().as_str_name().trim_start_matches("NODE_STATE_").to_lowercase();
-    match (node.cordoned, node.cordon_reason.as_str()) {
-        (false, _) => state,
-        (true, "") => format!("{state}, cordoned"),
-        (true, why) => format!("{state}, cordoned ({why})"),
-    }
-}
-
-fn node_row(node: &v1::Node) -> Vec<String> {
-    let total = node.inventory.as_ref().and_then(|inventory| inventory.total).unwrap_or_default();
-    let held = node.reserved.unwrap_or_default();
-    let cores = |millis: u32| f64::from(millis) / 1000.0;
-    vec![
-        node.name.clone(),
-        node.address.clone(),
-        node_state(node),
-        format!("{}/{}", held.gpus, total.gpus),
-        format!("{}/{}", cores(held.cpu_millis), cores(total.cpu_millis)),
-        format!("{}/{}", show_bytes(held.memory_bytes), show_bytes(total.memory_bytes)),
-        if node.job_ids.is_empty() { "-".to_owned() } else { node.job_ids.join(",") },
-    ]
-}
-
-fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
-    if global.output == Output::Json {
-        json::print("Node", node)?;
-        return Ok(());
-    }
-    out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
-    let inventory = node.inventory.clone().unwrap_or_default();
-    out!("\nhost {}, muster {}\n", inventory.hostname, inventory.version);
-    for (key, value) in &inventory.labels {
-        out!("label {key}={value}\n");
-    }
-    for gpu in &inventory.gpus {
-        out!("GPU {} {} {}\n", gpu.index.unwrap_or(0), gpu.model, gpu.uuid);
-    }
-    Ok(())
-}
-
-/// `muster node`.
-pub(crate) async fn node(args: &NodeArgs, global: &Global) -> Result<(), Failure> {
-    let client = Client::connect(global).await?;
-    let request = v1::GetNodeRequest { node_name: args.node_name.clone() };
-    let node = client.nodes().get_node(request).await?.into_inner().node.unwrap_or_default();
-    print_node(&node, global)
-}
-
-/// `muster cordon`.
-pub(crate) async fn cordon(args: CordonArgs, global: &Global) -> Result<(), Failure> {
-    let client = Client::connect(global).await?;
-    let request = v1::CordonNodeRequest { node_name: args.node.node_name, reason: args.reason };
-    print_node(&client.nodes().cordon_node(request).await?.into_inner().node.unwrap_or_default(), global)
-}
-
-/// `muster uncordon`.
-pub(crate) async fn uncordon(args: NodeArgs, global: &Global) -> Result<(), Failure> {
-    let client = Client::connect(global).await?;
-    let request = v1::UncordonNodeRequest { node_name: args.node_name };
-    print_node(&client.nodes().uncordon_node(request).await?.into_inner().node.unwrap_or_default(), global)
-}
-
 /// Rows under a header, each column as wide as its widest cell.
-fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let header: Vec<String> = header.iter().map(|&name| name.to_owned()).collect();
     let all: Vec<&Vec<String>> = std::iter::once(&header).chain(rows).collect();
     let width = |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

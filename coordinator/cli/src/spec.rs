@@ -6,7 +6,7 @@ use anyhow::Context;
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
 
-use crate::args::SubmitArgs;
+use crate::args::{CoordinatorLoss, SubmitArgs};
 use crate::exit::Failure;
 use crate::json;
 
@@ -53,6 +53,16 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     }
     spec.stop_grace = args.stop_grace.map(|span| duration_to_wire_std(span.0)).or(spec.stop_grace);
     spec.start_timeout = args.start_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.start_timeout);
+    spec.progress_timeout =
+        args.progress_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.progress_timeout);
+    spec.stop_signal = args.stop_signal.unwrap_or(spec.stop_signal);
+    if let Some(policy) = args.on_coordinator_loss {
+        spec.on_coordinator_loss = match policy {
+            CoordinatorLoss::Run => v1::CoordinatorLossPolicy::Run,
+            CoordinatorLoss::Stop => v1::CoordinatorLossPolicy::Stop,
+        }
+        .into();
+    }
     Ok(spec)
 }
 

@@ -139,7 +139,7 @@ async fn a_daemon_that_is_stopped_leaves_nothing_running() {
     let (leaving, first_end) = (heard.iter().position(says), heard.iter().position(ends));
     assert!(leaving.is_some() && leaving < first_end, "it leaves before its ranks end: {heard:?}");
     let last = heard.last().cloned();
-    assert!(matches!(last, Some(v1::session_request::Message::Goodbye(_))), "{last:?}");
+    assert!(matches!(last, Some(Up::Goodbye(_))), "{last:?}");
     eventually("the sockets' end", || holds(std::fs::read_dir(&sockets).unwrap().count() == 0)).await;
 }
 
