@@ -148,7 +148,7 @@ impl Api {
     async fn take_points(&self, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
         let (job, points) = checked_points(batch, self.driver.clock().now()).map_err(invalid)?;
         let Some(last) = points.last() else { return Ok(()) };
-        let ack = v1::PointAck {
+        let mut ack = v1::PointAck {
             job_id: job.to_string(),
             generation: last.generation.0,
             rank: last.rank.0,
@@ -157,9 +157,10 @@ impl Api {
         let series = self.metrics.series_of_known(&self.driver, &job).await?;
         // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
         if let Some(series) = series {
-            tokio::task::spawn_blocking(move || series.append(points))
+            let known = tokio::task::spawn_blocking(move || series.append(points))
                 .await
                 .map_err(|error| Status::internal(format!("failed to keep points: {error}")))?;
+            ack.seq = ack.seq.max(known.unwrap_or(0));
         }
         link.send(v1::session_response::Message::PointAck(ack));
         Ok(())

@@ -82,8 +82,10 @@ impl Series {
     }
 
     /// Adds points of one generation and rank, in order of seq. Those already known are passed over: what a
-    /// node sends twice is kept once. Returns the highest seq kept. Blocks on the disk.
+    /// node sends twice is kept once. Returns the highest seq known of that rank: a node that is started anew
+    /// need not send what comes before it. Blocks on the disk.
     pub fn append(&self, points: Vec<Point>) -> Option<u64> {
+        let of = points.last().map(|point| (point.generation, point.rank))?;
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh: Vec<Point> = {
             let kept = self.points();
@@ -91,11 +93,10 @@ impl Series {
         };
         file.write(&fresh);
         let mut kept = self.points();
-        let mut highest = None;
         for point in fresh {
-            highest = Some(point.seq);
             kept.add(point);
         }
+        let highest = kept.seqs.get(&of).copied();
         let index = kept.last_index;
         drop(kept);
         self.changed.send_replace(index);
@@ -192,7 +193,7 @@ mod tests {
         let series = Series::read(path.clone());
         let sent = vec![point(1, 0, 1, 2.0), point(1, 0, 2, 1.5)];
         assert_eq!(series.append(sent.clone()), Some(2));
-        assert_eq!(series.append(sent), None);
+        assert_eq!(series.append(sent), Some(2));
         assert_eq!(series.append(vec![point(1, 0, 2, 1.5), point(1, 0, 3, 1.0)]), Some(3));
         for series in [series, Series::read(path)] {
             let seqs: Vec<u64> = series.after(0, 100).iter().map(|(_, p)| p.seq).collect();

@@ -1,6 +1,7 @@
 //! Ranks end when they are told to, with everything they started, and never later than their daemon.
 
 use super::*;
+use v1::session_request::Message as Up;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rank_that_ignores_sigterm_is_killed_after_its_grace() {
@@ -133,10 +134,9 @@ async fn a_daemon_that_is_stopped_leaves_nothing_running() {
     assert_eq!(report.phase(), ObservedPhase::Stopped);
     assert!(report.exits.iter().all(|exit| exit.code == Some(4)) && report.exits.len() == 2, "{report:?}");
     let heard = coordinator.state().heard.clone();
-    let says =
-        |message: &v1::session_request::Message| matches!(message, v1::session_request::Message::Leaving(_));
-    let ends = |message: &v1::session_request::Message| matches!(message, v1::session_request::Message::Gang(report) if !report.exits.is_empty());
-    let (leaving, first_end) = (heard.iter().position(says), heard.iter().position(ends));
+    let leaving = heard.iter().position(|message| matches!(message, Up::Leaving(_)));
+    let first_end =
+        heard.iter().position(|message| matches!(message, Up::Gang(report) if !report.exits.is_empty()));
     assert!(leaving.is_some() && leaving < first_end, "it leaves before its ranks end: {heard:?}");
     let last = heard.last().cloned();
     assert!(matches!(last, Some(Up::Goodbye(_))), "{last:?}");
