@@ -165,6 +165,7 @@ impl Driver {
                 None => self.step(*input, Some(reply)),
             },
             Command::FromNode(input) => self.step(*input, None),
+            Command::Heartbeat { node, session, seq } => self.heartbeat(node, session, seq),
             Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
             Command::Read(look) => {
                 let later = look(&self.core);
@@ -183,6 +184,17 @@ impl Driver {
                 self.filling.deferred.push(Deferred::WatchNodes(nodes, reply));
             }
         }
+    }
+
+    /// Acknowledged at once, whatever waits for the store: nothing of a lease is stored, and training must not end
+    /// because a disk is full.
+    fn heartbeat(&mut self, node: NodeName, session: Session, seq: u64) {
+        let link = self.links.get(&node).filter(|link| link.session == session);
+        let effects = self.core.step(self.clock.now(), Input::Heartbeat { node, session });
+        if let (true, Some(link)) = (effects.renewed, link) {
+            link.send(v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq }));
+        }
+        self.take(effects, None);
     }
 
     fn open_session(

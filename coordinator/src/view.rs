@@ -70,7 +70,7 @@ pub(crate) fn node(node: &Node) -> v1::Node {
             reason: drain.reason.clone(),
             deadline: drain.deadline.map(timestamp_to_wire),
         }),
-        stuck_gangs: node.reserved.stuck.keys().map(ToString::to_string).collect(),
+        leftover_gangs: node.reserved.leftovers.keys().map(ToString::to_string).collect(),
     }
 }
 

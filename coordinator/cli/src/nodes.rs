@@ -75,8 +75,8 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
     out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
     let inventory = node.inventory.clone().unwrap_or_default();
     out!("\nhost {}, muster {}\n", inventory.hostname, inventory.version);
-    if !node.stuck_gangs.is_empty() {
-        out!("killed, but held by the kernel: {}; reboot the machine\n", node.stuck_gangs.join(", "));
+    if !node.leftover_gangs.is_empty() {
+        out!("processes are left of {}; what they hold is not free\n", node.leftover_gangs.join(", "));
     }
     for (key, value) in &inventory.labels {
         out!("label {key}={value}\n");

@@ -22,6 +22,7 @@ pub enum Bug {
     DevicesNotReserved,
     OneQuietNodeHangs,
     LeaseNotRenewed,
+    AckWithoutLease,
     CounterNotStored,
     // In the node's core.
     OldGenerationLaunches,
@@ -33,7 +34,6 @@ pub enum Bug {
     // At the edges, in the simulation's model of them.
     AcknowledgeBeforeCommit,
     LeaseByWallClock,
-    PointsRenumbered,
 }
 
 /// Every bug.
@@ -52,6 +52,7 @@ pub const ALL: [Bug; 24] = [
     Bug::DevicesNotReserved,
     Bug::OneQuietNodeHangs,
     Bug::LeaseNotRenewed,
+    Bug::AckWithoutLease,
     Bug::CounterNotStored,
     Bug::OldGenerationLaunches,
     Bug::NewBesideOld,
@@ -61,7 +62,6 @@ pub const ALL: [Bug; 24] = [
     Bug::LeaseFromAck,
     Bug::AcknowledgeBeforeCommit,
     Bug::LeaseByWallClock,
-    Bug::PointsRenumbered,
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -258,6 +258,8 @@ impl Core {
         } else if job.state.is_terminal() {
             self.ended.insert((job.finished.unwrap_or_default(), id.clone()));
         } else {
+            // Somebody may have set the clock back while no coordinator ran: no wait becomes longer by that.
+            job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }
         self.jobs.insert(id.clone(), job);
@@ -290,7 +292,7 @@ impl Core {
                     self.leaving(now, &node, reason, &mut fx);
                 }
             }
-            Input::Heartbeat { node, session } => self.renew(now, &node, session),
+            Input::Heartbeat { node, session } => fx.renewed = self.renew(now, &node, session),
             Input::Report { node, session, report } => {
                 self.renew(now, &node, session);
                 if self.has_session(&node, session) {

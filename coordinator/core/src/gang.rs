@@ -150,7 +150,7 @@ impl Core {
     /// One node's whole observed state of one gang.
     pub(crate) fn report(&mut self, now: Millis, name: &NodeName, report: &GangReport, fx: &mut Effects) {
         let id = &report.gang.job;
-        self.report_of_stuck(name, report, fx);
+        self.report_of_leftover(now, name, report, fx);
         let Some(group_rank) = self.nodes.get(name).and_then(|node| node.reserved.jobs.get(id).copied())
         else {
             return;
@@ -257,9 +257,12 @@ impl Core {
         for (placement, seen) in gang.placements.iter().zip(&gang.observed) {
             let Some(node) = self.nodes.get_mut(&placement.node) else { continue };
             fx.show_node(&placement.node);
+            if node.reserved.leftovers.contains_key(&gang_id) {
+                continue;
+            }
             if *seen == Observed::Killed {
                 // The ranks are as good as dead, but what they hold is not free.
-                node.hold_stuck(&gang_id, &job.spec, placement);
+                node.hold_leftover(&gang_id, &job.spec, placement);
                 stuck.push(placement.node.clone());
                 continue;
             }

@@ -37,9 +37,11 @@ impl Core {
             }
         }
         for node in self.nodes.values() {
-            for (gang, held) in &node.reserved.stuck {
+            for (gang, held) in &node.reserved.leftovers {
                 for gpu in &held.gpus {
-                    if let Some(other) = owners.insert((&node.name, *gpu), gang.clone()) {
+                    // A gang that still stops elsewhere owns what is left of it here.
+                    let other = owners.insert((&node.name, *gpu), gang.clone());
+                    if let Some(other) = other.filter(|other| other != gang) {
                         return Err(format!(
                             "{} GPU {gpu} is held by {gang} and owned by {other}",
                             node.name

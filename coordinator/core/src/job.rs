@@ -184,6 +184,7 @@ impl Gang {
     pub(crate) fn reset_observed(&mut self) {
         self.observed = vec![Observed::Unknown; self.placements.len()];
         self.counts = Counts::default();
+        self.quiet.clear();
     }
 
     /// Moves a node forward; a report that is behind what is known changes nothing.

@@ -68,13 +68,14 @@ impl Core {
         node.leaving = None;
         self.grant_lease(now, name);
         self.set_node_state(now, name, NodeState::Ready, fx);
-        self.observe_stuck(now, name, gangs, fx);
+        self.observe_leftovers(now, name, gangs, fx);
         self.observe_all(now, name, gangs, fx);
         if let Some(reason) = leaving {
             self.leaving(now, name, reason, fx);
         }
         let jobs = &self.nodes[name].reserved.jobs;
-        let assignments = jobs.iter().filter_map(|(id, rank)| self.jobs.get(id)?.assignment(*rank)).collect();
+        let wanted = jobs.iter().filter_map(|(id, rank)| self.jobs.get(id)?.assignment(*rank));
+        let assignments = wanted.chain(self.leftover_assignments(name)).collect();
         // What the reports just caused is already in the assignments.
         fx.sends.retain(|(node, at, _)| !(node == name && *at == session));
         fx.sends.push((name.clone(), session, ToNode::Welcome(assignments)));
@@ -85,14 +86,16 @@ impl Core {
         self.nodes.get(name).is_some_and(|node| node.session == Some(session))
     }
 
-    pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) {
-        if let Some(node) = self.nodes.get_mut(name)
-            && node.session == Some(session)
-            && !planted(Bug::LeaseNotRenewed)
-        {
-            // The timer that is set looks at this when it fires: a heartbeat costs no timer.
+    /// False if the session is not the node's.
+    pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) -> bool {
+        let Some(node) = self.nodes.get_mut(name).filter(|node| node.session == Some(session)) else {
+            return planted(Bug::AckWithoutLease);
+        };
+        // The timer that is set looks at this when it fires: a heartbeat costs no timer.
+        if !planted(Bug::LeaseNotRenewed) {
             node.lease_expires = now.plus(self.config.lease);
         }
+        true
     }
 
     pub(crate) fn renew_all(&mut self, now: Millis) {

@@ -4,11 +4,12 @@
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
-use crate::job::JobState;
+use crate::job::{Gang, JobState, Observed};
 use crate::node::{Drain, Node};
 use crate::schedule::{Candidate, Plan, solve};
 use crate::types::{
-    DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, StopMode,
+    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase,
+    StopMode,
 };
 
 impl Core {
@@ -80,31 +81,35 @@ impl Core {
         }
     }
 
-    /// News of a gang that ended while the kernel held ranks of it.
-    pub(crate) fn report_of_stuck(&mut self, name: &NodeName, report: &GangReport, fx: &mut Effects) {
-        let gone = report.phase == ObservedPhase::Stopped;
+    /// News of a gang of which something was left.
+    pub(crate) fn report_of_leftover(
+        &mut self,
+        now: Millis,
+        name: &NodeName,
+        report: &GangReport,
+        fx: &mut Effects,
+    ) {
         let Some(node) = self.nodes.get_mut(name) else { return };
-        if gone && node.release_stuck(&report.gang) {
+        if !node.reserved.leftovers.contains_key(&report.gang) {
+            return;
+        }
+        if report.phase == ObservedPhase::Killed {
+            self.drain_stuck(now, name, &report.gang, fx);
+        } else if report.phase == ObservedPhase::Stopped {
+            node.release_leftover(&report.gang);
+            let session = node.session;
             self.rescan = true;
             fx.show_node(name);
-            self.send_forget(name, report, fx);
+            let forget = self.assignment_of_leftover(name, &report.gang, DesiredPhase::Forgotten);
+            if let (Some(session), Some(forget)) = (session, forget) {
+                fx.sends.push((name.clone(), session, ToNode::Assign(Box::new(forget))));
+            }
         }
     }
 
-    /// Tells a node to forget a gang that the job has left behind.
-    fn send_forget(&self, name: &NodeName, report: &GangReport, fx: &mut Effects) {
-        let Some(job) = self.jobs.get(&report.gang.job) else { return };
-        let Some(session) = self.nodes.get(name).and_then(|node| node.session) else { return };
-        let placements = job.placements_of(report.gang.generation).unwrap_or_default();
-        if let Some(placement) = placements.iter().find(|placement| placement.node == *name) {
-            let mut forget = job.assignment_as(placement, DesiredPhase::Forgotten);
-            forget.gang = report.gang.clone();
-            fx.sends.push((name.clone(), session, ToNode::Assign(Box::new(forget))));
-        }
-    }
-
-    /// What the node says in its Hello of ended gangs that the kernel holds is all there is to know of them.
-    pub(crate) fn observe_stuck(
+    /// What the node says in its Hello of gangs that are over for their jobs is all there is to know of them: it was
+    /// cut off, and what ran there may still be stopping.
+    pub(crate) fn observe_leftovers(
         &mut self,
         now: Millis,
         name: &NodeName,
@@ -112,23 +117,51 @@ impl Core {
         fx: &mut Effects,
     ) {
         let Some(node) = self.nodes.get_mut(name) else { return };
-        let still = |gang: &GangId| {
-            reports.iter().any(|report| report.gang == *gang && report.phase == ObservedPhase::Killed)
+        let left = |gang: &GangId| {
+            reports.iter().any(|report| report.gang == *gang && report.phase < ObservedPhase::Stopped)
         };
-        let gone: Vec<GangId> = node.reserved.stuck.keys().filter(|gang| !still(gang)).cloned().collect();
+        let gone: Vec<GangId> = node.reserved.leftovers.keys().filter(|gang| !left(gang)).cloned().collect();
         for gang in gone {
-            self.rescan |= node.release_stuck(&gang);
+            self.rescan |= node.release_leftover(&gang);
         }
-        for report in reports.iter().filter(|report| report.phase == ObservedPhase::Killed) {
+        for report in reports.iter().filter(|report| report.phase < ObservedPhase::Stopped) {
             let Some(job) = self.jobs.get(&report.gang.job) else { continue };
-            let current = job.gang.is_some() && job.generation == report.gang.generation;
             let placements = job.placements_of(report.gang.generation).unwrap_or_default();
-            let placement = placements.iter().find(|placement| placement.node == *name);
-            if let (false, Some(placement), Some(node)) = (current, placement, self.nodes.get_mut(name)) {
-                node.hold_stuck(&report.gang, &job.spec, placement);
+            let Some(at) = placements.iter().position(|placement| placement.node == *name) else { continue };
+            let counted_as_gone = |gang: &Gang| gang.observed[at] == Observed::Stopped;
+            let current = job.generation == report.gang.generation;
+            if current && job.gang.as_ref().is_some_and(|gang| !counted_as_gone(gang)) {
+                continue;
+            }
+            if let Some(node) = self.nodes.get_mut(name) {
+                node.hold_leftover(&report.gang, &job.spec, &placements[at]);
+            }
+            if report.phase == ObservedPhase::Killed {
                 self.drain_stuck(now, name, &report.gang, fx);
             }
         }
+    }
+
+    /// What a node shall do with what is left of gangs there: stop it, and say when nothing is.
+    pub(crate) fn leftover_assignments(&self, name: &NodeName) -> Vec<Assignment> {
+        let Some(node) = self.nodes.get(name) else { return Vec::new() };
+        let stop = |gang: &GangId| self.assignment_of_leftover(name, gang, DesiredPhase::Stopped);
+        node.reserved.leftovers.keys().filter_map(stop).collect()
+    }
+
+    fn assignment_of_leftover(
+        &self,
+        name: &NodeName,
+        gang: &GangId,
+        phase: DesiredPhase,
+    ) -> Option<Assignment> {
+        let job = self.jobs.get(&gang.job)?;
+        let mut placements = job.placements_of(gang.generation)?.iter();
+        let placement = placements.find(|placement| placement.node == *name)?;
+        let mut assignment = job.assignment_as(placement, phase);
+        assignment.gang = gang.clone();
+        assignment.stop = job.stop_mode(None);
+        Some(assignment)
     }
 
     /// An elastic job that runs on fewer nodes than it may is looked at when room appears.

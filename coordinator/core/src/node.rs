@@ -80,8 +80,8 @@ pub struct Reserved {
     pub jobs: BTreeMap<JobId, usize>,
     /// The job that has the node for itself, if one has.
     pub exclusive: Option<JobId>,
-    /// What ended gangs still hold because the kernel does not let go of their ranks.
-    pub stuck: BTreeMap<GangId, Held>,
+    /// What gangs still hold that have ended for their jobs, while processes of theirs are left on the node.
+    pub leftovers: BTreeMap<GangId, Held>,
 }
 
 /// Resources held on a node.
@@ -201,21 +201,21 @@ impl Node {
         }
     }
 
-    /// The job lets go of the node; what its killed ranks hold stays taken.
-    pub(crate) fn hold_stuck(&mut self, gang: &GangId, spec: &JobSpec, placement: &NodePlacement) {
+    /// The job lets go of the node; what is left of its gang there holds what it held.
+    pub(crate) fn hold_leftover(&mut self, gang: &GangId, spec: &JobSpec, placement: &NodePlacement) {
         self.release(&gang.job, spec, placement);
-        if planted(Bug::StuckIsFree) || self.reserved.stuck.contains_key(gang) {
+        if planted(Bug::StuckIsFree) || self.reserved.leftovers.contains_key(gang) {
             return;
         }
         let held = Held { amount: spec.per_proc.times(placement.procs), gpus: placement.gpus.clone() };
         self.reserved.amount = self.reserved.amount.plus(held.amount);
         self.reserved.gpus.extend(&held.gpus);
-        self.reserved.stuck.insert(gang.clone(), held);
+        self.reserved.leftovers.insert(gang.clone(), held);
     }
 
-    /// The kernel has let go. False if nothing was held.
-    pub(crate) fn release_stuck(&mut self, gang: &GangId) -> bool {
-        let Some(held) = self.reserved.stuck.remove(gang) else { return false };
+    /// Nothing of it is left. False if nothing was held.
+    pub(crate) fn release_leftover(&mut self, gang: &GangId) -> bool {
+        let Some(held) = self.reserved.leftovers.remove(gang) else { return false };
         self.reserved.amount = self.reserved.amount.minus(held.amount);
         for gpu in &held.gpus {
             self.reserved.gpus.remove(gpu);

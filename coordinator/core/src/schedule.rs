@@ -61,7 +61,7 @@ impl<'a> From<&'a Node> for Candidate<'a> {
             total: node.inventory.total,
             free_gpus: node.free_gpus().collect(),
             labels: &node.inventory.labels,
-            jobs: node.reserved.jobs.len() + node.reserved.stuck.len(),
+            jobs: node.reserved.jobs.len() + node.reserved.leftovers.len(),
             closed,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use muster_core::types::{GangReport, Incarnation, NodeName};
+use muster_core::types::{GangReport, Incarnation, NodeName, Session};
 use muster_core::{Core, Input, Job, Node, Refusal, Reply};
 use muster_proto::v1;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -42,6 +42,11 @@ pub(super) enum Command {
         reply: oneshot::Sender<Answer>,
     },
     FromNode(Box<Input>),
+    Heartbeat {
+        node: NodeName,
+        session: Session,
+        seq: u64,
+    },
     OpenSession {
         hello: Box<Hello>,
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
@@ -78,6 +83,12 @@ impl Handle {
     /// Something a node says: acted on in order, never answered.
     pub async fn tell(&self, input: Input) -> Result<(), RequestError> {
         let command = Command::FromNode(Box::new(input));
+        self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
+    }
+
+    /// A node's heartbeat, acknowledged on its session if that still holds its lease.
+    pub async fn heartbeat(&self, node: NodeName, session: Session, seq: u64) -> Result<(), RequestError> {
+        let command = Command::Heartbeat { node, session, seq };
         self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
     }
 

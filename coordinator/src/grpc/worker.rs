@@ -117,9 +117,7 @@ impl Api {
         let (name, session) = (node.clone(), link.session);
         match message {
             Some(Message::Heartbeat(heartbeat)) => {
-                self.driver.tell(Input::Heartbeat { node: name, session }).await?;
-                let ack = v1::HeartbeatAck { seq: heartbeat.seq };
-                link.send(v1::session_response::Message::HeartbeatAck(ack));
+                self.driver.heartbeat(name, session, heartbeat.seq).await?;
             }
             Some(Message::Gang(report)) => {
                 let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
