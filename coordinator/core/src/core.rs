@@ -233,6 +233,8 @@ impl Core {
 
     fn load_job(&mut self, now: Millis, mut job: Job) {
         let id = job.id.clone();
+        // Somebody may have set the clock back while no coordinator ran: no wait becomes longer by that.
+        job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
         if let Some(request) = job.request_id.as_ref().filter(|_| !planted(Bug::RequestsForgotten)) {
             self.requests.insert(request.clone(), id.clone());
         }
@@ -258,8 +260,6 @@ impl Core {
         } else if job.state.is_terminal() {
             self.ended.insert((job.finished.unwrap_or_default(), id.clone()));
         } else {
-            // Somebody may have set the clock back while no coordinator ran: no wait becomes longer by that.
-            job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }
         self.jobs.insert(id.clone(), job);

@@ -25,7 +25,10 @@ impl Core {
                     return Err(format!("{id}: ranks are not contiguous at node {}", placement.node));
                 }
                 next += placement.procs;
-                for gpu in &placement.gpus {
+                let node = self.nodes.get(&placement.node);
+                // A node that has stopped its part may have other work before the gang has ended everywhere.
+                let holds = node.is_some_and(|node| node.reserved.jobs.contains_key(id));
+                for gpu in placement.gpus.iter().filter(|_| holds) {
                     if let Some(other) = owners.insert((&placement.node, *gpu), job.gang_id()) {
                         return Err(format!("{} GPU {gpu} is owned by {other} and {id}", placement.node));
                     }
