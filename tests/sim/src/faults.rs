@@ -93,7 +93,12 @@ impl World {
     }
 
     fn trouble(&mut self, machine: usize) {
-        self.machines[machine].troubled = self.now;
+        let this = &mut self.machines[machine];
+        this.troubled = self.now;
+        // What comes of it may come late, if the coordinator is away.
+        for shim in this.shims.values() {
+            self.truth.taint(&shim.assignment.gang);
+        }
     }
 
     pub fn inject(&mut self, index: usize) {
