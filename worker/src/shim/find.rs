@@ -1,0 +1,78 @@
+//! The shims that an earlier daemon left, found when one starts.
+
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use super::client::{Context, Link, connect};
+use super::protocol::{News, State};
+use super::record::{Adoption, StateDir, adopt, start_time};
+use crate::launch::sweep;
+
+/// Time for a shim to say where it is. One that does not is frozen, and is killed.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Every gang that was launched and not released: its shim may run, have ended or be dead.
+pub(crate) async fn find(context: &Context) -> Vec<Link> {
+    let entries = std::fs::read_dir(context.data_dir.join("run")).into_iter().flatten().flatten();
+    let mut looking = JoinSet::new();
+    for entry in entries {
+        let context = context.clone();
+        looking.spawn(async move {
+            let Ok(dir) = StateDir::open(&entry.path()) else { return None };
+            look(dir, &context).await
+        });
+    }
+    looking.join_all().await.into_iter().flatten().collect()
+}
+
+async fn look(dir: StateDir, context: &Context) -> Option<Link> {
+    let path = dir.path().display().to_string();
+    let Ok(record) = dir.record() else {
+        // Its shim did not come to be before its daemon died.
+        info!(path, "a shim that was not ready is forgotten");
+        dir.remove();
+        return None;
+    };
+    let mut stream = None;
+    let mut state = dir.last_state().ok();
+    let adoption = adopt(&record, &context.boot_id, start_time(record.process.pid));
+    if state.is_none() && adoption == Adoption::Adopt {
+        match tokio::time::timeout(ANSWER_MAX, first_state(&dir)).await {
+            Ok(Some((answer, connection))) => (state, stream) = (Some(answer), Some(connection)),
+            // It may have ended in this moment.
+            _ => state = dir.last_state().ok(),
+        }
+    }
+    // It may have been launched by what its former daemon said last.
+    let record = dir.record().ok()?;
+    if !record.launched {
+        if record.boot_id == context.boot_id {
+            record.process.kill();
+        }
+        let mark = record.order.mark();
+        tokio::task::spawn_blocking(move || sweep::kill_marked(&mark)).await.ok();
+        dir.remove();
+        return None;
+    }
+    let gang = &record.order.assignment.gang;
+    match (&state, &stream) {
+        (Some(_), Some(_)) => info!(%gang, pid = record.process.pid, "a shim is adopted"),
+        (Some(_), None) => info!(%gang, "a gang has ended meanwhile"),
+        (None, _) => warn!(%gang, pid = record.process.pid, "a shim is dead or does not answer"),
+    }
+    let state = state.unwrap_or_else(|| State { master_port: record.master_port, ..State::default() });
+    Some(Link { dir, record, state, stream })
+}
+
+async fn first_state(
+    dir: &StateDir,
+) -> Option<(State, (super::protocol::Lines, tokio::net::unix::OwnedWriteHalf))> {
+    let (mut lines, writer) = connect(dir).await.ok()?;
+    loop {
+        if let News::State(state) = lines.next().await? {
+            return Some((state, (lines, writer)));
+        }
+    }
+}

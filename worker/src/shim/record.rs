@@ -1,0 +1,200 @@
+//! What is kept of a shim on disk, by which the next daemon finds it: `<data_dir>/run/<job>.<generation>/`.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use muster_core::types::{Assignment, GangId};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::protocol::PROTOCOL;
+
+/// What the shim is to run, written before it is started.
+const ORDER: &str = "order.json";
+/// Who it is, written when it can be spoken to.
+const RECORD: &str = "shim.json";
+/// Its last state, written when it ends.
+const FINAL: &str = "final.json";
+/// Where it listens.
+const SOCKET: &str = "sock";
+
+/// What a shim is started for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub assignment: Assignment,
+    pub data_dir: PathBuf,
+    /// Tells this data directory's ranks from those of any other on the machine.
+    pub data_id: String,
+}
+
+impl Order {
+    /// What every process of the gang has in its environment, unless it took it out.
+    pub fn mark(&self) -> String {
+        format!("{}@{}", self.assignment.gang, self.data_id)
+    }
+}
+
+/// Who a shim is, and what it holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub protocol: u32,
+    pub boot_id: String,
+    #[serde(flatten)]
+    pub process: Process,
+    #[serde(flatten)]
+    pub order: Order,
+    pub master_port: Option<u16>,
+    /// Ranks may have been started.
+    pub launched: bool,
+    /// Where the ranks' sockets are.
+    pub sockets: PathBuf,
+}
+
+/// What is to be done with a shim of an earlier daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Adoption {
+    /// It runs: speak to it.
+    Adopt,
+    /// It does not, and its process id may be another's: look for what is left of its ranks.
+    Sweep,
+}
+
+/// Decides by a record, the present boot and when the process of that id was started, if there is one. A process
+/// id alone proves nothing: they are given out again, soonest after a boot.
+pub(crate) fn adopt(record: &Record, boot_id: &str, started: Option<u64>) -> Adoption {
+    let is_it = !boot_id.is_empty() && record.boot_id == boot_id && started == Some(record.process.start_time);
+    if is_it && record.protocol == PROTOCOL { Adoption::Adopt } else { Adoption::Sweep }
+}
+
+/// A process, which its id alone does not name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Process {
+    pub pid: i32,
+    /// In ticks since the boot.
+    pub start_time: u64,
+}
+
+impl Process {
+    /// The calling process.
+    pub fn this() -> io::Result<Self> {
+        let pid = nix::unistd::getpid().as_raw();
+        let start_time = start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+        Ok(Self { pid, start_time })
+    }
+
+    /// Whether it runs; a zombie does not.
+    pub fn is_running(self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// Kills this process and no other: what a pidfd stands for is not replaced by what gets the id later.
+    pub fn kill(self) {
+        let Some(pid) = rustix::process::Pid::from_raw(self.pid) else { return };
+        if let Ok(handle) = pidfd_open(pid, PidfdFlags::empty())
+            && self.is_running()
+        {
+            pidfd_send_signal(handle, Signal::KILL).ok();
+        }
+    }
+}
+
+/// When a process was started, in ticks since the boot. None if it does not run.
+pub(crate) fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold anything, also parentheses.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?;
+    if matches!(state, "Z" | "X") { None } else { fields.nth(18)?.parse().ok() }
+}
+
+/// The directory of one shim, held open: one that was removed and made again under its name is another.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    dir: File,
+}
+
+impl StateDir {
+    /// Where a gang's is.
+    pub fn path_of(data_dir: &Path, gang: &GangId) -> PathBuf {
+        data_dir.join("run").join(format!("{}.{}", gang.job, gang.generation))
+    }
+
+    /// Makes it, for this user only. What an earlier try left is not taken over.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        Self::open(path)
+    }
+
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), dir: File::open(path)? })
+    }
+
+    /// What it was opened as.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the shim listens: a path that fits a socket's address (108 bytes), wherever the directory is.
+    pub fn socket(&self) -> PathBuf {
+        self.held(SOCKET)
+    }
+
+    pub fn order(&self) -> io::Result<Order> {
+        self.read(ORDER)
+    }
+
+    pub fn record(&self) -> io::Result<Record> {
+        self.read(RECORD)
+    }
+
+    pub fn last_state(&self) -> io::Result<super::protocol::State> {
+        self.read(FINAL)
+    }
+
+    pub fn write_order(&self, order: &Order) -> io::Result<()> {
+        self.write(ORDER, order)
+    }
+
+    pub fn write_record(&self, record: &Record) -> io::Result<()> {
+        self.write(RECORD, record)
+    }
+
+    pub fn write_last_state(&self, state: &super::protocol::State) -> io::Result<()> {
+        self.write(FINAL, state)
+    }
+
+    /// Removes it with everything in it.
+    pub fn remove(&self) {
+        if let Ok(record) = self.record()
+            && !record.sockets.starts_with(&self.path)
+        {
+            fs::remove_dir_all(&record.sockets).ok();
+        }
+        fs::remove_dir_all(&self.path).ok();
+    }
+
+    fn held(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
+        Ok(serde_json::from_slice(&fs::read(self.held(name))?)?)
+    }
+
+    /// There as a whole or not at all, whenever the writer is killed. What a crash of the machine leaves does not
+    /// matter: no process outlives that.
+    fn write(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
+        let new = self.held(&format!("{name}.new"));
+        fs::write(&new, serde_json::to_vec(value)?)?;
+        fs::rename(new, self.held(name))
+    }
+}

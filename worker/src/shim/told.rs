@@ -1,0 +1,107 @@
+//! From the states of a shim to what is new in them for the core.
+
+use muster_core::types::{GangId, Rank};
+
+use super::protocol::{Phase, State};
+use crate::core::Input;
+
+/// What the core was told of one gang.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    prepared: bool,
+    launched: bool,
+    /// Exits are only ever added, at the end.
+    exits: usize,
+    killed: Vec<Rank>,
+    fenced: bool,
+    stopped: bool,
+}
+
+impl Told {
+    /// After an adoption, which tells that the gang was launched, and the exits.
+    pub fn adopted(state: &State) -> Self {
+        Self { prepared: true, launched: true, exits: state.exits.len(), ..Self::default() }
+    }
+
+    /// What a state adds.
+    pub fn inputs(&mut self, gang: &GangId, state: &State) -> Vec<Input> {
+        let mut inputs = Vec::new();
+        // A state may have been passed over for a later one.
+        let launched = state.phase == Phase::Running || !state.exits.is_empty();
+        if (launched || state.phase == Phase::Prepared) && !std::mem::replace(&mut self.prepared, true) {
+            inputs.push(Input::Prepared(gang.clone(), state.master_port));
+        }
+        if launched && !std::mem::replace(&mut self.launched, true) {
+            inputs.push(Input::Launched(gang.clone()));
+        }
+        if state.fenced && !std::mem::replace(&mut self.fenced, true) {
+            inputs.push(Input::Fenced(gang.clone()));
+        }
+        let exits = state.exits.iter().skip(self.exits);
+        inputs.extend(exits.map(|exit| Input::Exited(gang.clone(), exit.clone())));
+        self.exits = self.exits.max(state.exits.len());
+        if state.killed != self.killed {
+            self.killed.clone_from(&state.killed);
+            inputs.push(Input::Killed(gang.clone(), state.killed.clone()));
+        }
+        if state.phase == Phase::Stopped && !std::mem::replace(&mut self.stopped, true) {
+            inputs.push(match &state.error {
+                Some(error) => Input::Failed(gang.clone(), error.clone()),
+                None => Input::Gone(gang.clone()),
+            });
+        }
+        inputs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use muster_core::types::{Generation, JobId, Millis, RankExit};
+
+    #[test]
+    fn each_thing_is_told_once_whatever_states_are_passed_over() {
+        let gang = GangId { job: JobId::new("j").unwrap(), generation: Generation(1) };
+        let exit = |rank| RankExit {
+            rank: Rank(rank),
+            code: Some(0),
+            signal: None,
+            time: Millis(0),
+            stderr_tail: String::new(),
+        };
+        let state = |phase, exits: u32| State {
+            phase,
+            exits: (0..exits).map(exit).collect(),
+            ..State::default()
+        };
+        let table: [(&[State], &str); 4] = [
+            (&[state(Phase::Prepared, 0), state(Phase::Running, 1), state(Phase::Stopped, 2)], "PLEEG"),
+            (&[state(Phase::Preparing, 0), state(Phase::Stopped, 2), state(Phase::Stopped, 2)], "PLEEG"),
+            (&[State { error: Some("x".into()), ..state(Phase::Stopped, 0) }], "F"),
+            (
+                &[
+                    State { fenced: true, killed: vec![Rank(0)], ..state(Phase::Running, 0) },
+                    State { fenced: true, ..state(Phase::Stopped, 1) },
+                ],
+                "PLfkEkG",
+            ),
+        ];
+        for (states, expected) in table {
+            let mut told = Told::default();
+            let inputs = states.iter().flat_map(|state| told.inputs(&gang, state));
+            let letters: String = inputs
+                .map(|input| match input {
+                    Input::Prepared(..) => 'P',
+                    Input::Launched(_) => 'L',
+                    Input::Exited(..) => 'E',
+                    Input::Gone(_) => 'G',
+                    Input::Failed(..) => 'F',
+                    Input::Fenced(_) => 'f',
+                    Input::Killed(..) => 'k',
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!(letters, expected);
+        }
+    }
+}
