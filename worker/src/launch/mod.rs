@@ -8,3 +8,4 @@ pub(crate) mod port;
 pub(crate) mod prepare;
 pub(crate) mod process;
 pub(crate) mod sweep;
+pub(crate) mod timer;

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use muster_core::types::{Assignment, GangId, Rank};
+use muster_worker_core::{Adopted, Fence, Input};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
@@ -16,10 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
-use super::protocol::{Command, Fence, Lines, News, Phase, State, send};
-use super::record::{Order, Record, StateDir};
+use super::protocol::{Command, Lines, News, Phase, State, send};
+use super::record::{Order, Record, StateDir, is_running, kill};
 use super::told::Told;
-use crate::core::Input;
 use crate::launch::environment::SHIM_DIR;
 use crate::launch::prepare::{gang_log_dir, make_log_dir};
 use crate::launch::sweep;
@@ -126,6 +126,18 @@ impl Link {
     pub fn gang(&self) -> &GangId {
         &self.record.order.assignment.gang
     }
+
+    /// What the core is told of it when it was found.
+    pub fn adopted(&self) -> Adopted {
+        Adopted {
+            assignment: self.record.order.assignment.clone(),
+            master_port: self.record.master_port,
+            launched: true,
+            exits: self.state.exits.clone(),
+            // The lease that a dead one knew of says nothing.
+            fence: self.state.fence.filter(|_| self.stream.is_some()),
+        }
+    }
 }
 
 /// Connects to the shim of a directory.
@@ -215,10 +227,11 @@ async fn follow(
                 }
             }
         };
+        let kill = ends.kill.clone();
         released = tokio::select! {
             () = hear => false,
             () = tell(writer, &mut ends) => true,
-            () = ends.kill.clone().cancelled_owned() => false,
+            () = kill.cancelled() => false,
         };
     }
     if !released {
@@ -233,13 +246,13 @@ async fn follow(
         }
     }
     let gone = async {
-        while is_running(&link.record, context) {
+        while is_running(&link.record.process, &context.boot_id) {
             tokio::time::sleep(POLL).await;
         }
     };
     if tokio::time::timeout(RELEASE_MAX, gone).await.is_err() {
         warn!(%gang, "a shim that was released did not end and is killed");
-        link.record.process.kill();
+        kill(&link.record.process, &context.boot_id);
     }
     link.dir.remove();
 }
@@ -280,25 +293,21 @@ async fn observe(
     }
 }
 
-fn is_running(record: &Record, context: &Context) -> bool {
-    record.boot_id == context.boot_id && record.process.is_running()
-}
-
 /// Makes sure that a shim and everything it started are gone, and tells their end.
 async fn bury(link: &mut Link, told: &mut Told, context: &Context, events: &mpsc::Sender<Input>) {
     let gang = link.gang().clone();
     let (mark, began) = (link.record.order.mark(), Instant::now());
     let ranks = link.record.order.assignment.placement.clone();
     let last = loop {
-        if is_running(&link.record, context) {
-            link.record.process.kill();
+        if is_running(&link.record.process, &context.boot_id) {
+            kill(&link.record.process, &context.boot_id);
         } else if let Ok(last) = link.dir.last_state() {
             break last;
         } else {
             let mark = mark.clone();
             let found = tokio::task::spawn_blocking(move || sweep::kill_marked(&mark)).await;
             if matches!(found, Ok(false)) {
-                let error = if link.record.boot_id == context.boot_id {
+                let error = if link.record.process.boot_id == context.boot_id {
                     "its shim was killed"
                 } else {
                     "the node was restarted"

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use muster_worker_core::{Adoption, adopt};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use super::client::{Context, Link, connect};
-use super::protocol::{News, State};
-use super::record::{Adoption, StateDir, adopt, start_time};
+use super::protocol::{Lines, News, PROTOCOL, State};
+use super::record::{StateDir, kill, start_time};
 use crate::launch::sweep;
 
 /// Time for a shim to say where it is. One that does not is frozen, and is killed.
@@ -37,8 +39,8 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     };
     let mut stream = None;
     let mut state = dir.last_state().ok();
-    let adoption = adopt(&record, &context.boot_id, start_time(record.process.pid));
-    if state.is_none() && adoption == Adoption::Adopt {
+    let adoption = adopt(&record.process, &context.boot_id, start_time(record.process.pid));
+    if state.is_none() && adoption == Adoption::Adopt && record.protocol == PROTOCOL {
         match tokio::time::timeout(ANSWER_MAX, first_state(&dir)).await {
             Ok(Some((answer, connection))) => (state, stream) = (Some(answer), Some(connection)),
             // It may have ended in this moment.
@@ -48,9 +50,7 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     // It may have been launched by what its former daemon said last.
     let record = dir.record().ok()?;
     if !record.launched {
-        if record.boot_id == context.boot_id {
-            record.process.kill();
-        }
+        kill(&record.process, &context.boot_id);
         let mark = record.order.mark();
         tokio::task::spawn_blocking(move || sweep::kill_marked(&mark)).await.ok();
         dir.remove();
@@ -66,9 +66,7 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     Some(Link { dir, record, state, stream })
 }
 
-async fn first_state(
-    dir: &StateDir,
-) -> Option<(State, (super::protocol::Lines, tokio::net::unix::OwnedWriteHalf))> {
+async fn first_state(dir: &StateDir) -> Option<(State, (Lines, OwnedWriteHalf))> {
     let (mut lines, writer) = connect(dir).await.ok()?;
     loop {
         if let News::State(state) = lines.next().await? {

@@ -12,10 +12,9 @@ mod protocol;
 mod ranks;
 mod record;
 mod serve;
-mod timer;
 mod told;
 
 pub(crate) use client::{Context, Shim};
 pub(crate) use find::find;
-pub(crate) use protocol::{Command, Fence};
+pub(crate) use protocol::Command;
 pub use serve::main;

@@ -6,7 +6,8 @@
 
 use std::io;
 
-use muster_core::types::{Assignment, Millis, Rank, RankExit};
+use muster_core::types::{Assignment, Rank, RankExit, StopMode};
+use muster_worker_core::Fence;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -24,21 +25,12 @@ const LINE_BYTES_MAX: u64 = 16 << 20;
 pub(crate) enum Command {
     /// Launch the ranks.
     Launch { assignment: Box<Assignment>, fence: Option<Fence> },
-    /// Stop them: this signal (a name such as SIGTERM), this grace, then SIGKILL.
-    Stop { signal: String, grace: Millis, dump: bool },
-    /// Ranks may run until then.
+    /// Stop them: the job's signal, this grace, then SIGKILL.
+    Stop(StopMode),
+    /// Ranks may run until then, on CLOCK_BOOTTIME.
     Fence(Fence),
     /// The end is stored, and the shim may go.
     Release,
-}
-
-/// Until when ranks may run, on CLOCK_BOOTTIME.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Fence {
-    /// When they are asked to end.
-    pub term: Millis,
-    /// When they are killed.
-    pub kill: Millis,
 }
 
 /// What a shim tells its daemon.
@@ -64,7 +56,7 @@ pub(crate) enum Phase {
 }
 
 /// The whole observed state of a shim. Its last is kept in a file until a daemon has taken it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct State {
     pub pid: i32,
@@ -75,7 +67,9 @@ pub(crate) struct State {
     /// Ranks that were killed and of which the kernel still holds something.
     pub killed: Vec<Rank>,
     pub error: Option<String>,
-    /// The lease ended, and the ranks were stopped for it.
+    /// When the ranks are stopped unless the daemon says otherwise.
+    pub fence: Option<Fence>,
+    /// That time has come.
     pub fenced: bool,
 }
 
@@ -117,12 +111,13 @@ pub(crate) async fn send(stream: &mut OwnedWriteHalf, message: &impl Serialize) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use muster_core::types::Millis;
 
     #[tokio::test]
     async fn what_another_version_says_is_understood_as_far_as_it_is_known() {
         let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
         let (mut writer, mut lines) = (theirs.into_split().1, Lines::new(ours.into_split().0));
-        let text = "{\"later\":{\"x\":1}}\nno json\n\n{\"fence\":{\"term\":1,\"kill\":2,\"x\":[]}}\n{\"stop\":";
+        let text = "{\"later\":{\"x\":1}}\nno json\n\n{\"fence\":{\"term\":1,\"kill\":2,\"lease\":9,\"x\":[]}}\n{\"stop\":";
         writer.write_all(text.as_bytes()).await.unwrap();
         drop(writer);
         let said: Option<Command> = lines.next().await;

@@ -103,6 +103,8 @@ impl Ranks {
             signal,
             time: unix_now(),
             stderr_tail: String::new(),
+            out_of_memory: false,
+            error: None,
         };
         let read = tokio::spawn(async move {
             // Whatever the rank reported before it ended goes ahead of the news that it ended.

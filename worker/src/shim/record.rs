@@ -7,11 +7,12 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use muster_core::types::{Assignment, GangId};
+use muster_worker_core::ShimRecord;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::protocol::PROTOCOL;
+use super::protocol::State;
 
 /// What the shim is to run, written before it is started.
 const ORDER: &str = "order.json";
@@ -42,9 +43,8 @@ impl Order {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub protocol: u32,
-    pub boot_id: String,
     #[serde(flatten)]
-    pub process: Process,
+    pub process: ShimRecord,
     #[serde(flatten)]
     pub order: Order,
     pub master_port: Option<u16>,
@@ -54,51 +54,25 @@ pub(crate) struct Record {
     pub sockets: PathBuf,
 }
 
-/// What is to be done with a shim of an earlier daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Adoption {
-    /// It runs: speak to it.
-    Adopt,
-    /// It does not, and its process id may be another's: look for what is left of its ranks.
-    Sweep,
+/// What a process is, which its id alone does not say.
+pub(crate) fn this_process(boot_id: String) -> io::Result<ShimRecord> {
+    let pid = nix::unistd::getpid().as_raw();
+    let start_time = start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+    Ok(ShimRecord { boot_id, pid, start_time })
 }
 
-/// Decides by a record, the present boot and when the process of that id was started, if there is one. A process
-/// id alone proves nothing: they are given out again, soonest after a boot.
-pub(crate) fn adopt(record: &Record, boot_id: &str, started: Option<u64>) -> Adoption {
-    let is_it = !boot_id.is_empty() && record.boot_id == boot_id && started == Some(record.process.start_time);
-    if is_it && record.protocol == PROTOCOL { Adoption::Adopt } else { Adoption::Sweep }
+/// Whether it runs; a zombie does not.
+pub(crate) fn is_running(process: &ShimRecord, boot_id: &str) -> bool {
+    process.boot_id == boot_id && start_time(process.pid) == Some(process.start_time)
 }
 
-/// A process, which its id alone does not name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Process {
-    pub pid: i32,
-    /// In ticks since the boot.
-    pub start_time: u64,
-}
-
-impl Process {
-    /// The calling process.
-    pub fn this() -> io::Result<Self> {
-        let pid = nix::unistd::getpid().as_raw();
-        let start_time = start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-        Ok(Self { pid, start_time })
-    }
-
-    /// Whether it runs; a zombie does not.
-    pub fn is_running(self) -> bool {
-        start_time(self.pid) == Some(self.start_time)
-    }
-
-    /// Kills this process and no other: what a pidfd stands for is not replaced by what gets the id later.
-    pub fn kill(self) {
-        let Some(pid) = rustix::process::Pid::from_raw(self.pid) else { return };
-        if let Ok(handle) = pidfd_open(pid, PidfdFlags::empty())
-            && self.is_running()
-        {
-            pidfd_send_signal(handle, Signal::KILL).ok();
-        }
+/// Kills this process and no other: what a pidfd stands for is not replaced by what gets the id later.
+pub(crate) fn kill(process: &ShimRecord, boot_id: &str) {
+    let Some(pid) = rustix::process::Pid::from_raw(process.pid) else { return };
+    if let Ok(handle) = pidfd_open(pid, PidfdFlags::empty())
+        && is_running(process, boot_id)
+    {
+        pidfd_send_signal(handle, Signal::KILL).ok();
     }
 }
 
@@ -156,7 +130,7 @@ impl StateDir {
         self.read(RECORD)
     }
 
-    pub fn last_state(&self) -> io::Result<super::protocol::State> {
+    pub fn last_state(&self) -> io::Result<State> {
         self.read(FINAL)
     }
 
@@ -168,7 +142,7 @@ impl StateDir {
         self.write(RECORD, record)
     }
 
-    pub fn write_last_state(&self, state: &super::protocol::State) -> io::Result<()> {
+    pub fn write_last_state(&self, state: &State) -> io::Result<()> {
         self.write(FINAL, state)
     }
 

@@ -4,7 +4,8 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
-use muster_core::types::{Assignment, Millis, RankExit};
+use muster_core::types::{Assignment, Millis, RankExit, StopMode};
+use muster_worker_core::Fence;
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::Signal;
 use nix::unistd::setsid;
@@ -16,13 +17,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
 use super::control::{Event, Shown, listen};
-use super::protocol::{Command, Fence, PROTOCOL, Phase, State};
+use super::protocol::{Command, PROTOCOL, Phase, State};
 use super::ranks::Ranks;
-use super::record::{Order, Process, Record, StateDir};
-use super::timer::Timer;
-use crate::clock::boot_time;
+use super::record::{Order, Record, StateDir, this_process};
+use crate::clock::boot_now;
 use crate::launch::environment::SHIM_DIR;
 use crate::launch::prepare::{self, Prepared, mark_launched};
+use crate::launch::timer::Timer;
 use crate::telemetry::{Changes, Sockets};
 
 /// What a daemon said that may wait here.
@@ -149,11 +150,10 @@ impl Shim {
     fn new(dir: StateDir, order: Order) -> io::Result<(Self, Shown)> {
         let changes = Changes::default();
         let sockets = Sockets::new(dir.path(), changes.clone())?;
-        let process = Process::this()?;
+        let process = this_process(crate::devices::boot_id(Path::new("/")))?;
         let (state, shown) = watch::channel(State { pid: process.pid, ..State::default() });
         let record = Record {
             protocol: PROTOCOL,
-            boot_id: crate::devices::boot_id(Path::new("/")),
             process,
             order,
             master_port: None,
@@ -173,7 +173,7 @@ impl Shim {
             killing: None,
             failed: false,
             daemon: None,
-            connect_by: Some(boot_time().plus(CONNECT_MAX)),
+            connect_by: Some(boot_now().plus(CONNECT_MAX)),
             released: false,
         };
         Ok((shim, Shown { state: shown, changes }))
@@ -190,9 +190,8 @@ impl Shim {
             }
             Woken::Asked => {
                 warn!("this shim was asked to end, and ends its ranks");
-                let spec = &self.record.order.assignment.spec;
-                let grace = spec.stop_grace;
-                self.stop(Signal::SIGTERM, grace, false);
+                let grace = self.record.order.assignment.spec.stop_grace;
+                self.stop(StopMode { grace, dump_stacks: false });
             }
             Woken::Control(Event::Connected(number)) => {
                 // One that never launched anything serves only the daemon that started it.
@@ -217,11 +216,8 @@ impl Shim {
                     self.launch_if_prepared();
                 }
             }
-            Command::Stop { signal, grace, dump } => {
-                let signal = signal.parse().unwrap_or(Signal::SIGTERM);
-                self.stop(signal, grace, dump);
-            }
-            Command::Fence(fence) => self.fence = Some(fence),
+            Command::Stop(stop) => self.stop(stop),
+            Command::Fence(fence) => self.set_fence(Some(fence)),
             Command::Release => self.released |= self.phase() == Phase::Stopped,
         }
     }
@@ -256,8 +252,9 @@ impl Shim {
     }
 
     fn launch(&mut self, assignment: Assignment, fence: Option<Fence>) -> Result<(), String> {
+        self.set_fence(fence);
         let prepared = self.prepared.as_ref().ok_or("nothing is prepared")?;
-        if fence.is_some_and(|fence| boot_time() >= fence.term) {
+        if fence.is_some_and(|fence| boot_now() >= fence.term) {
             return Err("the node's lease ended before the ranks were launched".to_owned());
         }
         let port = self.record.master_port.or(assignment.master_port).ok_or("no master port was assigned")?;
@@ -267,7 +264,6 @@ impl Shim {
         self.record.order.assignment = assignment;
         let written = self.dir.write_record(&self.record);
         written.map_err(|error| format!("failed to write to {}: {error}", self.dir.path().display()))?;
-        self.fence = fence;
         self.ranks.start(&self.record.order, prepared, &self.sockets, port)?;
         info!(gang = %self.record.order.assignment.gang, "ranks launched");
         self.state.send_modify(|state| state.phase = Phase::Running);
@@ -279,19 +275,34 @@ impl Shim {
         warn!(error = %why, "the gang cannot be launched");
         self.state.send_modify(|state| state.error = Some(why));
         self.failed = true;
-        self.stop(Signal::SIGKILL, Millis(0), false);
+        self.stop(StopMode { grace: Millis(0), dump_stacks: false });
     }
 
-    fn stop(&mut self, signal: Signal, grace: Millis, dump: bool) {
+    /// Not worth telling: whoever connects hears the last.
+    fn set_fence(&mut self, fence: Option<Fence>) {
+        self.fence = fence;
+        self.state.send_if_modified(|state| {
+            state.fence = fence;
+            false
+        });
+    }
+
+    fn stop(&mut self, stop: StopMode) {
         if !self.record.launched {
             self.launch = None;
             self.state.send_modify(|state| state.phase = Phase::Stopped);
             return;
         }
-        self.ranks.signal(if dump { Signal::SIGABRT } else { signal });
-        let at = boot_time().plus(grace);
+        self.ranks.signal(self.stop_signal(stop.dump_stacks));
+        let at = boot_now().plus(stop.grace);
         // It may be hastened, and not put off.
         self.kill_at = Some(self.kill_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// A rank that hangs writes its stacks at SIGABRT, if it is a Python program.
+    fn stop_signal(&self, dumps: bool) -> Signal {
+        let wanted = Signal::try_from(self.record.order.assignment.spec.stop_signal as i32);
+        if dumps { Signal::SIGABRT } else { wanted.unwrap_or(Signal::SIGTERM) }
     }
 
     /// Does what is due.
@@ -300,7 +311,7 @@ impl Shim {
             return;
         }
         self.ranks.reap();
-        let now = boot_time();
+        let now = boot_now();
         if let Some(fence) = self.fence
             && now >= fence.term
             && !self.state.borrow().fenced
@@ -347,8 +358,11 @@ impl Shim {
     }
 
     fn is_over(&self) -> bool {
-        let is_late = self.connect_by.is_some_and(|by| boot_time() >= by);
-        self.released || is_late || (self.phase() == Phase::Stopped && self.daemon.is_none())
+        match self.connect_by {
+            // Its daemon may be about to hear why nothing can run here.
+            Some(by) => boot_now() >= by,
+            None => self.released || (self.phase() == Phase::Stopped && self.daemon.is_none()),
+        }
     }
 
     fn end(self) -> io::Result<()> {

@@ -1,9 +1,9 @@
 //! From the states of a shim to what is new in them for the core.
 
-use muster_core::types::{GangId, Rank};
+use muster_core::types::GangId;
+use muster_worker_core::Input;
 
 use super::protocol::{Phase, State};
-use crate::core::Input;
 
 /// What the core was told of one gang.
 #[derive(Debug, Default)]
@@ -12,7 +12,7 @@ pub(super) struct Told {
     launched: bool,
     /// Exits are only ever added, at the end.
     exits: usize,
-    killed: Vec<Rank>,
+    killed: bool,
     fenced: bool,
     stopped: bool,
 }
@@ -40,9 +40,8 @@ impl Told {
         let exits = state.exits.iter().skip(self.exits);
         inputs.extend(exits.map(|exit| Input::Exited(gang.clone(), exit.clone())));
         self.exits = self.exits.max(state.exits.len());
-        if state.killed != self.killed {
-            self.killed.clone_from(&state.killed);
-            inputs.push(Input::Killed(gang.clone(), state.killed.clone()));
+        if !state.killed.is_empty() && !std::mem::replace(&mut self.killed, true) {
+            inputs.push(Input::Killed(gang.clone()));
         }
         if state.phase == Phase::Stopped && !std::mem::replace(&mut self.stopped, true) {
             inputs.push(match &state.error {
@@ -57,7 +56,7 @@ impl Told {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_core::types::{Generation, JobId, Millis, RankExit};
+    use muster_core::types::{Generation, JobId, Millis, Rank, RankExit};
 
     #[test]
     fn each_thing_is_told_once_whatever_states_are_passed_over() {
@@ -68,6 +67,8 @@ mod tests {
             signal: None,
             time: Millis(0),
             stderr_tail: String::new(),
+            out_of_memory: false,
+            error: None,
         };
         let state = |phase, exits: u32| State {
             phase,
@@ -83,7 +84,7 @@ mod tests {
                     State { fenced: true, killed: vec![Rank(0)], ..state(Phase::Running, 0) },
                     State { fenced: true, ..state(Phase::Stopped, 1) },
                 ],
-                "PLfkEkG",
+                "PLfkEG",
             ),
         ];
         for (states, expected) in table {

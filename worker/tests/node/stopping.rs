@@ -142,13 +142,3 @@ async fn a_daemon_that_is_stopped_leaves_nothing_running() {
     assert!(matches!(last, Some(Up::Goodbye(_))), "{last:?}");
     eventually("the sockets' end", || holds(std::fs::read_dir(&sockets).unwrap().count() == 0)).await;
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ranks_die_with_their_daemon_even_if_it_says_nothing() {
-    let world = World::start().await;
-    let gang = gang(&world, "j1", "trap '' TERM; echo $$ > $DIR/pid; while :; do sleep 0.05; done");
-    world.want(&gang, DesiredPhase::Running).await;
-    let pid = pid_in(&world.path("pid")).await;
-    world.task.abort();
-    gone(pid).await;
-}

@@ -1,5 +1,7 @@
 //! A timer on CLOCK_BOOTTIME: it fires at once when a machine wakes up after its time.
 
+#![expect(unsafe_code, reason = "tokio leaves it to the caller that a descriptor stays open")]
+
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -10,14 +12,15 @@ use rustix::time::{
 use tokio::io::unix::AsyncFd;
 
 #[derive(Debug)]
-pub(super) struct Timer(AsyncFd<OwnedFd>);
+pub(crate) struct Timer(AsyncFd<OwnedFd>);
 
 impl Timer {
     /// Must be called within a runtime.
     pub fn new() -> io::Result<Self> {
         let timer =
             timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Self(AsyncFd::new(timer)?))
+        // SAFETY: the descriptor is owned, so it stays open and the same for as long as it is registered.
+        unsafe { Ok(Self(AsyncFd::register(timer)?)) }
     }
 
     /// Returns at this time, or never without one.
