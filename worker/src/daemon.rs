@@ -156,8 +156,10 @@ impl Daemon {
         if flushed.is_ok_and(|told| told) {
             let running = self.running();
             let ended: Vec<GangId> = self.shims.keys().filter(|g| !running.contains(g)).cloned().collect();
-            ended.iter().for_each(|gang| self.outbox.end(gang));
-            self.releasing.extend(ended);
+            for gang in ended {
+                self.outbox.end(&gang);
+                self.releasing.insert(gang);
+            }
             self.release();
         }
         tokio::time::timeout(GOODBYE_MAX, self.say_goodbye(&mut session)).await.ok();
@@ -175,7 +177,9 @@ impl Daemon {
             let adopted = link.adopted();
             let gang = adopted.assignment.gang.clone();
             self.live.insert(gang.clone());
-            adopted.exits.iter().for_each(|exit| self.live.end(&gang, exit.rank));
+            for exit in &adopted.exits {
+                self.live.end(&gang, exit.rank);
+            }
             if link.stream.is_none() {
                 ended.push(gang.clone());
             }

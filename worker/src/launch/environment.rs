@@ -130,7 +130,11 @@ mod tests {
     }
 
     fn env(local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
-        let paths = RankContext { log_dir: Path::new("/logs"), telemetry: Path::new("/run/1.sock"), mark: "k3v9x2ma/2@d" };
+        let paths = RankContext {
+            log_dir: Path::new("/logs"),
+            telemetry: Path::new("/run/1.sock"),
+            mark: "k3v9x2ma/2@d",
+        };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();
         of_rank(&assignment(), local_rank, 29500, paths, inherited)

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use muster_core::types::{Assignment, GangId, Rank};
-use muster_worker_core::{Adopted, Fence, Input};
+use muster_worker_core::{Adopted, Fence, Input, ShimRecord};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
@@ -34,6 +34,8 @@ const POLL: Duration = Duration::from_millis(5);
 /// Time after SIGKILL at which what is left is called killed, and the time between attempts from then on.
 const KILLED_AFTER: Duration = Duration::from_secs(10);
 const KILL_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for a shim to say where it is. One that does not is frozen, and is killed.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Time for a released shim to end.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
 
@@ -140,15 +142,35 @@ impl Link {
     }
 }
 
-/// Connects to the shim of a directory.
-pub(super) async fn connect(dir: &StateDir) -> io::Result<(Lines, OwnedWriteHalf)> {
+/// Connects to a shim that runs, and hears its state. None if it does not run or does not answer.
+pub(super) async fn reconnect(
+    dir: &StateDir,
+    process: &ShimRecord,
+    boot_id: &str,
+) -> Option<(State, (Lines, OwnedWriteHalf))> {
+    let answer = async {
+        while is_running(process, boot_id) {
+            if let Ok((mut lines, writer)) = connect(dir).await {
+                while let Some(news) = lines.next().await {
+                    if let News::State(state) = news {
+                        return Some((state, (lines, writer)));
+                    }
+                }
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        None
+    };
+    tokio::time::timeout(ANSWER_MAX, answer).await.ok().flatten()
+}
+
+async fn connect(dir: &StateDir) -> io::Result<(Lines, OwnedWriteHalf)> {
     let (reader, writer) = UnixStream::connect(dir.socket()).await?.into_split();
     Ok((Lines::new(reader), writer))
 }
 
 async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String> {
-    let order =
-        Order { assignment, data_dir: context.data_dir.clone(), data_id: context.data_id.clone() };
+    let order = Order { assignment, data_dir: context.data_dir.clone(), data_id: context.data_id.clone() };
     let log = gang_log_dir(&order.data_dir, &order.assignment.gang).join("shim.log");
     let command = context.command.clone();
     let outbox = context.outbox.clone();
@@ -157,12 +179,16 @@ async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String
     let deadline = Instant::now() + START_MAX;
     loop {
         if let Ok(record) = dir.record() {
-            let stream = connect(&dir).await.map_err(|error| format!("failed to speak to a shim: {error}"))?;
+            let stream =
+                connect(&dir).await.map_err(|error| format!("failed to speak to a shim: {error}"))?;
             return Ok(Link { dir, record, state: State::default(), stream: Some(stream) });
         }
         if let Ok(Some(status)) = child.try_wait() {
             dir.remove();
-            return Err(format!("the gang's shim could not start: {status}; see {} on this node", log.display()));
+            return Err(format!(
+                "the gang's shim could not start: {status}; see {} on this node",
+                log.display()
+            ));
         }
         if Instant::now() > deadline {
             child.kill().await.ok();
@@ -211,11 +237,10 @@ async fn follow(
 ) {
     let gang = link.gang().clone();
     context.outbox.open(&link.record.order.assignment, &context.data_dir);
-    let stream = link.stream.take();
     // What is known beyond what an adoption says.
     observe(&gang, &link.state, &mut told, context, events).await;
     let mut released = false;
-    if let Some((mut lines, writer)) = stream {
+    while let Some((mut lines, writer)) = link.stream.take() {
         let hear = async {
             while let Some(news) = lines.next().await {
                 match news {
@@ -233,6 +258,15 @@ async fn follow(
             () = tell(writer, &mut ends) => true,
             () = kill.cancelled() => false,
         };
+        // Should it run without a connection, somebody else had connected.
+        if !released
+            && !kill.is_cancelled()
+            && let Some((state, stream)) = reconnect(&link.dir, &link.record.process, &context.boot_id).await
+        {
+            observe(&gang, &state, &mut told, context, events).await;
+            ends.fence.mark_changed();
+            (link.state, link.stream) = (state, Some(stream));
+        }
     }
     if !released {
         bury(&mut link, &mut told, context, events).await;

@@ -1,19 +1,13 @@
 //! The shims that an earlier daemon left, found when one starts.
 
-use std::time::Duration;
-
 use muster_worker_core::{Adoption, adopt};
-use tokio::net::unix::OwnedWriteHalf;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use super::client::{Context, Link, connect};
-use super::protocol::{Lines, News, PROTOCOL, State};
+use super::client::{Context, Link, reconnect};
+use super::protocol::{PROTOCOL, State};
 use super::record::{StateDir, kill, start_time};
 use crate::launch::sweep;
-
-/// Time for a shim to say where it is. One that does not is frozen, and is killed.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// Every gang that was launched and not released: its shim may run, have ended or be dead.
 pub(crate) async fn find(context: &Context) -> Vec<Link> {
@@ -41,10 +35,10 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     let mut state = dir.last_state().ok();
     let adoption = adopt(&record.process, &context.boot_id, start_time(record.process.pid));
     if state.is_none() && adoption == Adoption::Adopt && record.protocol == PROTOCOL {
-        match tokio::time::timeout(ANSWER_MAX, first_state(&dir)).await {
-            Ok(Some((answer, connection))) => (state, stream) = (Some(answer), Some(connection)),
+        match reconnect(&dir, &record.process, &context.boot_id).await {
+            Some((answer, connection)) => (state, stream) = (Some(answer), Some(connection)),
             // It may have ended in this moment.
-            _ => state = dir.last_state().ok(),
+            None => state = dir.last_state().ok(),
         }
     }
     // It may have been launched by what its former daemon said last.
@@ -64,13 +58,4 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     }
     let state = state.unwrap_or_else(|| State { master_port: record.master_port, ..State::default() });
     Some(Link { dir, record, state, stream })
-}
-
-async fn first_state(dir: &StateDir) -> Option<(State, (Lines, OwnedWriteHalf))> {
-    let (mut lines, writer) = connect(dir).await.ok()?;
-    loop {
-        if let News::State(state) = lines.next().await? {
-            return Some((state, (lines, writer)));
-        }
-    }
 }

@@ -181,10 +181,9 @@ impl Shim {
 
     fn wake(&mut self, woken: Woken) {
         match woken {
-            // What is due is done at each look.
-            Woken::Clock | Woken::Children => {}
             Woken::Exit(exit) if !self.failed => self.state.send_modify(|state| state.exits.push(exit)),
-            Woken::Exit(_) => {}
+            // What is due is done at each look.
+            Woken::Clock | Woken::Children | Woken::Exit(_) => {}
             Woken::Prepared(prepared) => {
                 self.prepared(prepared.unwrap_or_else(|error| Err(format!("failed to prepare: {error}"))));
             }
@@ -333,7 +332,8 @@ impl Shim {
             }
             if is_held {
                 let held = self.ranks.held();
-                self.state.send_if_modified(|state| std::mem::replace(&mut state.killed, held) != state.killed);
+                self.state
+                    .send_if_modified(|state| std::mem::replace(&mut state.killed, held) != state.killed);
             }
         }
         if self.ranks.are_gone() && self.ranks.are_told() {

@@ -5,45 +5,38 @@ use muster_worker_core::Input;
 
 use super::protocol::{Phase, State};
 
-/// What the core was told of one gang.
+/// The state of which the core knows.
 #[derive(Debug, Default)]
-pub(super) struct Told {
-    prepared: bool,
-    launched: bool,
-    /// Exits are only ever added, at the end.
-    exits: usize,
-    killed: bool,
-    fenced: bool,
-    stopped: bool,
-}
+pub(super) struct Told(State);
 
 impl Told {
     /// After an adoption, which tells that the gang was launched, and the exits.
     pub fn adopted(state: &State) -> Self {
-        Self { prepared: true, launched: true, exits: state.exits.len(), ..Self::default() }
+        Self(State { phase: Phase::Running, exits: state.exits.clone(), ..State::default() })
     }
 
-    /// What a state adds.
+    /// What a state adds to it.
     pub fn inputs(&mut self, gang: &GangId, state: &State) -> Vec<Input> {
+        let before = std::mem::replace(&mut self.0, state.clone());
+        let is_new = |holds: fn(&State) -> bool| holds(state) && !holds(&before);
         let mut inputs = Vec::new();
         // A state may have been passed over for a later one.
-        let launched = state.phase == Phase::Running || !state.exits.is_empty();
-        if (launched || state.phase == Phase::Prepared) && !std::mem::replace(&mut self.prepared, true) {
+        if is_new(|state| state.phase == Phase::Prepared || was_launched(state)) {
             inputs.push(Input::Prepared(gang.clone(), state.master_port));
         }
-        if launched && !std::mem::replace(&mut self.launched, true) {
+        if is_new(was_launched) {
             inputs.push(Input::Launched(gang.clone()));
         }
-        if state.fenced && !std::mem::replace(&mut self.fenced, true) {
+        if is_new(|state| state.fenced) {
             inputs.push(Input::Fenced(gang.clone()));
         }
-        let exits = state.exits.iter().skip(self.exits);
+        // Exits are only ever added, at the end.
+        let exits = state.exits.iter().skip(before.exits.len());
         inputs.extend(exits.map(|exit| Input::Exited(gang.clone(), exit.clone())));
-        self.exits = self.exits.max(state.exits.len());
-        if !state.killed.is_empty() && !std::mem::replace(&mut self.killed, true) {
+        if is_new(|state| !state.killed.is_empty()) {
             inputs.push(Input::Killed(gang.clone()));
         }
-        if state.phase == Phase::Stopped && !std::mem::replace(&mut self.stopped, true) {
+        if is_new(|state| state.phase == Phase::Stopped) {
             inputs.push(match &state.error {
                 Some(error) => Input::Failed(gang.clone(), error.clone()),
                 None => Input::Gone(gang.clone()),
@@ -51,6 +44,10 @@ impl Told {
         }
         inputs
     }
+}
+
+fn was_launched(state: &State) -> bool {
+    state.phase == Phase::Running || !state.exits.is_empty()
 }
 
 #[cfg(test)]
@@ -70,11 +67,8 @@ mod tests {
             out_of_memory: false,
             error: None,
         };
-        let state = |phase, exits: u32| State {
-            phase,
-            exits: (0..exits).map(exit).collect(),
-            ..State::default()
-        };
+        let state =
+            |phase, exits: u32| State { phase, exits: (0..exits).map(exit).collect(), ..State::default() };
         let table: [(&[State], &str); 4] = [
             (&[state(Phase::Prepared, 0), state(Phase::Running, 1), state(Phase::Stopped, 2)], "PLEEG"),
             (&[state(Phase::Preparing, 0), state(Phase::Stopped, 2), state(Phase::Stopped, 2)], "PLEEG"),

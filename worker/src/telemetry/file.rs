@@ -29,8 +29,14 @@ pub(crate) fn path_in(log_dir: &Path) -> PathBuf {
 #[serde(untagged)]
 pub(super) enum Line {
     /// So many points could not be written; they have numbers all the same.
-    Dropped { dropped: u64 },
-    Point { step: u64, time: Millis, values: BTreeMap<String, f64> },
+    Dropped {
+        dropped: u64,
+    },
+    Point {
+        step: u64,
+        time: Millis,
+        values: BTreeMap<String, f64>,
+    },
 }
 
 /// The shim's end.

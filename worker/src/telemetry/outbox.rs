@@ -315,7 +315,9 @@ mod tests {
     fn sent(outbox: &Outbox) -> Vec<u64> {
         let mut seqs = Vec::new();
         while outbox.can_send() {
-            seqs.extend(outbox.next_batch().into_iter().flat_map(|batch| batch.points).map(|point| point.seq));
+            seqs.extend(
+                outbox.next_batch().into_iter().flat_map(|batch| batch.points).map(|point| point.seq),
+            );
         }
         seqs
     }

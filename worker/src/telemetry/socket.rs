@@ -145,7 +145,9 @@ impl Source {
     /// Writes a point to the rank's file.
     fn add(&self, line: &[u8]) {
         let written = match parse(line) {
-            Ok(point) => self.writer().add(point).map_err(|error| format!("a point could not be kept: {error}")),
+            Ok(point) => {
+                self.writer().add(point).map_err(|error| format!("a point could not be kept: {error}"))
+            }
             Err(why) => Err(format!("a line {why}")),
         };
         match written {

@@ -170,6 +170,30 @@ impl World {
         self.observe(gang, ObservedPhase::Stopped).await
     }
 
+    /// What is reported of a gang from now on is what the coordinator wants.
+    fn desire(&self, gangs: &[&v1::Assignment]) {
+        let running = |gang: &&v1::Assignment| v1::Assignment {
+            phase: DesiredPhase::Running.into(),
+            ..(*gang).clone()
+        };
+        self.coordinator.state().desired = gangs.iter().map(running).collect();
+    }
+
+    /// Ends the daemon as SIGKILL does: at whatever it is.
+    async fn kill_daemon(&mut self) {
+        self.task.abort();
+        (&mut self.task).await.unwrap_err();
+    }
+
+    /// Starts another in its place, and waits until it has said what it found.
+    async fn start_daemon(&mut self) -> v1::Hello {
+        let sessions = self.coordinator.hellos().len();
+        self.stop = CancellationToken::new();
+        let config = config(vec![self.coordinator.url()], self.dir.path());
+        self.task = tokio::spawn(muster_worker::run(config, self.stop.clone()));
+        self.session(sessions + 1).await
+    }
+
     /// Stops the daemon as SIGTERM does.
     async fn end(self) -> (Result<(), Error>, Coordinator) {
         self.stop.cancel();
