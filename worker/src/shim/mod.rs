@@ -8,6 +8,7 @@
 mod client;
 mod control;
 mod find;
+mod progress;
 mod protocol;
 mod ranks;
 mod record;

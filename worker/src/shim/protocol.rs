@@ -6,7 +6,7 @@
 
 use std::io;
 
-use muster_core::types::{Assignment, Rank, RankExit, StopMode};
+use muster_core::types::{Assignment, Rank, RankExit, RankProgress, StopMode};
 use muster_worker_core::Fence;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,8 @@ pub(crate) struct State {
     /// Ranks that were killed and of which the kernel still holds something.
     pub killed: Vec<Rank>,
     pub error: Option<String>,
+    /// How far each rank is, while none shows progress.
+    pub quiet: Vec<RankProgress>,
     /// When the ranks are stopped unless the daemon says otherwise.
     pub fence: Option<Fence>,
     /// That time has come.

@@ -21,7 +21,7 @@ use crate::telemetry::{RankSocket, Sockets};
 /// subreaper. So the gang is gone when this process has no child.
 #[derive(Debug)]
 pub(super) struct Ranks {
-    all: Vec<Rank>,
+    pub all: Vec<Rank>,
     /// By process id.
     running: BTreeMap<i32, (RankProcess, RankSocket)>,
     /// Those that have ended, in that order, while the last of their output is read.
@@ -123,6 +123,11 @@ impl Ranks {
             Some((exit, _)) => RankExit { stderr_tail, ..exit },
             None => std::future::pending().await,
         }
+    }
+
+    /// The process of a rank that runs.
+    pub fn pid_of(&self, rank: Rank) -> Option<i32> {
+        self.running.iter().find(|(_, (process, _))| process.rank == rank).map(|(pid, _)| *pid)
     }
 
     /// Whether every rank has ended; what they left may run.

@@ -78,11 +78,21 @@ pub(crate) fn kill(process: &ShimRecord, boot_id: &str) {
 
 /// When a process was started, in ticks since the boot. None if it does not run.
 pub(crate) fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name may hold anything, also parentheses.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let state = fields.next()?;
-    if matches!(state, "Z" | "X") { None } else { fields.nth(18)?.parse().ok() }
+    let stat = stat(pid)?;
+    // The state is field 3, this is field 22.
+    stat.get(19)?.parse().ok().filter(|_| !matches!(stat[0].as_str(), "Z" | "X"))
+}
+
+/// The state of a process as the kernel shows it, such as 'S' or 'T'.
+pub(crate) fn state_of(pid: i32) -> Option<char> {
+    stat(pid)?.first()?.chars().next()
+}
+
+/// What the kernel says of a process, from its state on.
+fn stat(pid: i32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may hold anything, also parentheses.
+    Some(text.rsplit_once(')')?.1.split_ascii_whitespace().map(str::to_owned).collect())
 }
 
 /// The directory of one shim, held open: one that was removed and made again under its name is another.

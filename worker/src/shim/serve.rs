@@ -17,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
 use super::control::{Event, Shown, listen};
+use super::progress::Progress;
 use super::protocol::{Command, PROTOCOL, Phase, State};
 use super::ranks::Ranks;
 use super::record::{Order, Record, StateDir, this_process};
@@ -101,6 +102,7 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
             result = timer.at(deadline) => { result?; Woken::Clock }
             _ = children.recv() => Woken::Children,
             exit = shim.ranks.exit() => Woken::Exit(exit),
+            () = looked(&mut shim.progress) => Woken::Clock,
             prepared = finished(&mut preparing) => Woken::Prepared(prepared),
             _ = asked.recv() => Woken::Asked,
             Some(event) = heard.recv() => Woken::Control(event),
@@ -109,6 +111,13 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
         // ranks may still run.
         shim.look();
         shim.wake(woken);
+    }
+}
+
+async fn looked(progress: &mut Option<Progress>) {
+    match progress {
+        Some(progress) => progress.looked().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -129,6 +138,8 @@ struct Shim {
     state: watch::Sender<State>,
     sockets: Sockets,
     ranks: Ranks,
+    changes: Changes,
+    progress: Option<Progress>,
     prepared: Option<Prepared>,
     /// What is to be launched once it is prepared.
     launch: Option<(Box<Assignment>, Option<Fence>)>,
@@ -166,6 +177,8 @@ impl Shim {
             record,
             state,
             sockets,
+            changes: changes.clone(),
+            progress: None,
             prepared: None,
             launch: None,
             fence: None,
@@ -264,6 +277,9 @@ impl Shim {
         let written = self.dir.write_record(&self.record);
         written.map_err(|error| format!("failed to write to {}: {error}", self.dir.path().display()))?;
         self.ranks.start(&self.record.order, prepared, &self.sockets, port)?;
+        let log_dirs = self.ranks.all.iter().copied().zip(prepared.log_dirs.iter().cloned());
+        let timeout = self.record.order.assignment.spec.progress_timeout;
+        self.progress = Progress::new(timeout, boot_now(), log_dirs);
         info!(gang = %self.record.order.assignment.gang, "ranks launched");
         self.state.send_modify(|state| state.phase = Phase::Running);
         Ok(())
@@ -319,6 +335,7 @@ impl Shim {
             self.state.send_modify(|state| state.fenced = true);
             self.ranks.signal(Signal::SIGTERM);
         }
+        self.look_for_progress(now);
         let ends = [self.fence.map(|fence| fence.kill), self.kill_at];
         let is_due = self.ranks.have_ended() || ends.into_iter().flatten().any(|at| now >= at);
         if !self.ranks.are_gone() && (is_due || self.killing.is_some()) {
@@ -344,6 +361,20 @@ impl Shim {
         }
     }
 
+    fn look_for_progress(&mut self, now: Millis) {
+        // What is told to end need not go on.
+        let Some(progress) = self.progress.as_mut().filter(|_| self.kill_at.is_none()) else { return };
+        progress.look(now);
+        let quiet = progress.quiet(&self.changes, |rank| self.ranks.pid_of(rank));
+        self.state.send_if_modified(|state| {
+            let is_news = state.quiet.is_empty() != quiet.is_empty();
+            if is_news {
+                state.quiet = quiet;
+            }
+            is_news
+        });
+    }
+
     /// When something is due next.
     fn deadline(&self) -> Option<Millis> {
         if !self.record.launched || self.phase() == Phase::Stopped || self.ranks.are_gone() {
@@ -354,7 +385,8 @@ impl Shim {
         }
         let term = self.fence.filter(|_| !self.state.borrow().fenced).map(|fence| fence.term);
         let kill = self.fence.map(|fence| fence.kill);
-        [term, kill, self.kill_at].into_iter().flatten().min()
+        let progress = self.progress.as_ref().filter(|_| self.kill_at.is_none()).map(Progress::deadline);
+        [term, kill, self.kill_at, progress].into_iter().flatten().min()
     }
 
     fn is_over(&self) -> bool {

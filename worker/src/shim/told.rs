@@ -33,6 +33,9 @@ impl Told {
         // Exits are only ever added, at the end.
         let exits = state.exits.iter().skip(before.exits.len());
         inputs.extend(exits.map(|exit| Input::Exited(gang.clone(), exit.clone())));
+        if state.quiet != before.quiet {
+            inputs.push(Input::Quiet(gang.clone(), state.quiet.clone()));
+        }
         if is_new(|state| !state.killed.is_empty()) {
             inputs.push(Input::Killed(gang.clone()));
         }

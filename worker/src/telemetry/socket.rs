@@ -1,6 +1,6 @@
 //! The socket of one rank.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,24 +31,42 @@ const PATH_BYTES_MAX: usize = 107;
 /// Bytes that "/", a local rank and ".sock" add to a directory.
 const NAME_BYTES_MAX: usize = 16;
 
-/// Ranks of which points were written since the last look.
+/// Ranks of which points were written since the last look, and how far each rank is.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Changes(Arc<(Mutex<BTreeSet<Rank>>, Notify)>);
+pub(crate) struct Changes(Arc<Written>);
+
+#[derive(Debug, Default)]
+struct Written {
+    ranks: Mutex<BTreeSet<Rank>>,
+    steps: Mutex<BTreeMap<Rank, u64>>,
+    added: Notify,
+}
 
 impl Changes {
-    fn add(&self, rank: Rank) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).insert(rank);
-        self.0.1.notify_one();
+    fn add(&self, rank: Rank, step: u64) {
+        lock(&self.0.ranks).insert(rank);
+        lock(&self.0.steps).insert(rank, step);
+        self.0.added.notify_one();
     }
 
     /// Returns once there are some.
     pub async fn added(&self) {
-        self.0.1.notified().await;
+        self.0.added.notified().await;
     }
 
     pub fn take(&self) -> Vec<Rank> {
-        std::mem::take(&mut *self.0.0.lock().unwrap_or_else(PoisonError::into_inner)).into_iter().collect()
+        std::mem::take(&mut *lock(&self.0.ranks)).into_iter().collect()
     }
+
+    /// The last step that a rank reported.
+    pub fn step(&self, rank: Rank) -> Option<u64> {
+        lock(&self.0.steps).get(&rank).copied()
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change is one call.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Makes the sockets of one gang in one private directory, and reads them on a thread of its own: neither a flood
@@ -144,20 +162,15 @@ struct Source {
 impl Source {
     /// Writes a point to the rank's file.
     fn add(&self, line: &[u8]) {
-        let written = match parse(line) {
-            Ok(point) => {
-                self.writer().add(point).map_err(|error| format!("a point could not be kept: {error}"))
-            }
-            Err(why) => Err(format!("a line {why}")),
-        };
+        let written = parse(line).map_err(|why| format!("a line {why}")).and_then(|point| {
+            let step = point.step;
+            let written = lock(&self.writer).add(point).map(|()| step);
+            written.map_err(|error| format!("a point could not be kept: {error}"))
+        });
         match written {
-            Ok(()) => self.changes.add(self.rank),
+            Ok(step) => self.changes.add(self.rank, step),
             Err(why) => self.refuse(&why),
         }
-    }
-
-    fn writer(&self) -> MutexGuard<'_, Writer> {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts, and complains the first time and then ever more rarely: what a rank sends must not fill the log.
