@@ -15,6 +15,18 @@ fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
+/// Stops a process, and returns once none of its threads runs.
+async fn freeze(pid: i32) {
+    signal(pid, Signal::SIGSTOP);
+    eventually("a frozen process", || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let stats: Vec<String> =
+            threads.map(|thread| std::fs::read_to_string(thread.path().join("stat")).unwrap()).collect();
+        if stats.iter().all(|stat| stat.contains(") T ")) { Ok(()) } else { Err(stats) }
+    })
+    .await;
+}
+
 fn only_shim(world: &World) -> i32 {
     let [shim] = shims(world.dir.path())[..] else { panic!("{:?}", shims(world.dir.path())) };
     shim
@@ -204,7 +216,7 @@ async fn a_thawed_shim_looks_at_the_clock_first() {
     let pid = pid_in(&world.path("pid")).await;
     world.observe(&gang, ObservedPhase::Running).await;
     let shim = only_shim(&world);
-    signal(shim, Signal::SIGSTOP);
+    freeze(shim).await;
     world.kill_daemon().await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert!(is_running(pid), "nobody could end it");
@@ -222,7 +234,7 @@ async fn a_frozen_shim_is_killed_when_it_does_not_follow() {
     world.observe(&gang, ObservedPhase::Running).await;
     let pids = [pid_in(&world.path("pid")).await, pid_in(&world.path("escaped")).await];
     let shim = only_shim(&world);
-    signal(shim, Signal::SIGSTOP);
+    freeze(shim).await;
     world.want(&gang, DesiredPhase::Stopped).await;
     let report = world.observe(&gang, ObservedPhase::Stopped).await;
     assert!(report.error.contains("shim was killed"), "{report:?}");
@@ -238,7 +250,7 @@ async fn a_frozen_shim_is_not_adopted() {
     let pid = pid_in(&world.path("pid")).await;
     let shim = only_shim(&world);
     world.kill_daemon().await;
-    signal(shim, Signal::SIGSTOP);
+    freeze(shim).await;
     let hello = world.start_daemon().await;
     assert_eq!(hello.gangs[0].phase(), ObservedPhase::Stopped, "{hello:?}");
     assert!(!is_running(shim) && !is_running(pid));
