@@ -1,28 +1,32 @@
-//! The one task that owns the node's core: what the coordinator wants and what the runners observe go in,
-//! commands to the runners and reports go out.
+//! The one task that owns the node's core: what the coordinator wants and what the shims observe go in,
+//! commands to the shims and reports go out.
+
+mod sending;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::time::Duration;
 
-use muster_core::types::{GangId, Generation, JobId, Millis, Rank};
+use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode};
 use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_worker_core::{Core, Effect, Input};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::clock::boot_now;
-use crate::launch::{Command, Context, Launcher, Runner};
 use crate::logs::{Live, Subscriptions};
 use crate::session::{self, Event, Identity, Queues, request};
-use crate::telemetry::{Outbox, Sockets};
-use crate::{Config, Error, devices};
+use crate::shim::{Command, Context, Shim, find};
+use crate::telemetry::Outbox;
+use crate::{Config, Error, data_dir, devices};
+use sending::{observed, room_from};
 
 /// Observations and messages that may wait for the daemon; senders wait beyond it.
 const INBOX_MAX: usize = 1024;
@@ -32,30 +36,33 @@ const POINTS_INTERVAL: Duration = Duration::from_millis(50);
 /// daemon (systemd, Kubernetes) kills it after 30 to 90 s.
 const SHUTDOWN_GRACE_MAX: u64 = 20_000;
 /// Time that killed ranks get to be gone when the daemon ends. One that the kernel does not let go of (a dead
-/// file server, a hung driver) must not keep the daemon.
-const KILLED_MAX: Duration = Duration::from_secs(10);
+/// file server, a hung driver) must not keep the daemon; its shim says so after 10 s.
+const KILLED_MAX: Duration = Duration::from_secs(11);
+/// Time to take note that a shim that did not follow is gone.
+const SHIM_KILLED_MAX: Duration = Duration::from_secs(2);
+/// Time to find out what became of the gangs of an earlier daemon.
+const ADOPT_MAX: Duration = Duration::from_secs(15);
+/// Time for the shims of ended gangs to go.
+const RELEASE_MAX: Duration = Duration::from_secs(6);
 /// Time for the last reports and points to reach the coordinator when the daemon ends, and for the goodbye.
 const FLUSH_MAX: Duration = Duration::from_secs(3);
 const GOODBYE_MAX: Duration = Duration::from_secs(1);
-/// Bytes of standard error that all exits of one Hello may carry together; a message holds 4 MiB.
-const HELLO_TAILS_BYTES_MAX: usize = 1 << 20;
-
 /// Runs a node daemon until `shutdown` is cancelled or the coordinator refuses it for good.
 ///
 /// A coordinator that is not there is waited for, for ever. On shutdown every rank is stopped (SIGTERM, then
-/// SIGKILL), the coordinator is told, and nothing is left running.
+/// SIGKILL), the coordinator is told, and nothing is left running. Dropped instead, it leaves its ranks to their
+/// shims, as it does when its process is killed: the next daemon with this data directory goes on with them.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     let failed = |source| Error::DataDir { path: config.data_dir.clone(), source };
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
-    let _lock = lock(&data_dir)?;
-    let sockets = Sockets::new(&data_dir).map_err(failed)?;
+    let _lock = data_dir::lock(&data_dir)?;
     let root = Path::new("/");
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(root),
-        data_id: data_id(&data_dir)?,
+        data_id: data_dir::data_id(&data_dir)?,
         inventory: devices::inventory(root, visible.as_deref(), config.labels.clone()),
         config,
     };
@@ -63,13 +70,21 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     info!(node = %identity.config.name, gpus = total.gpus, cpu_millis = total.cpu_millis, memory_bytes = total.memory_bytes, "inventory");
     let (events, observed) = mpsc::channel(INBOX_MAX);
     let outbox = Outbox::default();
+    let context = Context {
+        data_dir,
+        data_id: identity.data_id.clone(),
+        boot_id: identity.boot_id.clone(),
+        command: identity.config.shim.clone(),
+        outbox: outbox.clone(),
+    };
     let daemon = Daemon {
         core: Core::default(),
-        launcher: Launcher::start()?,
-        context: Context { data_dir: data_dir.clone(), sockets, outbox: outbox.clone() },
+        context,
         events,
         observed,
-        runners: BTreeMap::new(),
+        shims: BTreeMap::new(),
+        releasing: BTreeSet::new(),
+        released: JoinSet::new(),
         outbox,
         live: Live::default(),
         link: None,
@@ -81,34 +96,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     daemon.run(shutdown).await
 }
 
-fn lock(data_dir: &Path) -> Result<File, Error> {
-    let failed = |source| Error::DataDir { path: data_dir.to_owned(), source };
-    std::fs::create_dir_all(data_dir).map_err(failed)?;
-    let file = File::create(data_dir.join("worker.lock")).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::DataDirHeld(data_dir.to_owned())),
-        Err(TryLockError::Error(source)) => Err(failed(source)),
-    }
-}
-
-/// Identity of the data directory, made when it is first used.
-fn data_id(data_dir: &Path) -> Result<String, Error> {
-    let failed = |source| Error::DataDir { path: data_dir.to_owned(), source };
-    let path = data_dir.join("id");
-    match std::fs::read_to_string(&path) {
-        Ok(id) if uuid::Uuid::parse_str(id.trim()).is_ok() => return Ok(id.trim().to_owned()),
-        Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
-    }
-    let id = uuid::Uuid::new_v4().to_string();
-    // Renamed when whole: an empty file would give the node another identity at its next start.
-    let partial = data_dir.join("id.new");
-    std::fs::write(&partial, &id).and_then(|()| std::fs::rename(&partial, &path)).map_err(failed)?;
-    Ok(id)
-}
-
 /// The open session, seen from here.
 struct Link {
     coordinator: String,
@@ -118,11 +105,14 @@ struct Link {
 
 struct Daemon {
     core: Core,
-    launcher: Launcher,
     context: Context,
     events: mpsc::Sender<Input>,
     observed: mpsc::Receiver<Input>,
-    runners: BTreeMap<GangId, Runner>,
+    shims: BTreeMap<GangId, Shim>,
+    /// Forgotten gangs of which the coordinator does not have all points yet.
+    releasing: BTreeSet<GangId>,
+    /// Shims that are about to end.
+    released: JoinSet<()>,
     outbox: Outbox,
     live: Live,
     link: Option<Link>,
@@ -137,8 +127,10 @@ struct Daemon {
 
 impl Daemon {
     async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
+        self.adopt().await;
         let (sender, mut session) = mpsc::channel(INBOX_MAX);
-        let mut keeping = tokio::spawn(session::keep(self.identity.clone(), sender));
+        let keeping = tokio::spawn(session::keep(self.identity.clone(), sender));
+        let mut keeping = AbortOnDropHandle::new(keeping);
         let refused = loop {
             tokio::select! {
                 refused = &mut keeping => {
@@ -151,18 +143,76 @@ impl Daemon {
         self.step(Input::Shutdown);
         let grace = Duration::from_millis(SHUTDOWN_GRACE_MAX);
         if !self.is_idle_within(grace, &mut session).await {
-            for runner in self.runners.values() {
-                runner.tell(Command::Stop(muster_core::types::Millis(0)));
+            for shim in self.shims.values() {
+                shim.tell(Command::Stop(StopMode { grace: Millis(0), dump_stacks: false }));
             }
             if !self.is_idle_within(KILLED_MAX, &mut session).await {
-                warn!("some ranks were killed and are not gone; the kernel holds them");
+                warn!("a shim does not stop its ranks; it is killed, and they with it");
+                self.running().into_iter().filter_map(|gang| self.shims.get(&gang)).for_each(Shim::kill);
+                self.is_idle_within(SHIM_KILLED_MAX, &mut session).await;
             }
         }
-        tokio::time::timeout(FLUSH_MAX, self.flush(&mut session)).await.ok();
+        let flushed = tokio::time::timeout(FLUSH_MAX, self.flush(&mut session)).await;
+        if flushed.is_ok_and(|told| told) {
+            let running = self.running();
+            let ended: Vec<GangId> = self.shims.keys().filter(|g| !running.contains(g)).cloned().collect();
+            for gang in ended {
+                self.outbox.end(&gang);
+                self.releasing.insert(gang);
+            }
+            self.release();
+        }
         tokio::time::timeout(GOODBYE_MAX, self.say_goodbye(&mut session)).await.ok();
-        keeping.abort();
+        let gone = async { while self.released.join_next().await.is_some() {} };
+        tokio::time::timeout(RELEASE_MAX, gone).await.ok();
         info!("worker stopped");
         refused.map_or(Ok(()), Err)
+    }
+
+    /// Takes over what an earlier daemon left. Those of its gangs that have ended meanwhile, or whose shims are dead, are
+    /// cleared up before the first Hello says what is here.
+    async fn adopt(&mut self) {
+        let mut ended = Vec::new();
+        for link in find(&self.context).await {
+            let adopted = link.adopted();
+            let gang = adopted.assignment.gang.clone();
+            self.live.insert(gang.clone());
+            for exit in &adopted.exits {
+                self.live.end(&gang, exit.rank);
+            }
+            if link.stream.is_none() {
+                ended.push(gang.clone());
+            }
+            self.step(Input::Adopted(Box::new(adopted)));
+            self.shims.insert(gang, Shim::adopt(link, self.context.clone(), self.events.clone()));
+        }
+        let settled = async {
+            while ended.iter().any(|gang| self.running().contains(gang)) {
+                if let Some(observation) = self.observed.recv().await {
+                    self.step(observation);
+                }
+            }
+        };
+        if tokio::time::timeout(ADOPT_MAX, settled).await.is_err() {
+            warn!("what is left of a gang whose shim is dead does not end");
+        }
+    }
+
+    /// Gangs of which something executes, or may.
+    fn running(&self) -> BTreeSet<GangId> {
+        let running = self.core.reports().into_iter().filter(|report| report.phase < ObservedPhase::Killed);
+        running.map(|report| report.gang).collect()
+    }
+
+    /// Lets the shims of forgotten gangs go, once the coordinator has all their points.
+    fn release(&mut self) {
+        for gang in std::mem::take(&mut self.releasing) {
+            if self.outbox.holds(&gang) {
+                self.releasing.insert(gang);
+            } else if let Some(shim) = self.shims.remove(&gang) {
+                self.released.spawn(shim.release());
+            }
+        }
     }
 
     /// Goes on until nothing runs. False if something still does after `limit`.
@@ -177,17 +227,8 @@ impl Daemon {
 
     /// Waits for one thing and deals with it. May be dropped while it waits: what it takes it deals with at once.
     async fn turn(&mut self, session: &mut mpsc::Receiver<Event>) {
-        self.points_at = match self.points_at {
-            _ if !self.outbox.has_unsent() => None,
-            None => Some(Instant::now() + POINTS_INTERVAL),
-            at => at,
-        };
-        // Reports go at once.
-        let send_at = if self.unsent.is_empty() && self.leaving.is_none() {
-            self.points_at
-        } else {
-            Some(Instant::now())
-        };
+        self.release();
+        let send_at = self.send_at();
         let bulk = self.link.as_ref().map(|link| link.queues.bulk.clone());
         let outbox = self.outbox.clone();
         tokio::select! {
@@ -199,7 +240,8 @@ impl Daemon {
             },
             () = until(self.core.next_deadline()) => self.step(Input::Tick),
             // The next turn looks at it.
-            () = outbox.added(), if self.points_at.is_none() => {}
+            () = outbox.added(), if send_at.is_none() => {}
+            Some(_) = self.released.join_next() => {}
         }
     }
 
@@ -276,10 +318,7 @@ impl Daemon {
     fn step(&mut self, input: Input) {
         match &input {
             Input::Exited(gang, exit) => self.live.end(gang, exit.rank),
-            Input::Gone(gang) | Input::Failed(gang, _) => {
-                self.runners.remove(gang);
-                self.live.remove(gang);
-            }
+            Input::Gone(gang) | Input::Failed(gang, _) => self.live.remove(gang),
             _ => {}
         }
         let mut effects: VecDeque<Effect> = self.core.step(boot_now(), input).into();
@@ -288,63 +327,42 @@ impl Daemon {
                 Effect::Start(assignment) => {
                     let gang = assignment.gang.clone();
                     self.live.insert(gang.clone());
-                    let runner = self.launcher.run(*assignment, self.context.clone(), self.events.clone());
-                    self.runners.insert(gang, runner);
+                    let shim = Shim::start(*assignment, self.context.clone(), self.events.clone());
+                    self.shims.insert(gang, shim);
                 }
-                Effect::Launch(assignment, _) => {
-                    if let Some(runner) = self.runners.get(&assignment.gang) {
-                        runner.tell(Command::Launch(assignment));
-                    }
+                Effect::Launch(assignment, fence) => {
+                    let gang = assignment.gang.clone();
+                    self.tell(&gang, |shim| shim.tell(Command::Launch { assignment, fence }));
                 }
-                Effect::Fence(..) | Effect::Kill(_) => {}
+                Effect::Stop(gang, stop) => self.tell(&gang, |shim| shim.tell(Command::Stop(stop))),
+                Effect::Fence(gang, fence) => self.tell(&gang, |shim| shim.fence(fence)),
+                Effect::Kill(gang) => self.tell(&gang, Shim::kill),
                 Effect::Leaving(reason) => self.leaving = Some(reason),
-                Effect::Stop(gang, stop) => {
-                    if let Some(runner) = self.runners.get(&gang) {
-                        runner.tell(Command::Stop(stop.grace));
-                    }
+                Effect::Release(gang) => {
+                    self.outbox.end(&gang);
+                    self.releasing.insert(gang);
                 }
-                Effect::Release(gang) => self.outbox.end(&gang),
                 Effect::Report(gang) => _ = self.unsent.insert(gang),
             }
         }
     }
 
-    /// What is to be sent next: reports, before points. But the last points of a rank go ahead of the report that
-    /// it has ended, so that the coordinator has the whole curve when it ends the job.
-    fn next_message(&mut self) -> Option<Up> {
-        if let Some(reason) = self.leaving.take() {
-            return Some(Up::Leaving(v1::Leaving { reason }));
+    fn tell(&self, gang: &GangId, what: impl FnOnce(&Shim)) {
+        if let Some(shim) = self.shims.get(gang) {
+            what(shim);
         }
-        let mut first = None;
-        for gang in self.unsent.clone() {
-            let Some(report) = self.core.report(&gang) else {
-                self.unsent.remove(&gang);
-                continue;
-            };
-            match report.exits.iter().find(|exit| self.outbox.has_unsent_of(&gang, exit.rank)) {
-                None => {
-                    self.unsent.remove(&gang);
-                    return Some(Up::Gang(convert::gang_report_to_wire(&report)));
-                }
-                Some(exit) => first = first.or(Some((gang, exit.rank))),
-            }
-        }
-        let batch = match first {
-            Some((gang, rank)) => self.outbox.next_batch_of(&gang, rank),
-            None => self.outbox.next_batch(),
-        };
-        batch.map(Up::Points)
     }
 
     fn leaving_since_shutdown(&self) -> Option<String> {
         self.core.is_stopping().then(|| "its daemon is being stopped".to_owned())
     }
 
-    /// Waits until the coordinator has the last reports and points.
-    async fn flush(&mut self, session: &mut mpsc::Receiver<Event>) {
+    /// Waits until the coordinator has the last reports and points. Whether it has.
+    async fn flush(&mut self, session: &mut mpsc::Receiver<Event>) -> bool {
         while self.link.is_some() && !(self.unsent.is_empty() && self.outbox.is_empty()) {
             self.turn(session).await;
         }
+        self.link.is_some()
     }
 
     async fn say_goodbye(&mut self, session: &mut mpsc::Receiver<Event>) {
@@ -356,39 +374,10 @@ impl Daemon {
     }
 }
 
-/// Every report, for a Hello. The first exit of a gang is the likeliest cause of its end; the others give up
-/// their output first if all of it would not fit a message.
-fn observed(core: &Core) -> Vec<v1::GangReport> {
-    let mut gangs: Vec<_> = core.reports().iter().map(convert::gang_report_to_wire).collect();
-    let mut room = HELLO_TAILS_BYTES_MAX;
-    let mut fit = |exit: &mut v1::RankExit| match room.checked_sub(exit.stderr_tail.len()) {
-        Some(left) => room = left,
-        None => exit.stderr_tail.clear(),
-    };
-    gangs.iter_mut().filter_map(|gang| gang.exits.first_mut()).for_each(&mut fit);
-    gangs.iter_mut().flat_map(|gang| gang.exits.iter_mut().skip(1)).for_each(&mut fit);
-    gangs
-}
-
 /// Waits for a time on the node's clock; for ever without one.
 async fn until(at: Option<Millis>) {
     match at {
         Some(at) => tokio::time::sleep(Duration::from_millis(at.since(boot_now()).0)).await,
         None => std::future::pending().await,
     }
-}
-
-/// Room in the queue, from a time on; never without a time or a queue.
-async fn room_from(
-    at: Option<Instant>,
-    queue: Option<mpsc::Sender<v1::SessionRequest>>,
-) -> mpsc::OwnedPermit<v1::SessionRequest> {
-    if let (Some(at), Some(queue)) = (at, queue) {
-        tokio::time::sleep_until(at).await;
-        if let Ok(room) = queue.reserve_owned().await {
-            return room;
-        }
-        // The session has broken; news of that is on its way.
-    }
-    std::future::pending().await
 }

@@ -1,24 +1,28 @@
 //! The node daemon, as a library: registers a node with the coordinator, launches one process per rank, and
 //! streams points, logs and exits back. `muster worker` calls [`run`].
 //!
-//! A small pure core (`muster-worker-core`) holds what is desired against what runs; one task owns it. Only
-//! `launch` and `devices` touch the operating system.
+//! A small pure core (`muster-worker-core`) holds what is desired against what runs; one task owns it. The ranks of
+//! each gang belong to a process of their own, its `shim`, and run on when the daemon does not.
 
 mod clock;
 mod daemon;
+mod data_dir;
 mod devices;
 mod launch;
 mod logs;
 mod session;
+mod shim;
 mod telemetry;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use muster_core::types::NodeName;
 
 pub use daemon::run;
+pub use shim::main as shim;
 
 /// Settings of a node daemon.
 #[derive(Clone, Debug)]
@@ -33,13 +37,20 @@ pub struct Config {
     pub address: Option<IpAddr>,
     /// Labels for node selectors.
     pub labels: BTreeMap<String, String>,
+    /// What is run as the shim of a gang, program and arguments: something that calls [`shim`].
+    pub shim: Vec<OsString>,
 }
 
 impl Config {
     /// Default settings for a node.
     pub fn new(coordinators: Vec<String>, name: NodeName, data_dir: PathBuf) -> Self {
-        Self { coordinators, name, data_dir, address: None, labels: BTreeMap::new() }
+        Self { coordinators, name, data_dir, address: None, labels: BTreeMap::new(), shim: own_shim() }
     }
+}
+
+/// This very program with the argument `shim`, also when it was replaced on disk meanwhile.
+pub fn own_shim() -> Vec<OsString> {
+    vec!["/proc/self/exe".into(), "shim".into()]
 }
 
 /// Why a node daemon could not start or had to stop.
@@ -67,7 +78,4 @@ pub enum Error {
     /// The coordinator refuses this node for good.
     #[error("the coordinator refuses this node: {0}")]
     Refused(String),
-    /// A thread could not be started.
-    #[error("failed to start the launcher thread: {0}")]
-    Thread(std::io::Error),
 }

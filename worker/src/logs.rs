@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 
-use crate::launch::log_dir;
+use crate::launch::prepare::log_dir;
 
 /// Bytes in one message.
 const CHUNK_BYTES_MAX: usize = 64 << 10;
@@ -138,7 +138,7 @@ impl Reader {
             v1::LogStream::Stderr => "stderr.log",
             v1::LogStream::Unspecified => return Err("the stream is not known to this version".to_owned()),
         };
-        let path = log_dir(&data_dir, gang.job.as_str(), request.generation, request.local_rank).join(name);
+        let path = log_dir(&data_dir, &gang, request.local_rank).join(name);
         let failed = |error: io::Error| format!("failed to read {}: {error}", path.display());
         let mut file = loop {
             // Looked at before the file is opened: a rank that has ended meanwhile has made it by then.

@@ -76,6 +76,9 @@ pub(crate) enum Command {
         after_help = "Example:\n  muster worker --coordinator http://10.0.0.1:7070 --data-dir /var/lib/muster-worker"
     )]
     Worker(WorkerArgs),
+    /// Hold the ranks of one gang; the node daemon starts it.
+    #[command(hide = true)]
+    Shim,
     /// Submit a job; prints its id.
     #[command(after_help = SUBMIT_EXAMPLES)]
     Submit(Box<SubmitArgs>),

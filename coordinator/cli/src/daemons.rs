@@ -48,8 +48,23 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         data_dir: args.data_dir,
         address: args.address,
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
+        shim: muster_worker::own_shim(),
     };
-    Ok(muster_worker::run(config, shutdown).await.map_err(|error| anyhow::anyhow!("{error}"))?)
+    let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
+    tokio::select! {
+        ended = muster_worker::run(config, shutdown) => {
+            Ok(ended.map_err(|error| anyhow::anyhow!("{error}"))?)
+        }
+        _ = hangup.recv() => {
+            info!("SIGHUP: ending; the ranks run on, and the next daemon with this data directory takes them over");
+            Ok(())
+        }
+    }
+}
+
+/// The log of a shim, on standard error, which its daemon has pointed at a file.
+pub(crate) fn start_shim_log() {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
 }
 
 /// Sets up the log on standard error, and a token that SIGTERM, SIGINT and, if asked for, the end of standard

@@ -25,6 +25,11 @@ use exit::Failure;
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // One thread and little memory for each gang of a node; its log is a file.
+    if matches!(args.command, Command::Shim) {
+        daemons::start_shim_log();
+        return muster_worker::shim();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(anyhow::Error::from(error).context("failed to start")).report(),
@@ -43,6 +48,7 @@ async fn run(args: Args) -> Result<(), Failure> {
     match command {
         Command::Coordinator(args) => daemons::coordinator(args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
+        Command::Shim => Ok(()),
         Command::Submit(args) => submit::run(*args, &global).await,
         Command::Jobs(args) => show::jobs(&args, &global).await,
         Command::Job(args) => show::job(&args, &global).await,

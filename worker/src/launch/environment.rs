@@ -1,4 +1,4 @@
-//! The environment of a rank: the daemon's own, then torchrun's contract and MUSTER_*, then the job's.
+//! The environment of a rank: the shim's, which is the daemon's, then torchrun's contract and MUSTER_*, then the job's.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -8,24 +8,30 @@ use muster_core::types::{Assignment, Rank};
 
 /// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
 /// it started where ours may not set it anew.
-const DROPPED: [&str; 5] =
-    ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "MUSTER_CHECKPOINT_DIR"];
+const DROPPED: [&str; 6] =
+    ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "MUSTER_CHECKPOINT_DIR", SHIM_DIR];
+/// Tells a shim where its state directory is.
+pub(crate) const SHIM_DIR: &str = "MUSTER_SHIM_DIR";
+/// Names the gang in the environment of each of its processes, by which they are found when their shim is dead.
+pub(crate) const MARK: &str = "MUSTER_GANG";
 /// torchrun's default of --signals-to-handle.
 const SIGNALS_TO_HANDLE: &str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT";
 
-/// Where a rank writes.
+/// Where a rank writes, and how it is found.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RankPaths<'a> {
+pub(crate) struct RankContext<'a> {
     pub log_dir: &'a Path,
     pub telemetry: &'a Path,
+    /// The value of [`MARK`].
+    pub mark: &'a str,
 }
 
 /// Every variable of one rank. `inherited` is the daemon's environment.
-pub(super) fn of_rank(
+pub(crate) fn of_rank(
     assignment: &Assignment,
     local_rank: u32,
     port: u16,
-    paths: RankPaths<'_>,
+    paths: RankContext<'_>,
     inherited: impl Iterator<Item = (OsString, OsString)>,
 ) -> BTreeMap<OsString, OsString> {
     let spec = &assignment.spec;
@@ -36,6 +42,8 @@ pub(super) fn of_rank(
         ("OMP_NUM_THREADS", "1", placement.procs > 1),
         ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", true),
         ("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE, true),
+        // A rank that hangs is ended with SIGABRT; Python then prints where it hung.
+        ("PYTHONFAULTHANDLER", "1", true),
         // GPUs are numbered as the bus has them; CUDA by itself counts from the fastest.
         ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", !placement.gpus.is_empty()),
     ];
@@ -68,6 +76,7 @@ pub(super) fn of_rank(
     set("TORCHELASTIC_ERROR_FILE", paths.log_dir.join("error.json").display().to_string());
     set("MUSTER_JOB_ID", assignment.gang.job.to_string());
     set("MUSTER_GENERATION", assignment.gang.generation.to_string());
+    set(MARK, paths.mark.to_owned());
     set("MUSTER_NODE", placement.node.to_string());
     set("MUSTER_TELEMETRY", paths.telemetry.display().to_string());
     if let Some(dir) = &spec.checkpoint_dir {
@@ -121,7 +130,11 @@ mod tests {
     }
 
     fn env(local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
-        let paths = RankPaths { log_dir: Path::new("/logs"), telemetry: Path::new("/run/1.sock") };
+        let paths = RankContext {
+            log_dir: Path::new("/logs"),
+            telemetry: Path::new("/run/1.sock"),
+            mark: "k3v9x2ma/2@d",
+        };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();
         of_rank(&assignment(), local_rank, 29500, paths, inherited)
@@ -145,6 +158,8 @@ mod tests {
             ("TORCHELASTIC_RUN_ID", "k3v9x2ma", "k3v9x2ma"),
             ("TORCHELASTIC_ERROR_FILE", "/logs/error.json", "/logs/error.json"),
             ("MUSTER_GENERATION", "2", "2"),
+            ("MUSTER_GANG", "k3v9x2ma/2@d", "k3v9x2ma/2@d"),
+            ("PYTHONFAULTHANDLER", "1", "1"),
             ("MUSTER_CHECKPOINT_DIR", "/shared/checkpoints", "/shared/checkpoints"),
             ("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE, SIGNALS_TO_HANDLE),
             ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "PCI_BUS_ID"),

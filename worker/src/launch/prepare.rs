@@ -1,31 +1,57 @@
 //! Everything that can go wrong before the first rank runs, checked while nothing does.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::net::TcpListener;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::Assignment;
+use muster_core::types::{Assignment, GangId};
 use nix::unistd::{AccessFlags, access};
+
+use super::port::MasterPort;
 
 /// What a gang needs on this node, checked and made.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub(crate) struct Prepared {
     pub program: PathBuf,
     /// One directory per local rank.
     pub log_dirs: Vec<PathBuf>,
-    /// On the gang's first node: a port that was free a moment ago, held until the ranks are launched.
-    pub master: Option<TcpListener>,
+    /// On the gang's first node: the port for rank 0, held for as long as this is.
+    pub master: Option<MasterPort>,
 }
 
-/// Directory of one rank's output. Every generation has its own, so nothing is ever written over.
-pub(crate) fn log_dir(data_dir: &Path, job: &str, generation: u32, local_rank: u32) -> PathBuf {
-    data_dir.join("logs").join(job).join(format!("attempt_{generation}")).join(local_rank.to_string())
+/// Directory of a gang's output. Every generation has its own, so nothing is ever written over.
+pub(crate) fn gang_log_dir(data_dir: &Path, gang: &GangId) -> PathBuf {
+    data_dir.join("logs").join(gang.job.as_str()).join(format!("attempt_{}", gang.generation))
+}
+
+/// Directory of one rank's.
+pub(crate) fn log_dir(data_dir: &Path, gang: &GangId, local_rank: u32) -> PathBuf {
+    gang_log_dir(data_dir, gang).join(local_rank.to_string())
+}
+
+/// Whether this gang was launched before.
+fn mark_of_launch(data_dir: &Path, gang: &GangId) -> PathBuf {
+    gang_log_dir(data_dir, gang).join("launched")
+}
+
+/// Notes that the gang is launched, which can be done once: whatever else is forgotten, a generation does not
+/// train twice on one node.
+pub(crate) fn mark_launched(data_dir: &Path, gang: &GangId) -> Result<(), String> {
+    let path = mark_of_launch(data_dir, gang);
+    File::create_new(&path).map(drop).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => launched_before(gang),
+        _ => format!("failed to make {}: {error}", path.display()),
+    })
+}
+
+fn launched_before(gang: &GangId) -> String {
+    format!("generation {} of job {} was launched on this node before", gang.generation, gang.job)
 }
 
 /// Checks program and directory, makes the log directories and, on the first node, takes the master port. The
 /// error is for the user: what is wrong on this node, and what to do.
-pub(super) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
+pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
     let spec = &assignment.spec;
     if let Some(dir) = &spec.working_dir {
         match fs::metadata(dir) {
@@ -38,16 +64,17 @@ pub(super) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
     }
     let program = find_program(assignment)?;
     let gang = &assignment.gang;
-    let log_dirs: Vec<PathBuf> = (0..assignment.placement.procs)
-        .map(|local_rank| log_dir(data_dir, gang.job.as_str(), gang.generation.0, local_rank))
-        .collect();
+    let log_dirs: Vec<PathBuf> =
+        (0..assignment.placement.procs).map(|local_rank| log_dir(data_dir, gang, local_rank)).collect();
     for dir in &log_dirs {
-        fs::create_dir_all(dir)
-            .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))?;
+        make_log_dir(dir)?;
+    }
+    if mark_of_launch(data_dir, gang).exists() {
+        return Err(launched_before(gang));
     }
     let master = (assignment.placement.group_rank == 0)
         .then(|| {
-            TcpListener::bind((assignment.placement.address, 0)).map_err(|error| {
+            MasterPort::take(assignment.placement.address).map_err(|error| {
                 let address = assignment.placement.address;
                 format!(
                     "no port for rank 0 could be taken on {address}: {error}; is it an address of this node?"
@@ -56,6 +83,12 @@ pub(super) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
         })
         .transpose()?;
     Ok(Prepared { program, log_dirs, master })
+}
+
+/// Makes a directory for output.
+pub(crate) fn make_log_dir(dir: &Path) -> Result<(), String> {
+    fs::create_dir_all(dir)
+        .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))
 }
 
 fn is_program(path: &Path) -> bool {

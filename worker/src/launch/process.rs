@@ -1,4 +1,4 @@
-//! One rank's process: started in its own session, signalled with everything it started, and reaped.
+//! One rank's process: started in its own session, and signalled with everything it started.
 
 #![expect(unsafe_code, reason = "pre_exec runs between fork and exec")]
 
@@ -6,135 +6,92 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::{Command, Stdio};
 
-use muster_core::types::{Rank, RankExit};
+use muster_core::types::Rank;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getppid, setsid};
-use tokio::process::{Child, Command};
-
-use crate::clock::unix_now;
 
 /// Bytes of standard error that an exit carries.
 const STDERR_TAIL_BYTES: u64 = 2048;
 
-/// A rank that runs.
+/// A rank that runs, or that has ended and was not waited for yet: until then its process id is no other's.
 #[derive(Debug)]
-pub(super) struct RankProcess {
+pub(crate) struct RankProcess {
     pub rank: Rank,
-    child: Child,
-    group: Group,
-    stderr: PathBuf,
+    pub pid: i32,
+    pub stderr: PathBuf,
 }
 
-/// Starts one rank. Must be called on the launcher's thread: the rank dies with the calling thread.
-pub(super) fn start(
+/// What is run as each rank.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Program<'a> {
+    pub path: &'a Path,
+    /// With the name by which it is called.
+    pub command: &'a [String],
+    pub working_dir: &'a Path,
+}
+
+/// Starts one rank. It dies with the calling thread.
+pub(crate) fn start(
     rank: Rank,
-    program: &Path,
-    command: &[String],
-    working_dir: &Path,
+    program: Program<'_>,
     log_dir: &Path,
     env: BTreeMap<OsString, OsString>,
 ) -> Result<RankProcess, String> {
     let stderr = log_dir.join("stderr.log");
-    // Straight into the file: the daemon is not in the way of a program that prints much. Appending, so that
-    // what an earlier life of the daemon left is never lost.
+    // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
+    // what is there is never lost.
     let open = |path: &Path| -> Result<File, String> {
         let file = OpenOptions::new().create(true).append(true).open(path);
         file.map_err(|error| format!("failed to open {}: {error}", path.display()))
     };
-    let mut process = Command::new(program);
+    let mut process = Command::new(program.path);
     process
-        .args(&command[1..])
+        .args(&program.command[1..])
         .env_clear()
         .envs(env)
-        .current_dir(working_dir)
+        .current_dir(program.working_dir)
         .stdin(Stdio::null())
         .stdout(open(&log_dir.join("stdout.log"))?)
         .stderr(open(&stderr)?);
-    let daemon = Pid::this();
+    let shim = Pid::this();
     // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
     // allocated: each function of nix used here is a plain wrapper of its system call.
     unsafe {
         process.pre_exec(move || {
             setsid()?;
             set_pdeathsig(Signal::SIGKILL)?;
-            // The daemon may have died before the line above.
-            if getppid() == daemon { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
+            // The shim may have died before the line above.
+            if getppid() == shim { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
         });
     }
-    let child = process.spawn().map_err(|error| format!("failed to start {}: {error}", program.display()))?;
-    let id = child.id().and_then(|id| i32::try_from(id).ok());
-    let id = id.ok_or_else(|| format!("{} ended before it ran", program.display()))?;
-    let group = Group { id: Pid::from_raw(id), ended: Arc::default() };
-    Ok(RankProcess { rank, child, group, stderr })
+    let child = process.spawn();
+    let child = child.map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
+    // Whoever reaps the shim's children reaps it; dropping the handle does not touch it.
+    Ok(RankProcess { rank, pid: child.id() as i32, stderr })
 }
 
 impl RankProcess {
-    /// A handle that signals the rank and everything it started.
-    pub fn group(&self) -> Group {
-        self.group.clone()
-    }
-
-    /// Waits for the rank, ends whatever it left behind in its session, and says how it ended.
-    pub async fn wait(mut self) -> RankExit {
-        let status = self.child.wait().await;
-        // The leader is gone, its group may not be. The kernel keeps the number of a group that has members, and
-        // gives out that of an empty one only after all others have had their turn: this hits the group or nothing.
-        self.group.kill();
-        // Later that would not hold any more.
-        self.group.ended.store(true, Ordering::Relaxed);
-        let (code, signal) = match status {
-            Ok(status) => ended(status),
-            Err(_) => (Some(-1), None),
-        };
-        let stderr_tail = tail(&self.stderr).unwrap_or_default();
-        let (out_of_memory, error) = (false, None);
-        RankExit { rank: self.rank, code, signal, time: unix_now(), stderr_tail, out_of_memory, error }
-    }
-}
-
-/// The process group of a rank. Signals nothing once the rank has been reaped: its number may then be another's.
-/// Reaping and signalling both happen on the launcher's thread, so that neither comes between the other's steps.
-#[derive(Clone, Debug)]
-pub(super) struct Group {
-    id: Pid,
-    ended: Arc<AtomicBool>,
-}
-
-impl Group {
-    pub fn terminate(&self) {
-        self.signal(Signal::SIGTERM);
-        // A stopped process acts on SIGTERM only when it goes on.
-        self.signal(Signal::SIGCONT);
-    }
-
-    pub fn kill(&self) {
-        self.signal(Signal::SIGKILL);
-    }
-
-    fn signal(&self, signal: Signal) {
-        if !self.ended.load(Ordering::Relaxed) {
-            // It may have ended by itself in this moment.
-            killpg(self.id, signal).ok();
+    /// Signals the rank and everything in its session's first group.
+    ///
+    /// Also right after it was waited for, to end what it left: the kernel keeps the number of a group that has
+    /// members, and gives out that of an empty one only after all others have had their turn. Not later.
+    pub fn signal(&self, signal: Signal) {
+        // It may have ended by itself in this moment.
+        killpg(Pid::from_raw(self.pid), signal).ok();
+        if signal != Signal::SIGKILL {
+            // A stopped process acts on most signals only when it goes on.
+            killpg(Pid::from_raw(self.pid), Signal::SIGCONT).ok();
         }
     }
 }
 
-fn ended(status: ExitStatus) -> (Option<i32>, Option<i32>) {
-    use std::os::unix::process::ExitStatusExt;
-    match status.signal() {
-        Some(signal) => (None, Some(signal)),
-        None => (Some(status.code().unwrap_or(-1)), None),
-    }
-}
-
 /// The end of a file as text, in at most [`STDERR_TAIL_BYTES`].
-fn tail(path: &Path) -> std::io::Result<String> {
+pub(crate) fn tail(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     let start = file.metadata()?.len().saturating_sub(STDERR_TAIL_BYTES);
     file.seek(SeekFrom::Start(start))?;
@@ -169,17 +126,5 @@ mod tests {
             let text = tail(&path).unwrap();
             assert!(text.ends_with(ends) && text.len() == length, "{} bytes: {text:?}", text.len());
         }
-    }
-
-    #[tokio::test]
-    async fn a_group_is_left_alone_once_its_rank_was_reaped() {
-        let dir = tempfile::tempdir().unwrap();
-        let command = ["true".to_owned()];
-        let env = BTreeMap::new();
-        let rank = start(Rank(3), Path::new("/bin/true"), &command, dir.path(), dir.path(), env).unwrap();
-        let group = rank.group();
-        let exit = rank.wait().await;
-        assert_eq!((exit.rank, exit.code, exit.signal), (Rank(3), Some(0), None));
-        assert!(group.ended.load(Ordering::Relaxed), "its number may be another's now");
     }
 }

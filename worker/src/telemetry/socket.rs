@@ -1,21 +1,22 @@
 //! The socket of one rank.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use muster_core::types::{GangId, Rank};
+use muster_core::types::Rank;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::outbox::Outbox;
+use super::file::Writer;
 use super::parse::parse;
 
 /// Connections of one rank at once: a program and what it starts.
@@ -27,50 +28,95 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Longest path of a socket: an address holds 108 bytes, the last of them NUL.
 const PATH_BYTES_MAX: usize = 107;
-/// Bytes that "/muster-" with six random characters, and "/", a number and ".sock", add to a directory.
-const NAME_BYTES_MAX: usize = 14 + 26;
+/// Bytes that "/", a local rank and ".sock" add to a directory.
+const NAME_BYTES_MAX: usize = 16;
 
-/// Makes sockets in one private directory.
-#[derive(Clone, Debug)]
-pub(crate) struct Sockets(Arc<Inner>);
+/// Ranks of which points were written since the last look, and how far each rank is.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Changes(Arc<Written>);
 
+#[derive(Debug, Default)]
+struct Written {
+    ranks: Mutex<BTreeSet<Rank>>,
+    steps: Mutex<BTreeMap<Rank, u64>>,
+    added: Notify,
+}
+
+impl Changes {
+    fn add(&self, rank: Rank, step: u64) {
+        lock(&self.0.ranks).insert(rank);
+        lock(&self.0.steps).insert(rank, step);
+        self.0.added.notify_one();
+    }
+
+    /// Returns once there are some.
+    pub async fn added(&self) {
+        self.0.added.notified().await;
+    }
+
+    pub fn take(&self) -> Vec<Rank> {
+        std::mem::take(&mut *lock(&self.0.ranks)).into_iter().collect()
+    }
+
+    /// The last step that a rank reported.
+    pub fn step(&self, rank: Rank) -> Option<u64> {
+        lock(&self.0.steps).get(&rank).copied()
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change is one call.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the sockets of one gang in one private directory, and reads them on a thread of its own: neither a flood
+/// of points nor a disk that hangs holds up what starts and stops the ranks.
 #[derive(Debug)]
-struct Inner {
-    dir: tempfile::TempDir,
-    next: AtomicU64,
-    /// Where sockets are read: never on the launcher's thread, which a flood of points must not hold up.
+pub(crate) struct Sockets {
+    dir: PathBuf,
+    changes: Changes,
     runtime: Handle,
+    stop: CancellationToken,
 }
 
 impl Sockets {
-    /// The directory is `data_dir`'s if the path of a socket in it fits into a socket address (108 bytes),
-    /// else a temporary one. It goes with the daemon. Must be called within the runtime that is to read them.
-    pub fn new(data_dir: &Path) -> io::Result<Self> {
-        let parent = std::path::absolute(data_dir)?.join("run");
-        // What an earlier daemon left when it was killed; the data directory is ours alone.
-        match std::fs::remove_dir_all(&parent) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
-        let fits = parent.as_os_str().len() + NAME_BYTES_MAX <= PATH_BYTES_MAX;
-        let parent = if fits { parent } else { std::env::temp_dir() };
-        std::fs::create_dir_all(&parent)?;
-        // Created with mode 0700: only this user's programs may report.
-        let dir = tempfile::Builder::new().prefix("muster-").tempdir_in(parent)?;
-        Ok(Self(Arc::new(Inner { dir, next: AtomicU64::new(0), runtime: Handle::current() })))
+    /// The sockets are in `dir`, which is private, if their paths fit into a socket's address (108 bytes), else in
+    /// a temporary one, which whoever takes the gang's state away must remove too.
+    pub fn new(dir: &Path, changes: Changes) -> io::Result<Self> {
+        let fits = dir.as_os_str().len() + NAME_BYTES_MAX <= PATH_BYTES_MAX;
+        // Made with mode 0700: only this user's programs may report.
+        let temporary = || tempfile::Builder::new().prefix("muster-").tempdir();
+        let dir = if fits { dir.to_owned() } else { temporary()?.keep() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
+        let stopped = stop.clone();
+        std::thread::Builder::new()
+            .name("telemetry".to_owned())
+            .spawn(move || runtime.block_on(stopped.cancelled()))?;
+        Ok(Self { dir, changes, runtime: handle, stop })
     }
 
-    /// A socket for one rank, read until it is dropped or drained.
-    pub fn open(&self, gang: &GangId, rank: Rank, outbox: Outbox) -> io::Result<RankSocket> {
-        let number = self.0.next.fetch_add(1, Ordering::Relaxed);
-        let path = self.0.dir.path().join(format!("{number}.sock"));
-        let _guard = self.0.runtime.enter();
+    /// Where they are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A socket for one rank, read until it is dropped or drained. What is read goes into a file in `log_dir`.
+    pub fn open(&self, rank: Rank, log_dir: &Path) -> io::Result<RankSocket> {
+        let path = self.dir.join(format!("{rank}.sock"));
+        let _guard = self.runtime.enter();
         let listener = UnixListener::bind(&path)?;
         let drain = CancellationToken::new();
-        let refused = Arc::default();
-        let source = Source { gang: gang.clone(), rank, outbox, refused };
-        let task = self.0.runtime.spawn(listen(listener, source, drain.clone()));
+        let writer = Arc::new(Mutex::new(Writer::open(log_dir)?));
+        let source = Source { rank, writer, changes: self.changes.clone(), refused: Arc::default() };
+        let task = self.runtime.spawn(listen(listener, source, drain.clone()));
         Ok(RankSocket { path, drain, task })
+    }
+}
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        self.stop.cancel();
     }
 }
 
@@ -106,19 +152,32 @@ impl Drop for RankSocket {
 
 #[derive(Clone)]
 struct Source {
-    gang: GangId,
     rank: Rank,
-    outbox: Outbox,
+    writer: Arc<Mutex<Writer>>,
+    changes: Changes,
     /// Lines and connections that were refused, over all connections of the rank.
     refused: Arc<AtomicU64>,
 }
 
 impl Source {
+    /// Writes a point to the rank's file.
+    fn add(&self, line: &[u8]) {
+        let written = parse(line).map_err(|why| format!("a line {why}")).and_then(|point| {
+            let step = point.step;
+            let written = lock(&self.writer).add(point).map(|()| step);
+            written.map_err(|error| format!("a point could not be kept: {error}"))
+        });
+        match written {
+            Ok(step) => self.changes.add(self.rank, step),
+            Err(why) => self.refuse(&why),
+        }
+    }
+
     /// Counts, and complains the first time and then ever more rarely: what a rank sends must not fill the log.
     fn refuse(&self, why: &str) {
         let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
         if refused.is_power_of_two() {
-            warn!(gang = %self.gang, rank = %self.rank, refused, %why, "telemetry of a rank is refused");
+            warn!(rank = %self.rank, refused, %why, "telemetry of a rank is refused");
         }
     }
 }
@@ -173,10 +232,7 @@ async fn read(stream: impl AsyncRead + Unpin, source: &Source) {
         } else if too_long {
             source.refuse("a line is longer than 64 KiB");
         } else {
-            match parse(&line) {
-                Ok(point) => source.outbox.add(&source.gang, source.rank, point),
-                Err(why) => source.refuse(&format!("a line {why}")),
-            }
+            source.add(&line);
         }
     }
 }
@@ -184,14 +240,16 @@ async fn read(stream: impl AsyncRead + Unpin, source: &Source) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_core::types::{Generation, JobId};
+    use crate::telemetry::file::{Line, Position, path_in, read as read_file};
 
     async fn steps(bytes: &[u8]) -> (Vec<u64>, u64) {
-        let gang = GangId { job: JobId::new("j").unwrap(), generation: Generation(1) };
-        let source = Source { gang, rank: Rank(0), outbox: Outbox::default(), refused: Arc::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let writer = Arc::new(Mutex::new(Writer::open(dir.path()).unwrap()));
+        let source = Source { rank: Rank(0), writer, changes: Changes::default(), refused: Arc::default() };
         read(bytes, &source).await;
-        let batch = source.outbox.next_batch().unwrap_or_default();
-        (batch.points.iter().filter_map(|point| point.step).collect(), source.refused.load(Ordering::Relaxed))
+        let lines = read_file(&path_in(dir.path()), Position::default()).unwrap().lines;
+        let step = |(_, line)| if let Some(Line::Point { step, .. }) = line { Some(step) } else { None };
+        (lines.into_iter().filter_map(step).collect(), source.refused.load(Ordering::Relaxed))
     }
 
     #[tokio::test]
@@ -212,16 +270,17 @@ mod tests {
 
     #[test]
     fn a_socket_has_a_path_that_fits_its_address() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let _guard = runtime.enter();
         let root = tempfile::tempdir().unwrap();
         for depth in 0..12 {
             let dir = root.path().join("directory/".repeat(depth));
             std::fs::create_dir_all(&dir).unwrap();
-            let sockets = Sockets::new(&dir).unwrap();
-            let gang = GangId { job: JobId::new("j").unwrap(), generation: Generation(1) };
-            let socket = sockets.open(&gang, Rank(0), Outbox::default()).unwrap();
+            let sockets = Sockets::new(&dir, Changes::default()).unwrap();
+            let socket = sockets.open(Rank(1023), &dir).unwrap();
             assert!(socket.path().as_os_str().len() <= PATH_BYTES_MAX);
+            drop(socket);
+            if sockets.dir() != dir {
+                std::fs::remove_dir(sockets.dir()).unwrap();
+            }
         }
     }
 }

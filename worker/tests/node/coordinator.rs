@@ -1,6 +1,6 @@
 //! The coordinator's side of WorkerService, as a script: it says what a test tells it to and keeps what it hears.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -30,6 +30,8 @@ pub struct State {
     pub joins: Vec<v1::JoinRequest>,
     /// Everything from all sessions, in order.
     pub heard: Vec<Up>,
+    /// Points by job, generation and rank, without those that came again.
+    pub kept: BTreeMap<(String, u32, u32), Vec<v1::Point>>,
     session: Option<Answers>,
 }
 
@@ -52,6 +54,7 @@ impl Coordinator {
             acks_points: true,
             joins: vec![],
             heard: vec![],
+            kept: BTreeMap::new(),
             session: None,
         };
         let coordinator = Self {
@@ -126,6 +129,13 @@ impl Coordinator {
         batches.flatten().collect()
     }
 
+    /// The numbers and steps of the points of one rank that are kept.
+    pub fn kept(&self, gang: &v1::Assignment, rank: u32) -> Vec<(u64, u64)> {
+        let state = self.state();
+        let kept = state.kept.get(&(gang.job_id.clone(), gang.generation, rank));
+        kept.into_iter().flatten().map(|point| (point.seq, point.step())).collect()
+    }
+
     /// What came for one subscription.
     pub fn logs(&self, subscription: u64) -> Vec<v1::LogData> {
         let state = self.state();
@@ -155,11 +165,14 @@ impl Coordinator {
                         Some(Down::HeartbeatAck(v1::HeartbeatAck { seq: beat.seq }))
                     }
                     Up::Points(batch) if state.acks_points => batch.points.last().map(|last| {
+                        // The highest that is kept, which an earlier daemon may have sent.
+                        let kept = state.kept.get(&(batch.job_id.clone(), last.generation, last.rank()));
+                        let seq = last.seq.max(kept.and_then(|kept| kept.last()).map_or(0, |p| p.seq));
                         Down::PointAck(v1::PointAck {
                             job_id: batch.job_id.clone(),
                             generation: last.generation,
                             rank: last.rank(),
-                            seq: last.seq,
+                            seq,
                         })
                     }),
                     Up::Goodbye(_) => {
@@ -168,6 +181,15 @@ impl Coordinator {
                     }
                     _ => None,
                 };
+                if let Up::Points(batch) = &message {
+                    for point in &batch.points {
+                        let key = (batch.job_id.clone(), point.generation, point.rank());
+                        let kept = state.kept.entry(key).or_default();
+                        if kept.last().is_none_or(|last| last.seq < point.seq) {
+                            kept.push(point.clone());
+                        }
+                    }
+                }
                 state.heard.push(message);
                 if ends {
                     state.session = None;

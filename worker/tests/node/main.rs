@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "tests wait on the clock of the machine")]
 
+mod adoption;
 mod coordinator;
 mod launching;
 mod logs;
@@ -70,10 +71,50 @@ async fn gone(pid: i32) {
     eventually("the end of a process", || if is_running(pid) { Err(pid) } else { Ok(()) }).await;
 }
 
+/// Not a test: this program run as a shim.
+#[test]
+fn shim_entry() {
+    if std::env::var_os("MUSTER_SHIM_DIR").is_some() {
+        muster_worker::shim();
+    }
+}
+
+/// The directory of a test. The shims in it end with it, and so do their ranks.
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        for shim in shims(self.path()) {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL).ok();
+        }
+    }
+}
+
+/// The process ids of the shims of the daemons in a directory.
+fn shims(dir: &Path) -> Vec<i32> {
+    let entries = std::fs::read_dir(dir.join("data/run")).into_iter().flatten().flatten();
+    let pid = |entry: std::fs::DirEntry| {
+        let record: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(entry.path().join("shim.json")).ok()?).ok()?;
+        i32::try_from(record["pid"].as_i64()?).ok().filter(|pid| is_running(*pid))
+    };
+    entries.filter_map(pid).collect()
+}
+
 /// One node daemon in this process, its coordinator, and a directory for both and for the ranks.
 struct World {
     coordinator: Coordinator,
-    dir: tempfile::TempDir,
+    dir: Dir,
     stop: CancellationToken,
     task: JoinHandle<Result<(), Error>>,
 }
@@ -86,7 +127,7 @@ impl World {
 
     /// Starts a node. `first` are URLs that are tried before the coordinator's.
     async fn with(coordinator: Coordinator, first: Vec<String>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = Dir::new();
         let stop = CancellationToken::new();
         let urls = first.into_iter().chain([coordinator.url()]).collect();
         let task = tokio::spawn(muster_worker::run(config(urls, dir.path()), stop.clone()));
@@ -129,6 +170,30 @@ impl World {
         self.observe(gang, ObservedPhase::Stopped).await
     }
 
+    /// What is reported of a gang from now on is what the coordinator wants.
+    fn desire(&self, gangs: &[&v1::Assignment]) {
+        let running = |gang: &&v1::Assignment| v1::Assignment {
+            phase: DesiredPhase::Running.into(),
+            ..(*gang).clone()
+        };
+        self.coordinator.state().desired = gangs.iter().map(running).collect();
+    }
+
+    /// Ends the daemon as SIGKILL does: at whatever it is.
+    async fn kill_daemon(&mut self) {
+        self.task.abort();
+        (&mut self.task).await.unwrap_err();
+    }
+
+    /// Starts another in its place, and waits until it has said what it found.
+    async fn start_daemon(&mut self) -> v1::Hello {
+        let sessions = self.coordinator.hellos().len();
+        self.stop = CancellationToken::new();
+        let config = config(vec![self.coordinator.url()], self.dir.path());
+        self.task = tokio::spawn(muster_worker::run(config, self.stop.clone()));
+        self.session(sessions + 1).await
+    }
+
     /// Stops the daemon as SIGTERM does.
     async fn end(self) -> (Result<(), Error>, Coordinator) {
         self.stop.cancel();
@@ -137,7 +202,9 @@ impl World {
 }
 
 fn config(urls: Vec<String>, dir: &Path) -> Config {
-    Config::new(urls, NodeName::new("n1").unwrap(), dir.join("data"))
+    let program = std::env::current_exe().unwrap();
+    let shim = vec![program.into(), "--exact".into(), "shim_entry".into(), "--nocapture".into()];
+    Config { shim, ..Config::new(urls, NodeName::new("n1").unwrap(), dir.join("data")) }
 }
 
 /// A gang of one rank that runs a shell script with the world's directory as $DIR.

@@ -87,7 +87,7 @@ async fn a_name_that_is_let_go_of_in_time_is_taken() {
 async fn what_can_never_work_ends_the_daemon_in_words() {
     let coordinator = Coordinator::start(LEASE).await;
     coordinator.state().refusals.push_back(Status::invalid_argument("inventory.labels are more than 256"));
-    let dir = tempfile::tempdir().unwrap();
+    let dir = Dir::new();
     let run = |urls| {
         let run = muster_worker::run(config(urls, dir.path()), CancellationToken::new());
         async { tokio::time::timeout(PATIENCE, run).await.expect("it ends by itself") }

@@ -144,11 +144,27 @@ async fn a_daemon_that_is_stopped_leaves_nothing_running() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ranks_die_with_their_daemon_even_if_it_says_nothing() {
+async fn ranks_without_progress_are_told_of_until_one_shows_some() {
     let world = World::start().await;
-    let gang = gang(&world, "j1", "trap '' TERM; echo $$ > $DIR/pid; while :; do sleep 0.05; done");
+    let script = "echo $$ > $DIR/pid$LOCAL_RANK; echo $MUSTER_TELEMETRY > $DIR/socket$LOCAL_RANK; \
+                  while [ ! -e $DIR/go$LOCAL_RANK ]; do sleep 0.05; done; \
+                  [ $LOCAL_RANK = 0 ] && exit; while :; do echo on; sleep 0.05; done";
+    let mut gang = with_grace(with_ranks(gang(&world, "j1", script), 3), Duration::ZERO);
+    gang.spec.as_mut().unwrap().progress_timeout = Some(duration_to_wire_std(Duration::from_secs(1)));
     world.want(&gang, DesiredPhase::Running).await;
-    let pid = pid_in(&world.path("pid")).await;
-    world.task.abort();
-    gone(pid).await;
+    let mut rank = telemetry::connect(&world, 2).await;
+    telemetry::report(&mut rank, 1..=7).await;
+    let quiet = |ranks: usize| {
+        let report = world.coordinator.report(&gang).unwrap();
+        if report.quiet.len() == ranks { Ok(report.quiet) } else { Err(report) }
+    };
+    let stopped = pid_in(&world.path("pid1")).await;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(stopped), nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let told = eventually("silence", || quiet(3)).await;
+    let seen: Vec<_> = told.iter().map(|rank| (rank.rank, rank.step, rank.state.as_str())).collect();
+    assert_eq!(seen, [(0, None, "S"), (1, None, "T"), (2, Some(7), "S")]);
+    std::fs::write(world.path("go2"), "").unwrap();
+    eventually("progress", || quiet(0)).await;
+    world.want(&gang, DesiredPhase::Stopped).await;
+    world.observe(&gang, ObservedPhase::Stopped).await;
 }

@@ -1,7 +1,8 @@
 //! The daemons of the demo: started as separate processes, and none left behind.
 //!
 //! Each gets the read end of a pipe as its standard input and ends when that does: however this process dies,
-//! the kernel closes its end. Ranks in turn die with their worker.
+//! the kernel closes its end. Workers stop their ranks before they end; those of one that was killed end with its
+//! lease.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

@@ -1,0 +1,153 @@
+//! The ranks of one gang as their shim holds them: started, signalled, and waited for with all that they left.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+
+use muster_core::types::{Assignment, Rank, RankExit};
+use nix::sys::signal::Signal;
+use rustix::process::{WaitOptions, WaitStatus};
+use tokio::task::JoinHandle;
+use tracing::info;
+
+use super::record::Order;
+use crate::clock::unix_now;
+use crate::launch::environment::{self, RankContext};
+use crate::launch::prepare::Prepared;
+use crate::launch::process::{self, Program, RankProcess};
+use crate::launch::sweep;
+use crate::telemetry::{RankSocket, Sockets};
+
+/// Every process of the gang is a descendant of this one, also one whose parents have ended: this process is their
+/// subreaper. So the gang is gone when this process has no child.
+#[derive(Debug)]
+pub(super) struct Ranks {
+    pub all: Vec<Rank>,
+    /// By process id.
+    running: BTreeMap<i32, (RankProcess, RankSocket)>,
+    /// Those that have ended, in that order, while the last of their output is read.
+    ending: VecDeque<(RankExit, JoinHandle<String>)>,
+    has_children: bool,
+}
+
+impl Ranks {
+    /// The ranks of a gang, none of them started.
+    pub fn new(assignment: &Assignment) -> Self {
+        let first = assignment.placement.first_rank.0;
+        let all = (first..first + assignment.placement.procs).map(Rank).collect();
+        Self { all, running: BTreeMap::new(), ending: VecDeque::new(), has_children: false }
+    }
+
+    /// Starts every rank. On an error those before it are left running.
+    pub fn start(
+        &mut self,
+        order: &Order,
+        prepared: &Prepared,
+        sockets: &Sockets,
+        port: u16,
+    ) -> Result<(), String> {
+        let assignment = &order.assignment;
+        let mark = order.mark();
+        for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
+            let local_rank = rank.0 - assignment.placement.first_rank.0;
+            let socket = sockets.open(*rank, log_dir);
+            let socket = socket.map_err(|error| format!("failed to make a telemetry socket: {error}"))?;
+            let context = RankContext { log_dir, telemetry: socket.path(), mark: &mark };
+            let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
+            let working_dir = assignment.spec.working_dir.as_ref().map_or(log_dir.clone(), PathBuf::from);
+            let program = Program {
+                path: &prepared.program,
+                command: &assignment.spec.command,
+                working_dir: &working_dir,
+            };
+            let process = process::start(*rank, program, log_dir, env)?;
+            self.has_children = true;
+            self.running.insert(process.pid, (process, socket));
+        }
+        Ok(())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        for (process, _) in self.running.values() {
+            process.signal(signal);
+        }
+    }
+
+    /// Kills everything there is. What is forked meanwhile takes another time.
+    pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+        sweep::kill_descendants();
+    }
+
+    /// Takes note of every child that has ended.
+    pub fn reap(&mut self) {
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => self.ended(pid.as_raw_nonzero().get(), status),
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(None) => return,
+                // That there is no child.
+                Err(_) => return self.has_children = false,
+            }
+        }
+    }
+
+    fn ended(&mut self, pid: i32, status: WaitStatus) {
+        // Other children are what ranks have left behind.
+        let Some((process, socket)) = self.running.remove(&pid) else { return };
+        process.signal(Signal::SIGKILL);
+        let (code, signal) = (status.exit_status(), status.terminating_signal());
+        info!(rank = process.rank.0, code, signal, "rank ended");
+        let exit = RankExit {
+            rank: process.rank,
+            code: if signal.is_some() { None } else { Some(code.unwrap_or(-1)) },
+            signal,
+            time: unix_now(),
+            stderr_tail: String::new(),
+            out_of_memory: false,
+            error: None,
+        };
+        let read = tokio::spawn(async move {
+            // Whatever the rank reported before it ended goes ahead of the news that it ended.
+            socket.drain().await;
+            let tail = tokio::task::spawn_blocking(move || process::tail(&process.stderr));
+            tail.await.ok().and_then(Result::ok).unwrap_or_default()
+        });
+        self.ending.push_back((exit, read));
+    }
+
+    /// The next exit, in the order in which the ranks ended.
+    pub async fn exit(&mut self) -> RankExit {
+        let Some((_, read)) = self.ending.front_mut() else { return std::future::pending().await };
+        let stderr_tail = read.await.unwrap_or_default();
+        match self.ending.pop_front() {
+            Some((exit, _)) => RankExit { stderr_tail, ..exit },
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The process of a rank that runs.
+    pub fn pid_of(&self, rank: Rank) -> Option<i32> {
+        self.running.iter().find(|(_, (process, _))| process.rank == rank).map(|(pid, _)| *pid)
+    }
+
+    /// Whether every rank has ended; what they left may run.
+    pub fn have_ended(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    /// Whether no process of theirs is left.
+    pub fn are_gone(&self) -> bool {
+        !self.has_children
+    }
+
+    /// Whether every exit was given out.
+    pub fn are_told(&self) -> bool {
+        self.ending.is_empty()
+    }
+
+    /// The ranks of which something is left: all, if only what they left behind is.
+    pub fn held(&self) -> Vec<Rank> {
+        let running: Vec<Rank> = self.running.values().map(|(process, _)| process.rank).collect();
+        if running.is_empty() { self.all.clone() } else { running }
+    }
+}

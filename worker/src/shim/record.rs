@@ -1,0 +1,184 @@
+//! What is kept of a shim on disk, by which the next daemon finds it: `<data_dir>/run/<job>.<generation>/`.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use muster_core::types::{Assignment, GangId};
+use muster_worker_core::ShimRecord;
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::protocol::State;
+
+/// What the shim is to run, written before it is started.
+const ORDER: &str = "order.json";
+/// Who it is, written when it can be spoken to.
+const RECORD: &str = "shim.json";
+/// Its last state, written when it ends.
+const FINAL: &str = "final.json";
+/// Where it listens.
+const SOCKET: &str = "sock";
+
+/// What a shim is started for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub assignment: Assignment,
+    pub data_dir: PathBuf,
+    /// Tells this data directory's ranks from those of any other on the machine.
+    pub data_id: String,
+}
+
+impl Order {
+    /// What every process of the gang has in its environment, unless it took it out.
+    pub fn mark(&self) -> String {
+        format!("{}@{}", self.assignment.gang, self.data_id)
+    }
+}
+
+/// Who a shim is, and what it holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub protocol: u32,
+    #[serde(flatten)]
+    pub process: ShimRecord,
+    #[serde(flatten)]
+    pub order: Order,
+    pub master_port: Option<u16>,
+    /// Ranks may have been started.
+    pub launched: bool,
+    /// Where the ranks' sockets are.
+    pub sockets: PathBuf,
+}
+
+/// What a process is, which its id alone does not say.
+pub(crate) fn this_process(boot_id: String) -> io::Result<ShimRecord> {
+    let pid = nix::unistd::getpid().as_raw();
+    let start_time = start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+    Ok(ShimRecord { boot_id, pid, start_time })
+}
+
+/// Whether it runs; a zombie does not.
+pub(crate) fn is_running(process: &ShimRecord, boot_id: &str) -> bool {
+    process.boot_id == boot_id && start_time(process.pid) == Some(process.start_time)
+}
+
+/// Kills this process and no other: what a pidfd stands for is not replaced by what gets the id later.
+pub(crate) fn kill(process: &ShimRecord, boot_id: &str) {
+    let Some(pid) = rustix::process::Pid::from_raw(process.pid) else { return };
+    if let Ok(handle) = pidfd_open(pid, PidfdFlags::empty())
+        && is_running(process, boot_id)
+    {
+        pidfd_send_signal(handle, Signal::KILL).ok();
+    }
+}
+
+/// When a process was started, in ticks since the boot. None if it does not run.
+pub(crate) fn start_time(pid: i32) -> Option<u64> {
+    let stat = stat(pid)?;
+    // The state is field 3, this is field 22.
+    stat.get(19)?.parse().ok().filter(|_| !matches!(stat[0].as_str(), "Z" | "X"))
+}
+
+/// The state of a process as the kernel shows it, such as 'S' or 'T'.
+pub(crate) fn state_of(pid: i32) -> Option<char> {
+    stat(pid)?.first()?.chars().next()
+}
+
+/// What the kernel says of a process, from its state on.
+fn stat(pid: i32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may hold anything, also parentheses.
+    Some(text.rsplit_once(')')?.1.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+/// The directory of one shim, held open: one that was removed and made again under its name is another.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    dir: File,
+}
+
+impl StateDir {
+    /// Where a gang's is.
+    pub fn path_of(data_dir: &Path, gang: &GangId) -> PathBuf {
+        data_dir.join("run").join(format!("{}.{}", gang.job, gang.generation))
+    }
+
+    /// Makes it, for this user only. What an earlier try left is not taken over.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        Self::open(path)
+    }
+
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), dir: File::open(path)? })
+    }
+
+    /// What it was opened as.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the shim listens: a path that fits a socket's address (108 bytes), wherever the directory is.
+    pub fn socket(&self) -> PathBuf {
+        self.held(SOCKET)
+    }
+
+    pub fn order(&self) -> io::Result<Order> {
+        self.read(ORDER)
+    }
+
+    pub fn record(&self) -> io::Result<Record> {
+        self.read(RECORD)
+    }
+
+    pub fn last_state(&self) -> io::Result<State> {
+        self.read(FINAL)
+    }
+
+    pub fn write_order(&self, order: &Order) -> io::Result<()> {
+        self.write(ORDER, order)
+    }
+
+    pub fn write_record(&self, record: &Record) -> io::Result<()> {
+        self.write(RECORD, record)
+    }
+
+    pub fn write_last_state(&self, state: &State) -> io::Result<()> {
+        self.write(FINAL, state)
+    }
+
+    /// Removes it with everything in it.
+    pub fn remove(&self) {
+        if let Ok(record) = self.record()
+            && !record.sockets.starts_with(&self.path)
+        {
+            fs::remove_dir_all(&record.sockets).ok();
+        }
+        fs::remove_dir_all(&self.path).ok();
+    }
+
+    fn held(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
+        Ok(serde_json::from_slice(&fs::read(self.held(name))?)?)
+    }
+
+    /// There as a whole or not at all, whenever the writer is killed. What a crash of the machine leaves does not
+    /// matter: no process outlives that.
+    fn write(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
+        let new = self.held(&format!("{name}.new"));
+        fs::write(&new, serde_json::to_vec(value)?)?;
+        fs::rename(new, self.held(name))
+    }
+}

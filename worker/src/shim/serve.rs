@@ -1,0 +1,409 @@
+//! The shim's process.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use muster_core::types::{Assignment, Millis, RankExit, StopMode};
+use muster_worker_core::Fence;
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::signal::Signal;
+use nix::unistd::setsid;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{error, info, warn};
+
+use super::control::{Event, Shown, listen};
+use super::progress::Progress;
+use super::protocol::{Command, PROTOCOL, Phase, State};
+use super::ranks::Ranks;
+use super::record::{Order, Record, StateDir, this_process};
+use crate::clock::boot_now;
+use crate::launch::environment::SHIM_DIR;
+use crate::launch::prepare::{self, Prepared, mark_launched};
+use crate::launch::timer::Timer;
+use crate::telemetry::{Changes, Sockets};
+
+/// What a daemon said that may wait here.
+const EVENTS_MAX: usize = 16;
+/// Time for the daemon that started this process to speak to it.
+const CONNECT_MAX: Millis = Millis::from_secs(30);
+/// Time after SIGKILL at which what is left is called killed: the kernel holds it, and it runs no more.
+const KILLED_AFTER: Millis = Millis::from_secs(10);
+/// Time between attempts to kill what is left: at first, and once the kernel is found to hold it.
+const KILL_INTERVAL: (Millis, Millis) = (Millis(20), Millis(1000));
+
+/// Runs the shim whose state directory is in the environment, to its end. Must be called on a thread that lasts as
+/// long as the process.
+pub fn main() -> ExitCode {
+    let Some(dir) = std::env::var_os(SHIM_DIR) else {
+        eprintln!("this command is for the node daemon, which starts it with {SHIM_DIR} set");
+        return ExitCode::from(2);
+    };
+    match run(Path::new(&dir)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(%error, "the shim failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(dir: &Path) -> io::Result<()> {
+    // Away from the daemon's terminal. It is no group's leader, as whoever forks is not.
+    setsid().ok();
+    set_child_subreaper(true)?;
+    let dir = StateDir::open(dir)?;
+    let order = dir.order()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let result = runtime.block_on(serve(dir, order));
+    // A file server that does not answer holds up nothing here.
+    runtime.shutdown_background();
+    result
+}
+
+/// Something that happened.
+enum Woken {
+    Clock,
+    Children,
+    Control(Event),
+    Prepared(Result<Result<Prepared, String>, JoinError>),
+    Exit(RankExit),
+    /// Somebody asks this process to end.
+    Asked,
+}
+
+async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
+    // Listened to, so that they do not end this process; ranks get them as they were.
+    let [mut children, mut asked, _hangup, _interrupt] =
+        [SignalKind::child(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()]
+            .map(signal);
+    let (children, asked) =
+        (children.as_mut().map_err(|error| error.kind())?, asked.as_mut().map_err(|error| error.kind())?);
+    let (events, mut heard) = mpsc::channel(EVENTS_MAX);
+    let mut timer = Timer::new()?;
+    let (mut shim, shown) = Shim::new(dir, order)?;
+    let listener = UnixListener::bind(shim.dir.socket())?;
+    let _listening = AbortOnDropHandle::new(tokio::spawn(listen(listener, shown, events)));
+    shim.dir.write_record(&shim.record)?;
+    let (assignment, data_dir) = (shim.record.order.assignment.clone(), shim.record.order.data_dir.clone());
+    let mut preparing = Some(tokio::task::spawn_blocking(move || prepare::prepare(&assignment, &data_dir)));
+    loop {
+        shim.look();
+        if shim.is_over() {
+            return shim.end();
+        }
+        let deadline = shim.deadline();
+        let woken = tokio::select! {
+            biased;
+            result = timer.at(deadline) => { result?; Woken::Clock }
+            _ = children.recv() => Woken::Children,
+            exit = shim.ranks.exit() => Woken::Exit(exit),
+            () = looked(&mut shim.progress) => Woken::Clock,
+            prepared = finished(&mut preparing) => Woken::Prepared(prepared),
+            _ = asked.recv() => Woken::Asked,
+            Some(event) = heard.recv() => Woken::Control(event),
+        };
+        // This process may have been stopped for long. Before it takes what came meanwhile, it looks whether the
+        // ranks may still run.
+        shim.look();
+        shim.wake(woken);
+    }
+}
+
+async fn looked(progress: &mut Option<Progress>) {
+    match progress {
+        Some(progress) => progress.looked().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match task {
+        Some(running) => {
+            let result = running.await;
+            *task = None;
+            result
+        }
+        None => std::future::pending().await,
+    }
+}
+
+struct Shim {
+    dir: StateDir,
+    record: Record,
+    state: watch::Sender<State>,
+    sockets: Sockets,
+    ranks: Ranks,
+    changes: Changes,
+    progress: Option<Progress>,
+    prepared: Option<Prepared>,
+    /// What is to be launched once it is prepared.
+    launch: Option<(Box<Assignment>, Option<Fence>)>,
+    fence: Option<Fence>,
+    /// When the grace of the ranks ends.
+    kill_at: Option<Millis>,
+    /// Since when everything is being killed, and when that is tried again.
+    killing: Option<(Millis, Millis)>,
+    /// Not every rank could be started: the others are killed, and how they end does not matter.
+    failed: bool,
+    /// The open connection.
+    daemon: Option<u64>,
+    /// Until when the first one may take.
+    connect_by: Option<Millis>,
+    released: bool,
+}
+
+impl Shim {
+    fn new(dir: StateDir, order: Order) -> io::Result<(Self, Shown)> {
+        let changes = Changes::default();
+        let sockets = Sockets::new(dir.path(), changes.clone())?;
+        let process = this_process(crate::devices::boot_id(Path::new("/")))?;
+        let (state, shown) = watch::channel(State { pid: process.pid, ..State::default() });
+        let record = Record {
+            protocol: PROTOCOL,
+            process,
+            order,
+            master_port: None,
+            launched: false,
+            sockets: sockets.dir().to_owned(),
+        };
+        let shim = Self {
+            dir,
+            ranks: Ranks::new(&record.order.assignment),
+            record,
+            state,
+            sockets,
+            changes: changes.clone(),
+            progress: None,
+            prepared: None,
+            launch: None,
+            fence: None,
+            kill_at: None,
+            killing: None,
+            failed: false,
+            daemon: None,
+            connect_by: Some(boot_now().plus(CONNECT_MAX)),
+            released: false,
+        };
+        Ok((shim, Shown { state: shown, changes }))
+    }
+
+    fn wake(&mut self, woken: Woken) {
+        match woken {
+            Woken::Exit(exit) if !self.failed => self.state.send_modify(|state| state.exits.push(exit)),
+            // What is due is done at each look.
+            Woken::Clock | Woken::Children | Woken::Exit(_) => {}
+            Woken::Prepared(prepared) => {
+                self.prepared(prepared.unwrap_or_else(|error| Err(format!("failed to prepare: {error}"))));
+            }
+            Woken::Asked => {
+                warn!("this shim was asked to end, and ends its ranks");
+                let grace = self.record.order.assignment.spec.stop_grace;
+                self.stop(StopMode { grace, dump_stacks: false });
+            }
+            Woken::Control(Event::Connected(number)) => {
+                // One that never launched anything serves only the daemon that started it.
+                self.released |= number > 1 && !self.record.launched;
+                (self.daemon, self.connect_by) = (Some(number), None);
+            }
+            Woken::Control(Event::Closed(number)) => {
+                if self.daemon == Some(number) {
+                    self.daemon = None;
+                    self.released |= !self.record.launched;
+                }
+            }
+            Woken::Control(Event::Said(command)) => self.follow(command),
+        }
+    }
+
+    fn follow(&mut self, command: Command) {
+        match command {
+            Command::Launch { assignment, fence } => {
+                if self.phase() < Phase::Running && !self.record.launched {
+                    self.launch = Some((assignment, fence));
+                    self.launch_if_prepared();
+                }
+            }
+            Command::Stop(stop) => self.stop(stop),
+            Command::Fence(fence) => self.set_fence(Some(fence)),
+            Command::Release => self.released |= self.phase() == Phase::Stopped,
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        self.state.borrow().phase
+    }
+
+    fn prepared(&mut self, prepared: Result<Prepared, String>) {
+        if self.phase() != Phase::Preparing {
+            return;
+        }
+        match prepared {
+            Ok(prepared) => {
+                let port = prepared.master.as_ref().map(crate::launch::port::MasterPort::number);
+                self.record.master_port = port;
+                self.prepared = Some(prepared);
+                self.state.send_modify(|state| (state.phase, state.master_port) = (Phase::Prepared, port));
+                self.launch_if_prepared();
+            }
+            Err(why) => self.fail(why),
+        }
+    }
+
+    fn launch_if_prepared(&mut self) {
+        if self.phase() == Phase::Prepared
+            && let Some((assignment, fence)) = self.launch.take()
+            && let Err(why) = self.launch(*assignment, fence)
+        {
+            self.fail(why);
+        }
+    }
+
+    fn launch(&mut self, assignment: Assignment, fence: Option<Fence>) -> Result<(), String> {
+        self.set_fence(fence);
+        let prepared = self.prepared.as_ref().ok_or("nothing is prepared")?;
+        if fence.is_some_and(|fence| boot_now() >= fence.term) {
+            return Err("the node's lease ended before the ranks were launched".to_owned());
+        }
+        let port = self.record.master_port.or(assignment.master_port).ok_or("no master port was assigned")?;
+        mark_launched(&self.record.order.data_dir, &assignment.gang)?;
+        // Said before it is so: whoever finds the record looks for ranks.
+        self.record.launched = true;
+        self.record.order.assignment = assignment;
+        let written = self.dir.write_record(&self.record);
+        written.map_err(|error| format!("failed to write to {}: {error}", self.dir.path().display()))?;
+        self.ranks.start(&self.record.order, prepared, &self.sockets, port)?;
+        let log_dirs = self.ranks.all.iter().copied().zip(prepared.log_dirs.iter().cloned());
+        let timeout = self.record.order.assignment.spec.progress_timeout;
+        self.progress = Progress::new(timeout, boot_now(), log_dirs);
+        info!(gang = %self.record.order.assignment.gang, "ranks launched");
+        self.state.send_modify(|state| state.phase = Phase::Running);
+        Ok(())
+    }
+
+    /// Nothing runs, or what was started ends at once.
+    fn fail(&mut self, why: String) {
+        warn!(error = %why, "the gang cannot be launched");
+        self.state.send_modify(|state| state.error = Some(why));
+        self.failed = true;
+        self.stop(StopMode { grace: Millis(0), dump_stacks: false });
+    }
+
+    /// Not worth telling: whoever connects hears the last.
+    fn set_fence(&mut self, fence: Option<Fence>) {
+        self.fence = fence;
+        self.state.send_if_modified(|state| {
+            state.fence = fence;
+            false
+        });
+    }
+
+    fn stop(&mut self, stop: StopMode) {
+        if !self.record.launched {
+            self.launch = None;
+            self.state.send_modify(|state| state.phase = Phase::Stopped);
+            return;
+        }
+        self.ranks.signal(self.stop_signal(stop.dump_stacks));
+        let at = boot_now().plus(stop.grace);
+        // It may be hastened, and not put off.
+        self.kill_at = Some(self.kill_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// A rank that hangs writes its stacks at SIGABRT, if it is a Python program.
+    fn stop_signal(&self, dumps: bool) -> Signal {
+        let wanted = Signal::try_from(self.record.order.assignment.spec.stop_signal as i32);
+        if dumps { Signal::SIGABRT } else { wanted.unwrap_or(Signal::SIGTERM) }
+    }
+
+    /// Does what is due.
+    fn look(&mut self) {
+        if !self.record.launched || self.phase() == Phase::Stopped {
+            return;
+        }
+        self.ranks.reap();
+        let now = boot_now();
+        if let Some(fence) = self.fence
+            && now >= fence.term
+            && !self.state.borrow().fenced
+        {
+            warn!("the node's lease ends, and with it its ranks");
+            self.state.send_modify(|state| state.fenced = true);
+            self.ranks.signal(Signal::SIGTERM);
+        }
+        self.look_for_progress(now);
+        let ends = [self.fence.map(|fence| fence.kill), self.kill_at];
+        let is_due = self.ranks.have_ended() || ends.into_iter().flatten().any(|at| now >= at);
+        if !self.ranks.are_gone() && (is_due || self.killing.is_some()) {
+            let (since, again) = self.killing.unwrap_or((now, now));
+            let is_held = now.since(since) >= KILLED_AFTER;
+            if now >= again {
+                self.ranks.kill();
+                let pause = if is_held { KILL_INTERVAL.1 } else { KILL_INTERVAL.0 };
+                self.killing = Some((since, now.plus(pause)));
+                self.ranks.reap();
+            }
+            if is_held {
+                let held = self.ranks.held();
+                self.state
+                    .send_if_modified(|state| std::mem::replace(&mut state.killed, held) != state.killed);
+            }
+        }
+        if self.ranks.are_gone() && self.ranks.are_told() {
+            self.state.send_modify(|state| {
+                state.phase = Phase::Stopped;
+                state.killed.clear();
+            });
+        }
+    }
+
+    fn look_for_progress(&mut self, now: Millis) {
+        // What is told to end need not go on.
+        let Some(progress) = self.progress.as_mut().filter(|_| self.kill_at.is_none()) else { return };
+        progress.look(now);
+        let quiet = progress.quiet(&self.changes, |rank| self.ranks.pid_of(rank));
+        self.state.send_if_modified(|state| {
+            let is_news = state.quiet.is_empty() != quiet.is_empty();
+            if is_news {
+                state.quiet = quiet;
+            }
+            is_news
+        });
+    }
+
+    /// When something is due next.
+    fn deadline(&self) -> Option<Millis> {
+        if !self.record.launched || self.phase() == Phase::Stopped || self.ranks.are_gone() {
+            return self.connect_by;
+        }
+        if let Some((_, again)) = self.killing {
+            return Some(again);
+        }
+        let term = self.fence.filter(|_| !self.state.borrow().fenced).map(|fence| fence.term);
+        let kill = self.fence.map(|fence| fence.kill);
+        let progress = self.progress.as_ref().filter(|_| self.kill_at.is_none()).map(Progress::deadline);
+        [term, kill, self.kill_at, progress].into_iter().flatten().min()
+    }
+
+    fn is_over(&self) -> bool {
+        match self.connect_by {
+            // Its daemon may be about to hear why nothing can run here.
+            Some(by) => boot_now() >= by,
+            None => self.released || (self.phase() == Phase::Stopped && self.daemon.is_none()),
+        }
+    }
+
+    fn end(self) -> io::Result<()> {
+        if self.released || !self.record.launched {
+            self.dir.remove();
+            return Ok(());
+        }
+        // For the next daemon.
+        let state = self.state.borrow().clone();
+        self.dir.write_last_state(&state)
+    }
+}
