@@ -22,22 +22,23 @@ pub enum Bug {
     DevicesNotReserved,
     OneQuietNodeHangs,
     LeaseNotRenewed,
-    AckWithoutLease,
-    CounterNotStored,
+    LeftoversForgotten,
+    WaitsByWallClock,
     // In the node's core.
     OldGenerationLaunches,
-    NewBesideOld,
-    ForgottenKeepsRunning,
     AdoptByPidAlone,
     NoSelfFence,
     LeaseFromAck,
+    FenceNotRaised,
+    GoneCoordinatorIgnored,
+    AdoptedExitsLost,
     // At the edges, in the simulation's model of them.
     AcknowledgeBeforeCommit,
     LeaseByWallClock,
 }
 
 /// Every bug.
-pub const ALL: [Bug; 24] = [
+pub const ALL: [Bug; 25] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -52,14 +53,15 @@ pub const ALL: [Bug; 24] = [
     Bug::DevicesNotReserved,
     Bug::OneQuietNodeHangs,
     Bug::LeaseNotRenewed,
-    Bug::AckWithoutLease,
-    Bug::CounterNotStored,
+    Bug::LeftoversForgotten,
+    Bug::WaitsByWallClock,
     Bug::OldGenerationLaunches,
-    Bug::NewBesideOld,
-    Bug::ForgottenKeepsRunning,
     Bug::AdoptByPidAlone,
     Bug::NoSelfFence,
     Bug::LeaseFromAck,
+    Bug::FenceNotRaised,
+    Bug::GoneCoordinatorIgnored,
+    Bug::AdoptedExitsLost,
     Bug::AcknowledgeBeforeCommit,
     Bug::LeaseByWallClock,
 ];

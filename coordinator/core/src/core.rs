@@ -234,7 +234,9 @@ impl Core {
     fn load_job(&mut self, now: Millis, mut job: Job) {
         let id = job.id.clone();
         // Somebody may have set the clock back while no coordinator ran: no wait becomes longer by that.
-        job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
+        if !planted(Bug::WaitsByWallClock) {
+            job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
+        }
         if let Some(request) = job.request_id.as_ref().filter(|_| !planted(Bug::RequestsForgotten)) {
             self.requests.insert(request.clone(), id.clone());
         }
@@ -374,7 +376,7 @@ impl Core {
             fx.stored_jobs.insert(id.clone());
             fx.events.insert(Event::JobDeleted(id));
         }
-        if std::mem::take(&mut fx.meta_changed) && !planted(Bug::CounterNotStored) {
+        if std::mem::take(&mut fx.meta_changed) {
             fx.writes.push(Write::Meta(self.meta));
         }
         for id in std::mem::take(&mut fx.stored_jobs) {

@@ -108,9 +108,13 @@ impl Core {
             let Some(job) = self.jobs.get(&id) else { continue };
             if let Some(report) = mentioned.get(&job.gang_id()) {
                 self.report(now, name, report, fx);
-            } else if job.gang.as_ref().is_some_and(|gang| gang.desired > DesiredPhase::Prepared) {
-                let why = format!("node {name} came back without its ranks: its daemon was started anew");
-                self.part_stopped(now, &id, group_rank, Cause::Fault(why), fx);
+            } else if let Some(gang) = job.gang.as_ref().filter(|gang| gang.desired > DesiredPhase::Prepared)
+            {
+                let why = format!("node {name} came back without its ranks: it was started anew");
+                // What was never launched there was interrupted, and did not fail.
+                let launched = gang.observed[group_rank] >= Observed::Running;
+                let cause = if launched { Cause::Fault(why) } else { Cause::Move(why) };
+                self.part_stopped(now, &id, group_rank, cause, fx);
             }
         }
     }

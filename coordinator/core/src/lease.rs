@@ -89,7 +89,7 @@ impl Core {
     /// False if the session is not the node's.
     pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) -> bool {
         let Some(node) = self.nodes.get_mut(name).filter(|node| node.session == Some(session)) else {
-            return planted(Bug::AckWithoutLease);
+            return false;
         };
         // The timer that is set looks at this when it fires: a heartbeat costs no timer.
         if !planted(Bug::LeaseNotRenewed) {

@@ -1,6 +1,7 @@
 //! Nodes are emptied and nodes come back: drains, daemons that leave, nodes whose ranks the kernel holds, and elastic
 //! gangs that grow. None of it spends a job's restarts.
 
+use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
@@ -124,7 +125,8 @@ impl Core {
         for gang in gone {
             self.rescan |= node.release_leftover(&gang);
         }
-        for report in reports.iter().filter(|report| report.phase < ObservedPhase::Stopped) {
+        let left = reports.iter().filter(|report| report.phase < ObservedPhase::Stopped);
+        for report in left.filter(|_| !planted(Bug::LeftoversForgotten)) {
             let Some(job) = self.jobs.get(&report.gang.job) else { continue };
             let placements = job.placements_of(report.gang.generation).unwrap_or_default();
             let Some(at) = placements.iter().position(|placement| placement.node == *name) else { continue };

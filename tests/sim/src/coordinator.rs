@@ -161,7 +161,10 @@ impl Process {
     }
 
     /// The true time of a deadline.
-    pub fn when(&self, deadline: Millis) -> u64 {
+    pub fn when(&self, deadline: Millis, wall: i64) -> u64 {
+        if planted(Bug::LeaseByWallClock) {
+            return deadline.since(Millis(1_700_000_000_000_u64.saturating_add_signed(wall))).0;
+        }
         self.started + deadline.since(Millis(self.base)).0
     }
 

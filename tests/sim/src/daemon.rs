@@ -28,6 +28,7 @@ impl World {
             return;
         }
         this.daemons += 1;
+        this.away = false;
         let Ok(incarnation) = Incarnation::new(format!("{}-{}", this.data_id, this.daemons)) else { return };
         this.daemon = Some(Daemon {
             core: Core::default(),
@@ -158,6 +159,7 @@ impl World {
         }
         self.up(machine, conn, Up::Closed);
         self.machines[machine].daemon = None;
+        self.machines[machine].away = true;
         self.after(ms, Event::StartDaemon { machine });
     }
 

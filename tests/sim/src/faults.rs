@@ -346,7 +346,11 @@ impl World {
     }
 
     fn kill_daemon(&mut self, machine: usize, ms: u64) {
-        self.trouble(machine);
+        // A daemon that is back soon has done no harm to any rank.
+        if ms > LEASE / 5 {
+            self.trouble(machine);
+            self.machines[machine].away = true;
+        }
         // Nobody watches a frozen shim while there is no daemon: two faults at once, against which nothing helps.
         self.thaw_shims(machine);
         if let Some(daemon) = self.machines[machine].daemon.take() {

@@ -113,6 +113,8 @@ pub struct Machine {
     pub disk: BTreeMap<GangId, Record>,
     /// Launched once, and never again.
     pub markers: BTreeSet<GangId>,
+    /// Its daemon is away for long enough that its ranks may be replaced.
+    pub away: bool,
     /// How many cuts hold each direction.
     pub cut_up: u32,
     pub cut_down: u32,
@@ -140,6 +142,7 @@ impl Machine {
             next_pid: 0,
             disk: BTreeMap::new(),
             markers: BTreeSet::new(),
+            away: false,
             cut_up: 0,
             cut_down: 0,
             troubled: 0,
@@ -189,7 +192,8 @@ impl Machine {
         let daemon = self.daemon.as_ref();
         !self.up
             || self.frozen + self.cut_up + self.cut_down + self.cloned > 0
-            || daemon.is_none_or(|daemon| daemon.frozen || daemon.leaves_for.is_some())
+            || self.away
+            || daemon.is_some_and(|daemon| daemon.frozen || daemon.leaves_for.is_some())
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use clap::Parser;
+use muster_core::bugs::{ALL, Bug, plant};
 use muster_sim::{Outcome, of_seed, run, shrink};
 
 /// Failing seeds that are shown and shrunk; one is enough to work on.
@@ -28,6 +29,9 @@ struct Args {
     /// Of the schedule of --seed, only these entries.
     #[arg(long, value_delimiter = ',', requires = "seed")]
     keep: Vec<usize>,
+    /// Plant this bug, to see that it is found.
+    #[arg(long)]
+    bug: Option<String>,
     /// Seeds that run side by side. Default: one for each core.
     #[arg(long)]
     threads: Option<usize>,
@@ -35,9 +39,19 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let bug = args.bug.as_ref().map(|name| (name, ALL.into_iter().find(|bug| format!("{bug:?}") == *name)));
+    let bug = match bug {
+        Some((name, None)) => {
+            eprintln!("error: {name} is not one of {ALL:?}");
+            return ExitCode::from(2);
+        }
+        Some((_, Some(bug))) => bug,
+        None => Bug::None,
+    };
+    plant(bug);
     match args.seed {
         Some(seed) => replay(seed, &args.keep),
-        None => explore(&args),
+        None => explore(&args, bug),
     }
 }
 
@@ -65,7 +79,7 @@ struct Totals {
     failed: Vec<(u64, Outcome)>,
 }
 
-fn explore(args: &Args) -> ExitCode {
+fn explore(args: &Args, bug: Bug) -> ExitCode {
     let began = Instant::now();
     let threads =
         args.threads.or_else(|| Some(std::thread::available_parallelism().ok()?.get())).unwrap_or(1);
@@ -73,6 +87,7 @@ fn explore(args: &Args) -> ExitCode {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
+                plant(bug);
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     if index >= args.seeds {

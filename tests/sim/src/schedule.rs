@@ -169,7 +169,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
     let (node, part, rank) = (rng.random_range(0..MACHINES), rng.random_range(0..4), rng.random_range(0..8));
     // Shorter than the lease, about as long, longer.
     let ms = *pick(rng, &[300, 3_000, 15_000, 27_000, 33_000, 60_000]);
-    match rng.random_range(0..62) {
+    match rng.random_range(0..64) {
         0..12 => Fault::Submit(wanted(rng)),
         12 => Fault::Resubmit(job),
         13..15 => Fault::Cancel(job),
@@ -197,6 +197,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
         55..58 => Fault::PauseCoordinator { ms },
         58 => Fault::SetClock { by: *pick(rng, &[-3_600_000, -20_000, 20_000, 3_600_000]) },
         59..61 => Fault::SlowDisk { ms },
+        61..63 => Fault::Stuck { job, rank },
         _ => Fault::Clone { node, ms },
     }
 }

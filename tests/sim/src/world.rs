@@ -13,6 +13,9 @@ use crate::messages::{Down, Up};
 use crate::schedule::{Entry, Wanted};
 use crate::truth::Truth;
 
+/// Events of one history: a hundred times what an ordinary one has. A history with more goes round in circles.
+const STEPS_MAX: u64 = 3_000_000;
+
 /// Something that is to come.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -173,6 +176,9 @@ impl World {
             let Some((_, event)) = self.queue.pop_first() else { break };
             self.now = at;
             self.steps += 1;
+            if self.steps > STEPS_MAX {
+                self.truth.violate("it does not come to rest: more happens than the time has room for");
+            }
             self.note(&event);
             self.happen(event);
         }
@@ -357,7 +363,7 @@ impl World {
             self.leave(leaves);
         }
         let Some(process) = &self.coordinator.process else { return };
-        let due = process.core.next_deadline().map(|at| process.when(at));
+        let due = process.core.next_deadline().map(|at| process.when(at, self.coordinator.wall));
         if let Some(due) = due.filter(|due| self.coordinator_due.is_none_or(|set| *due < set)) {
             self.coordinator_due = Some(due.max(self.now));
             self.at(due, Event::CoordinatorDue);
@@ -419,8 +425,8 @@ impl World {
     fn arrival(&mut self, conn: u64, down: bool, any_order: bool) -> u64 {
         let slow = self.slow_network > 0;
         let delay = 1 + self.up_to(if slow { 2_500 } else { 20 });
-        if any_order && self.rng.random_bool(0.02) {
-            return self.now + delay + self.up_to(200);
+        if any_order && self.rng.random_bool(0.03) {
+            return self.now + delay + self.up_to(3_000);
         }
         let last = self.arrivals.entry((conn, down)).or_default();
         *last = (*last).max(self.now + delay);

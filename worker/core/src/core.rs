@@ -143,7 +143,9 @@ impl Core {
                 self.raise_fences(&mut effects);
             }
             Input::CoordinatorGone { at } => {
-                self.lease.coordinator_gone(at);
+                if !planted(Bug::GoneCoordinatorIgnored) {
+                    self.lease.coordinator_gone(at);
+                }
                 self.raise_fences(&mut effects);
             }
             Input::Shutdown => self.shutdown(now, &mut effects),
@@ -189,7 +191,7 @@ impl Core {
         let part = Part {
             phase: Some(phase),
             master_port: adopted.master_port,
-            exits: adopted.exits,
+            exits: if planted(Bug::AdoptedExitsLost) { Vec::new() } else { adopted.exits },
             launch_sent: adopted.launched,
             fence: adopted.fence,
             ..Part::new(adopted.assignment)
@@ -201,7 +203,8 @@ impl Core {
     fn raise_fences(&mut self, effects: &mut Vec<Effect>) {
         for (gang, part) in &mut self.parts {
             let fence = self.lease.fence(part.assignment.spec.on_coordinator_loss);
-            if let Some(fence) = fence.filter(|_| part.launch_sent && part.runs())
+            if let Some(fence) =
+                fence.filter(|_| part.launch_sent && part.runs() && !planted(Bug::FenceNotRaised))
                 && part.fence.is_none_or(|before| before.kill < fence.kill)
             {
                 part.fence = Some(fence);
@@ -311,9 +314,6 @@ impl Core {
                     effects.push(Effect::Launch(Box::new(part.assignment.clone()), part.fence));
                 }
             }
-            DesiredPhase::Forgotten if part.runs() && planted(Bug::ForgottenKeepsRunning) => {
-                self.parts.remove(gang);
-            }
             DesiredPhase::Stopped | DesiredPhase::Forgotten if !part.runs() => {
                 self.settle(now, gang, effects);
             }
@@ -385,7 +385,7 @@ impl Core {
     }
 
     fn older_runs(&self, gang: &GangId) -> bool {
-        self.older(gang).next().is_some() && !planted(Bug::NewBesideOld)
+        self.older(gang).next().is_some()
     }
 
     fn stop_older(&mut self, now: Millis, gang: &GangId, effects: &mut Vec<Effect>) {
