@@ -53,11 +53,11 @@ fn apply(bytes: &mut Vec<u8>, edit: &Edit) {
 
 /// Tries every decoder on the same inputs in each run.
 pub fn check(decoders: &[Decoder]) {
+    let mut broken = Vec::new();
     for decoder in decoders {
         let samples = (decoder.samples)();
         assert!(!samples.is_empty(), "{} has no samples", decoder.name);
-        samples.iter().for_each(|sample| (decoder.decode)(sample));
-        let mutated = (prop::sample::select(samples), prop::collection::vec(edit(), 1..6)).prop_map(
+        let mutated = (prop::sample::select(samples.clone()), prop::collection::vec(edit(), 1..6)).prop_map(
             |(mut bytes, edits)| {
                 edits.iter().for_each(|edit| apply(&mut bytes, edit));
                 bytes
@@ -65,13 +65,15 @@ pub fn check(decoders: &[Decoder]) {
         );
         let input = prop_oneof![4 => mutated, 1 => prop::collection::vec(any::<u8>(), 0..300)];
         let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
-        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
-        let result = runner.run(&input, |bytes| {
+        let case = |bytes: Vec<u8>| {
             (decoder.decode)(&bytes);
             Ok(())
-        });
-        if let Err(error) = result {
-            panic!("the decoder {}: {error}", decoder.name);
+        };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+        let whole = samples.into_iter().try_for_each(|sample| runner.run_one(Just(sample), case).map(|_| ()));
+        if let Err(error) = whole.and_then(|()| runner.run(&input, case)) {
+            broken.push(format!("the decoder {}: {error}", decoder.name));
         }
     }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
