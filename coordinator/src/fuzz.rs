@@ -34,7 +34,7 @@ pub const DECODERS: [Decoder; 13] = [
     Decoder { name: "list_jobs_request", decode: list_jobs_request, samples: samples::job_pages },
     Decoder { name: "list_nodes_request", decode: list_nodes_request, samples: samples::node_pages },
     Decoder { name: "stream_logs_request", decode: stream_logs_request, samples: samples::log_requests },
-    Decoder { name: "stored_job", decode: disk::stored_job, samples: || disk::samples("job/") },
+    Decoder { name: "stored_job", decode: disk::stored_job, samples: || disk::samples(disk::JOB_KEY) },
     Decoder { name: "stored_node", decode: disk::stored_node, samples: || disk::samples(disk::NODE_KEY) },
     Decoder { name: "stored_meta", decode: disk::stored_meta, samples: || disk::samples("meta") },
     Decoder { name: "points_file", decode: disk::points_file, samples: disk::points_samples },
@@ -94,7 +94,7 @@ fn session_request(bytes: &[u8]) {
         }
         Up::Points(batch) => {
             let Some((_, points)) = accepted_field(worker::checked_points(batch, NOW)) else { return };
-            check_points(points);
+            check_points(&points);
         }
         Up::Log(data) => {
             let (sender, _stream) = mpsc::channel(4);
@@ -120,16 +120,16 @@ fn check_report(report: &GangReport) {
 }
 
 /// A batch is kept once, in order, and can be shown.
-fn check_points(points: Vec<Point>) {
+fn check_points(points: &[Point]) {
     assert!(points.len() <= 512);
-    for point in &points {
+    for point in points {
         assert!(point.rank.0 < limits::WORLD_SIZE_MAX && point.generation.0 > 0 && point.seq > 0);
         assert!(point.values.len() <= 64 && point.values.values().all(|value| value.is_finite()));
         assert_eq!(convert::millis_from_timestamp(&view::point(point).time.unwrap_or_default()), point.time);
     }
     let series = Series::read(std::path::PathBuf::new());
     for _ in 0..2 {
-        assert_eq!(series.append(points.clone()), points.last().map(|point| point.seq));
+        assert_eq!(series.append(points.to_vec()), points.last().map(|point| point.seq));
         let kept: Vec<Point> = series.after(0, 1000).into_iter().map(|(_, point)| (*point).clone()).collect();
         assert_eq!(kept, points);
     }

@@ -7,6 +7,9 @@
 mod clock;
 mod daemon;
 mod devices;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod launch;
 mod logs;
 mod session;

@@ -1,6 +1,8 @@
 //! What lies on the disk: the store's records, and the file of a job's points. A disk that lies must not bring the
 //! coordinator down in a loop: what is damaged is refused in words.
 
+use std::sync::LazyLock;
+
 use muster_core::types::Millis;
 use muster_core::{Config, Core, Input, Snapshot};
 use muster_store::{Batch, MemoryStore, Store};
@@ -13,13 +15,20 @@ use crate::metrics::file::whole_lines;
 use crate::persist;
 
 /// The keys of the records that mutations start from.
-const JOB_KEY: &str = "job/";
+pub(super) const JOB_KEY: &str = "job/";
 pub(super) const NODE_KEY: &str = "node/node-1";
 
+type Records = Vec<(String, Vec<u8>)>;
+
+/// The key of the job's record, and every record of a small cluster. Made once: the records are what is tried.
+static RECORDS: LazyLock<(String, Records)> = LazyLock::new(|| {
+    let mut cluster = Cluster::new();
+    (format!("{JOB_KEY}{}", cluster.job), cluster.store.load().expect("memory can be read"))
+});
+
 pub(super) fn stored_job(bytes: &[u8]) {
-    let key = Cluster::new().job;
-    if let Some(snapshot) = load(&format!("{JOB_KEY}{key}"), bytes) {
-        assert_eq!(snapshot.jobs[0].id, key);
+    if let Some(snapshot) = load(&RECORDS.0, bytes) {
+        assert_eq!(format!("{JOB_KEY}{}", snapshot.jobs[0].id), RECORDS.0);
         same_again(&snapshot.jobs[0]);
         run(snapshot);
     }
@@ -42,14 +51,13 @@ pub(super) fn stored_meta(bytes: &[u8]) {
 
 /// The state of a store with that record beside valid ones, if it is accepted.
 fn load(key: &str, bytes: &[u8]) -> Option<Snapshot> {
-    let mut cluster = Cluster::new();
     let mut store = MemoryStore::default();
     let fence = store.campaign().expect("memory has room");
     let mut batch = Batch::default();
-    for (other, value) in cluster.store.load().expect("memory can be read") {
-        // The jobs of another record's node and the like are left out: the record stands for itself.
+    for (other, value) in &RECORDS.1 {
+        // Others of the record's kind are left out: it stands for itself.
         if !other.starts_with(key.split('/').next().unwrap_or_default()) {
-            batch.put(other, value);
+            batch.put(other.clone(), value.clone());
         }
     }
     batch.put(key.to_owned(), bytes.to_vec());
@@ -79,13 +87,15 @@ fn run(snapshot: Snapshot) {
     }
 }
 
+/// Valid records of the kind: one as it is, and one of a job that has ended.
 pub(super) fn samples(prefix: &str) -> Vec<Vec<u8>> {
     let mut cluster = Cluster::new();
-    let ended = cluster.submit(&spec(1, 1, 1)).id;
-    cluster.feed(Input::Cancel { job: ended.to_string(), reason: "by hand".into() });
-    let key = if prefix == "job/" { format!("job/{}", cluster.job) } else { prefix.to_owned() };
-    let records = cluster.store.load().expect("memory can be read");
-    records.into_iter().filter(|(other, _)| other.starts_with(&key)).map(|(_, value)| value).collect()
+    let running = RECORDS.1.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, value)| value.clone());
+    cluster.feed(Input::Cancel { job: cluster.job.to_string(), reason: "by hand".into() });
+    let (node, session) = (cluster.node.clone(), cluster.session);
+    cluster.feed(Input::Goodbye { node, session });
+    let ended = cluster.store.load().expect("memory can be read").into_iter();
+    running.chain(ended.filter(|(key, _)| key.starts_with(prefix)).map(|(_, value)| value)).collect()
 }
 
 pub(super) fn points_file(bytes: &[u8]) {

@@ -77,7 +77,9 @@ impl Series {
     #[cfg(any(test, fuzzing))]
     pub fn of(points: Vec<Point>) -> Self {
         let series = Self::read(PathBuf::new());
-        points.into_iter().for_each(|point| series.points().add(point));
+        for point in points {
+            series.points().add(point);
+        }
         series
     }
 

@@ -59,7 +59,9 @@ pub fn check(decoders: &[Decoder]) {
         assert!(!samples.is_empty(), "{} has no samples", decoder.name);
         let mutated = (prop::sample::select(samples.clone()), prop::collection::vec(edit(), 1..6)).prop_map(
             |(mut bytes, edits)| {
-                edits.iter().for_each(|edit| apply(&mut bytes, edit));
+                for edit in &edits {
+                    apply(&mut bytes, edit);
+                }
                 bytes
             },
         );

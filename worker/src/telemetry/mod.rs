@@ -4,7 +4,7 @@
 //! `{"step":1,"values":{"loss":2.3}}`, with an optional `"time"` in Unix seconds.
 
 mod outbox;
-mod parse;
+pub(crate) mod parse;
 mod socket;
 
 pub(crate) use outbox::Outbox;
