@@ -5,6 +5,9 @@
 
 mod clock;
 mod driver;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod grpc;
 mod links;
 mod metrics;

@@ -4,7 +4,7 @@
 //! Points are no control state: they never go to the store, and writing them is not fsynced. They survive a
 //! crash of the process, not of the machine.
 
-mod file;
+pub(crate) mod file;
 mod series;
 
 use std::collections::HashMap;

@@ -1,5 +1,6 @@
 //! Between the core's records and the store's bytes: JSON, so that a store can be read by people.
 
+use muster_core::types::{JobId, NodeName, NodePlacement, limits};
 use muster_core::{Job, Meta, Node, Snapshot, Write};
 use muster_store::{Batch, Store};
 use serde::Serialize;
@@ -9,6 +10,8 @@ use crate::Error;
 
 /// Version of the records. A store with a newer one is refused rather than misread.
 const SCHEMA: u32 = 1;
+/// No cluster counts so far; a larger count is damage.
+const COUNT_MAX: u64 = 1 << 62;
 
 /// Reads everything. An empty store gives an empty snapshot.
 pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
@@ -16,9 +19,13 @@ pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
     for (key, value) in store.load()? {
         match key.split_once('/') {
             None if key == "schema" => check_schema(decode(&key, &value)?)?,
-            None if key == "meta" => snapshot.meta = Some(decode::<Meta>(&key, &value)?),
-            Some(("job", _)) => snapshot.jobs.push(decode::<Job>(&key, &value)?),
-            Some(("node", _)) => snapshot.nodes.push(decode::<Node>(&key, &value)?),
+            None if key == "meta" => snapshot.meta = Some(checked(&key, decode(&key, &value)?, meta)?),
+            Some(("job", id)) => {
+                snapshot.jobs.push(checked(&key, decode(&key, &value)?, |record| job(id, record))?);
+            }
+            Some(("node", name)) => {
+                snapshot.nodes.push(checked(&key, decode(&key, &value)?, |record| node(name, record))?);
+            }
             None | Some(_) => {
                 return Err(Error::Decode(format!("the key {key:?} is not known to this version")));
             }
@@ -34,6 +41,50 @@ fn check_schema(found: u32) -> Result<(), Error> {
         )));
     }
     Ok(())
+}
+
+/// A record that is JSON and still not one that the core has written would bring the core down, each time that
+/// the coordinator starts: it is refused in words instead.
+fn checked<T>(key: &str, record: T, check: impl Fn(&T) -> Result<(), String>) -> Result<T, Error> {
+    match check(&record) {
+        Ok(()) => Ok(record),
+        Err(why) => Err(Error::Decode(format!("the record {key:?} is damaged: {why}"))),
+    }
+}
+
+fn ensure(ok: bool, why: &str) -> Result<(), String> {
+    if ok { Ok(()) } else { Err(why.to_owned()) }
+}
+
+fn meta(meta: &Meta) -> Result<(), String> {
+    ensure(meta.orders.max(meta.sessions) <= COUNT_MAX, "a counter is beyond what can be counted")
+}
+
+fn job(id: &str, job: &Job) -> Result<(), String> {
+    JobId::new(job.id.as_str())?;
+    ensure(job.id.as_str() == id, "it belongs under another key")?;
+    let spec = &job.spec;
+    let in_range = spec.max_nodes <= limits::NODES_MAX && spec.procs_per_node <= limits::PROCS_PER_NODE_MAX;
+    ensure(in_range && spec.min_nodes <= spec.max_nodes, "its counts are out of range")?;
+    ensure(job.generation.0 < u32::MAX && job.restarts_used < u32::MAX, "its generation is beyond the last")?;
+    let gang = job.gang.iter().map(|gang| &gang.placements);
+    gang.chain(job.past.iter().map(|past| &past.placements)).try_for_each(|nodes| placements(nodes))
+}
+
+fn placements(placements: &[NodePlacement]) -> Result<(), String> {
+    let mut next = 0;
+    for (group_rank, placement) in (0..).zip(placements) {
+        NodeName::new(placement.node.as_str())?;
+        let follows = placement.group_rank == group_rank && placement.first_rank.0 == next;
+        ensure(follows && placement.procs > 0, "its ranks are not contiguous")?;
+        next = next.saturating_add(placement.procs);
+    }
+    ensure(next <= limits::WORLD_SIZE_MAX, "it has more ranks than a gang can have")
+}
+
+fn node(name: &str, node: &Node) -> Result<(), String> {
+    NodeName::new(node.name.as_str())?;
+    ensure(node.name.as_str() == name, "it belongs under another key")
 }
 
 /// Adds one change to a batch.

@@ -4,6 +4,9 @@
 //! checked type need not check again. This crate opens no connection.
 
 pub mod convert;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 
 /// Messages, clients and servers generated from `muster/v1/*.proto`.
 pub mod v1 {

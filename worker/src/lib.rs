@@ -8,6 +8,9 @@ mod clock;
 mod daemon;
 mod data_dir;
 mod devices;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod launch;
 mod logs;
 mod session;

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
-use muster_core::types::Millis;
+use muster_core::types::{Millis, limits};
 use muster_proto::convert::{resources_to_wire, span_from_wire};
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
@@ -156,6 +156,15 @@ fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
     urls.iter().map(endpoint).collect()
 }
 
+/// The heartbeat and the lease that the coordinator wants; the usual ones where it says nothing that can be.
+pub(crate) fn times(joined: &v1::JoinResponse) -> (Millis, Millis) {
+    let span = |field, wire: Option<&_>, default: Millis| {
+        span_from_wire(field, wire, default).unwrap_or(default).clamp(Millis(10), limits::SPAN_MAX)
+    };
+    let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
+    (heartbeat, span("lease", joined.lease.as_ref(), Millis::from_secs(10)))
+}
+
 /// One session, from connecting to its end.
 async fn once(
     identity: &Identity,
@@ -165,11 +174,7 @@ async fn once(
     signs: &mut Signs,
 ) -> Result<(), Failure> {
     let (mut client, joined) = join(identity, url, endpoint, signs).await?;
-    let span = |field, wire: Option<&_>, default| {
-        span_from_wire(field, wire, default).unwrap_or(default).max(Millis(10))
-    };
-    let heartbeat = span("heartbeat_interval", joined.heartbeat_interval.as_ref(), Millis::from_secs(1));
-    let lease = span("lease", joined.lease.as_ref(), Millis::from_secs(10));
+    let (heartbeat, lease) = times(&joined);
     signs.lease = lease;
 
     let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);

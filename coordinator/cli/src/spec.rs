@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::Context;
+use muster_cli::messages;
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
 
 use crate::args::{CoordinatorLoss, SubmitArgs};
 use crate::exit::Failure;
-use crate::json;
 
 /// The specification: the file's, with what the flags say in place of what it says.
 pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
@@ -69,10 +69,7 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
 fn read(path: &Path) -> anyhow::Result<v1::JobSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
     let is_toml = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
-    let kind = if is_toml { "TOML" } else { "JSON" };
-    let value =
-        json::parse(&text, is_toml).with_context(|| format!("{} is not valid {kind}", path.display()))?;
-    json::read("JobSpec", value).with_context(|| format!("{} is not a job specification", path.display()))
+    messages::job_spec(&text, is_toml).with_context(|| format!("failed to read {}", path.display()))
 }
 
 #[cfg(test)]

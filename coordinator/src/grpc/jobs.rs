@@ -25,6 +25,32 @@ impl Api {
     }
 }
 
+pub(crate) fn checked_submit(
+    wire: v1::SubmitJobRequest,
+) -> Result<(Option<RequestId>, Box<muster_core::types::JobSpec>), Status> {
+    let spec = checked_spec(wire.spec)?;
+    let request_id = match wire.request_id {
+        empty if empty.is_empty() => None,
+        id => Some(
+            RequestId::new(id).map_err(|why| convert::invalid_argument(&[field_error("request_id", why)]))?,
+        ),
+    };
+    Ok((request_id, spec))
+}
+
+/// The order before which the page begins, and its size.
+pub(crate) fn checked_page(request: &v1::ListJobsRequest) -> Result<(u64, usize), Status> {
+    let before = match request.page_token.as_str() {
+        "" => u64::MAX,
+        token => token.parse().map_err(|_| {
+            let why = "is not a token that ListJobs returned; leave it empty for the first page";
+            convert::invalid_argument(&[field_error("page_token", why)])
+        })?,
+    };
+    let size = if request.page_size == 0 { PAGE_DEFAULT } else { request.page_size.min(PAGE_MAX) };
+    Ok((before, size as usize))
+}
+
 fn checked_spec(spec: Option<v1::JobSpec>) -> Result<Box<muster_core::types::JobSpec>, Status> {
     let spec = spec.ok_or_else(|| convert::invalid_argument(&[field_error("spec", "is missing")]))?;
     convert::spec_from_wire(spec).map(Box::new).map_err(|errors| {
@@ -34,7 +60,7 @@ fn checked_spec(spec: Option<v1::JobSpec>) -> Result<Box<muster_core::types::Job
     })
 }
 
-fn checked_reason(reason: String) -> Result<String, Status> {
+pub(crate) fn checked_reason(reason: String) -> Result<String, Status> {
     if reason.len() > REASON_BYTES_MAX {
         let why = format!("has {} bytes; at most {REASON_BYTES_MAX} fit", reason.len());
         return Err(convert::invalid_argument(&[field_error("reason", why)]));
@@ -55,15 +81,7 @@ impl JobService for Api {
         &self,
         request: Request<v1::SubmitJobRequest>,
     ) -> Result<Response<v1::SubmitJobResponse>, Status> {
-        let v1::SubmitJobRequest { request_id, spec } = request.into_inner();
-        let spec = checked_spec(spec)?;
-        let request_id = match request_id {
-            empty if empty.is_empty() => None,
-            id => Some(
-                RequestId::new(id)
-                    .map_err(|why| convert::invalid_argument(&[field_error("request_id", why)]))?,
-            ),
-        };
+        let (request_id, spec) = checked_submit(request.into_inner())?;
         let job = job_reply(self.driver.request(Input::Submit { request_id, spec }).await?)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::SubmitJobResponse { job }))
@@ -98,15 +116,7 @@ impl JobService for Api {
         request: Request<v1::ListJobsRequest>,
     ) -> Result<Response<v1::ListJobsResponse>, Status> {
         let request = request.into_inner();
-        let before = match request.page_token.as_str() {
-            "" => u64::MAX,
-            token => token.parse().map_err(|_| {
-                let why = "is not a token that ListJobs returned; leave it empty for the first page";
-                convert::invalid_argument(&[field_error("page_token", why)])
-            })?,
-        };
-        let size =
-            if request.page_size == 0 { PAGE_DEFAULT } else { request.page_size.min(PAGE_MAX) } as usize;
+        let (before, size) = checked_page(&request)?;
         let states: Vec<v1::JobState> = request.states().collect();
         let jobs: Vec<(u64, Job)> = self
             .driver

@@ -20,7 +20,7 @@ const RANKS_MAX: usize = 256;
 const RETRY: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// One file on one node.
-struct Source {
+pub(crate) struct Source {
     node: NodeName,
     rank: Rank,
     local_rank: u32,
@@ -123,7 +123,7 @@ impl Api {
                 }
                 if let Some(chunk) = piece.chunk.filter(|chunk| !chunk.data.is_empty()) {
                     let bytes = chunk.data.len() as u64;
-                    offset = chunk.offset + bytes;
+                    offset = chunk.offset.saturating_add(bytes);
                     if sender.send(Ok(v1::StreamLogsResponse { chunk: Some(chunk) })).await.is_err() {
                         link.unsubscribe(subscription);
                         return Ok(());
@@ -140,7 +140,7 @@ impl Api {
     }
 }
 
-fn sources(
+pub(crate) fn sources(
     job: &Job,
     generation: Generation,
     request: &v1::StreamLogsRequest,

@@ -1,11 +1,11 @@
 //! Thin handlers: wire to checked types, one call of the driver, checked types to wire.
 
 mod cluster;
-mod jobs;
-mod logs;
-mod nodes;
+pub(crate) mod jobs;
+pub(crate) mod logs;
+pub(crate) mod nodes;
 mod streams;
-mod worker;
+pub(crate) mod worker;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -19,15 +19,7 @@ impl NodeService for Api {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        let request = request.into_inner();
-        let after = match request.page_token {
-            empty if empty.is_empty() => None,
-            token => Some(
-                NodeName::new(token)
-                    .map_err(|why| convert::invalid_argument(&[field_error("page_token", why)]))?,
-            ),
-        };
-        let size = if request.page_size == 0 { PAGE_MAX } else { request.page_size.min(PAGE_MAX) } as usize;
+        let (after, size) = checked_page(request.into_inner())?;
         let mut nodes: Vec<Node> = self
             .driver
             .read(move |core| core.nodes_after(after.as_ref()).take(size + 1).cloned().collect())
@@ -72,15 +64,7 @@ impl NodeService for Api {
         &self,
         request: Request<v1::DrainNodeRequest>,
     ) -> Result<Response<v1::DrainNodeResponse>, Status> {
-        let v1::DrainNodeRequest { node_name, reason, timeout } = request.into_inner();
-        check_reason(&reason)?;
-        let span = convert::span_from_wire("timeout", timeout.as_ref(), Millis(0));
-        let span = span.map_err(|error| convert::invalid_argument(&[error]))?;
-        if span > limits::SPAN_MAX {
-            return Err(convert::invalid_argument(&[field_error("timeout", "is longer than 24h")]));
-        }
-        let timeout = timeout.map(|_| span);
-        let node = Some(self.change(Input::Drain { node: node_name, reason, timeout }).await?);
+        let node = Some(self.change(checked_drain(request.into_inner())?).await?);
         Ok(Response::new(v1::DrainNodeResponse { node }))
     }
 
@@ -92,6 +76,30 @@ impl NodeService for Api {
         let node = Some(self.change(Input::SetCordon { node: node_name, cordon: None }).await?);
         Ok(Response::new(v1::UncordonNodeResponse { node }))
     }
+}
+
+/// The node after which the page begins, and its size.
+pub(crate) fn checked_page(request: v1::ListNodesRequest) -> Result<(Option<NodeName>, usize), Status> {
+    let after = match request.page_token {
+        empty if empty.is_empty() => None,
+        token => Some(
+            NodeName::new(token)
+                .map_err(|why| convert::invalid_argument(&[field_error("page_token", why)]))?,
+        ),
+    };
+    let size = if request.page_size == 0 { PAGE_MAX } else { request.page_size.min(PAGE_MAX) };
+    Ok((after, size as usize))
+}
+
+pub(crate) fn checked_drain(request: v1::DrainNodeRequest) -> Result<Input, Status> {
+    let v1::DrainNodeRequest { node_name, reason, timeout } = request;
+    check_reason(&reason)?;
+    let span = convert::span_from_wire("timeout", timeout.as_ref(), Millis(0));
+    let span = span.map_err(|error| convert::invalid_argument(&[error]))?;
+    if span > limits::SPAN_MAX {
+        return Err(convert::invalid_argument(&[field_error("timeout", "is longer than 24h")]));
+    }
+    Ok(Input::Drain { node: node_name, reason, timeout: timeout.map(|_| span) })
 }
 
 fn check_reason(reason: &str) -> Result<(), Status> {

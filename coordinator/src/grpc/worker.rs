@@ -1,8 +1,9 @@
 //! WorkerService: registration, and the one stream of each node.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank};
+use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank, limits};
 use muster_core::{Device, Input, Inventory, Join};
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
@@ -30,7 +31,7 @@ const VALUE_NAME_BYTES_MAX: usize = 128;
 /// Longest reason of a daemon that ends.
 const REASON_CHARS_MAX: usize = 256;
 
-fn reason(leaving: &v1::Leaving) -> String {
+pub(crate) fn reason(leaving: &v1::Leaving) -> String {
     leaving.reason.chars().take(REASON_CHARS_MAX).collect()
 }
 
@@ -65,17 +66,9 @@ impl WorkerService for Api {
         let Some(Message::Hello(hello)) = first.and_then(|first| first.message) else {
             return Err(invalid(field_error("message", "of a session must be hello first")));
         };
-        if hello.gangs.len() > GANGS_MAX {
-            return Err(invalid(field_error("hello.gangs", format!("holds more than {GANGS_MAX} gangs"))));
-        }
-        let node =
-            NodeName::new(hello.node_name).map_err(|why| invalid(field_error("hello.node_name", why)))?;
-        let incarnation = Incarnation::new(hello.incarnation)
-            .map_err(|why| invalid(field_error("hello.incarnation", why)))?;
-        let gangs = hello.gangs.into_iter().map(convert::gang_report_from_wire).collect::<Result<_, _>>();
+        let hello = checked_hello(hello).map_err(invalid)?;
+        let node = hello.node.clone();
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
-        let leaving = hello.leaving.as_ref().map(reason);
-        let hello = Hello { node: node.clone(), incarnation, gangs: gangs.map_err(invalid)?, leaving };
         let link = self.driver.open_session(hello, sender).await?;
         tokio::spawn(self.clone().listen(node, link, incoming));
         Ok(Response::new(Stream::new(receiver)))
@@ -165,7 +158,20 @@ impl Api {
     }
 }
 
-fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
+pub(crate) fn checked_hello(wire: v1::Hello) -> Result<Hello, FieldError> {
+    if wire.gangs.len() > GANGS_MAX {
+        return Err(field_error("hello.gangs", format!("holds more than {GANGS_MAX} gangs")));
+    }
+    Ok(Hello {
+        node: NodeName::new(wire.node_name).map_err(|why| field_error("hello.node_name", why))?,
+        incarnation: Incarnation::new(wire.incarnation)
+            .map_err(|why| field_error("hello.incarnation", why))?,
+        gangs: wire.gangs.into_iter().map(convert::gang_report_from_wire).collect::<Result<_, _>>()?,
+        leaving: wire.leaving.as_ref().map(reason),
+    })
+}
+
+pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
     let inventory = wire.inventory.unwrap_or_default();
     let texts = [
         ("boot_id", &wire.boot_id),
@@ -194,6 +200,10 @@ fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
             "inventory.gpus",
             format!("are more than {GPUS_MAX}, or a text is too long"),
         ));
+    }
+    let indices: BTreeSet<u32> = inventory.gpus.iter().map(|gpu| gpu.index.unwrap_or(0)).collect();
+    if indices.len() < inventory.gpus.len() {
+        return Err(field_error("inventory.gpus", "hold an index twice; a device would get two owners"));
     }
     let gpus: Vec<Device> = inventory
         .gpus
@@ -224,7 +234,7 @@ fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
     })
 }
 
-fn checked_points(batch: v1::PointBatch, now: Millis) -> Result<(JobId, Vec<Point>), FieldError> {
+pub(crate) fn checked_points(batch: v1::PointBatch, now: Millis) -> Result<(JobId, Vec<Point>), FieldError> {
     let job = JobId::new(batch.job_id).map_err(|why| field_error("points.job_id", why))?;
     if batch.points.len() > POINTS_MAX {
         return Err(field_error("points.points", format!("are more than {POINTS_MAX}")));
@@ -247,6 +257,10 @@ fn checked_points(batch: v1::PointBatch, now: Millis) -> Result<(JobId, Vec<Poin
         let follows = points.last().is_none_or(|last| {
             (last.generation, last.rank) == (point.generation, point.rank) && last.seq < point.seq
         });
+        // Each rank of a job takes some memory; there cannot be more of them.
+        if point.rank.0 >= limits::WORLD_SIZE_MAX {
+            return Err(field_error("points.rank", format!("is {}, which no gang has", point.rank)));
+        }
         if point.seq == 0 || point.generation.0 == 0 || !follows {
             return Err(field_error("points.seq", "must rise, within one generation and rank"));
         }

@@ -13,7 +13,21 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 /// Bytes at a file's end that tell the newest values, for listings.
 const END_BYTES: u64 = 32 << 10;
 /// Longest line taken as a point; ours are far shorter.
-const LINE_BYTES_MAX: usize = 64 << 10;
+const LINE_BYTES_MAX: u64 = 64 << 10;
+
+/// Reads points until a line is none, and returns the bytes of those that are.
+pub(crate) fn whole_lines(mut reader: impl BufRead, mut each: impl FnMut(Point)) -> u64 {
+    let mut bytes = 0;
+    let mut line = Vec::new();
+    while let Ok(read) = reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+        let parsed = line.ends_with(b"\n").then(|| serde_json::from_slice(&line).ok());
+        let Some(Some(point)) = parsed else { break };
+        each(point);
+        bytes += read as u64;
+        line.clear();
+    }
+    bytes
+}
 
 /// Where a job's points go. Opened for each write: ten thousand jobs need no ten thousand open files.
 #[derive(Debug)]
@@ -27,20 +41,8 @@ pub(super) struct PointFile {
 impl PointFile {
     /// Reads every whole line. A line cut short by a crash, and whatever follows it, is not counted: the next
     /// write goes over it.
-    pub fn open(path: PathBuf, mut each: impl FnMut(Point)) -> Self {
-        let mut bytes = 0;
-        if let Ok(file) = File::open(&path) {
-            let mut reader = BufReader::new(file);
-            let mut line = Vec::new();
-            while let Ok(read) = reader.read_until(b'\n', &mut line) {
-                let parsed = (read > 0 && read <= LINE_BYTES_MAX && line.ends_with(b"\n"))
-                    .then(|| serde_json::from_slice(&line).ok());
-                let Some(Some(point)) = parsed else { break };
-                each(point);
-                bytes += read as u64;
-                line.clear();
-            }
-        }
+    pub fn open(path: PathBuf, each: impl FnMut(Point)) -> Self {
+        let bytes = File::open(&path).map_or(0, |file| whole_lines(BufReader::new(file), each));
         Self { path, bytes, complained: false }
     }
 

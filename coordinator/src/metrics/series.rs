@@ -73,6 +73,16 @@ impl Series {
         Self { points: Mutex::new(points), file: Mutex::new(file), changed }
     }
 
+    /// A series without a file.
+    #[cfg(any(test, fuzzing))]
+    pub fn of(points: Vec<Point>) -> Self {
+        let series = Self::read(PathBuf::new());
+        for point in points {
+            series.points().add(point);
+        }
+        series
+    }
+
     /// Takes up only the end of what the file holds: enough for [`Series::latest`]. Blocks on the disk.
     pub fn read_end(path: &Path) -> Self {
         let mut points = Points::default();
@@ -134,7 +144,7 @@ impl Points {
     fn is_fresh(&self, point: &Point) -> bool {
         let newest = self.latest.as_ref().map_or(Generation(0), |newest| newest.generation);
         let known = self.seqs.get(&(point.generation, point.rank)).copied().unwrap_or(0);
-        point.seq > known && point.generation.0 + 1 >= newest.0
+        point.seq > known && point.generation.0.saturating_add(1) >= newest.0
     }
 
     fn add(&mut self, point: Point) {

@@ -16,10 +16,15 @@ pub fn deps_dir() -> PathBuf {
     root().join(".deps")
 }
 
+/// Where builds put what they make.
+pub fn target_dir() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    root().join(target)
+}
+
 /// The folder of the binaries that a build in the dev profile leaves.
 pub fn debug_dir() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-    root().join(target).join("debug")
+    target_dir().join("debug")
 }
 
 /// A command to be run at the root, written as one would type it there.

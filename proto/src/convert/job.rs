@@ -19,9 +19,14 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
     let stop_grace = span("stop_grace", wire.stop_grace.as_ref(), limits::STOP_GRACE_DEFAULT);
     let start_timeout = span("start_timeout", wire.start_timeout.as_ref(), limits::START_TIMEOUT_DEFAULT);
     let progress_timeout = span("progress_timeout", wire.progress_timeout.as_ref(), Millis(0));
-    let on_coordinator_loss = match wire.on_coordinator_loss() {
-        v1::CoordinatorLossPolicy::Unspecified | v1::CoordinatorLossPolicy::Run => CoordinatorLoss::Run,
-        v1::CoordinatorLossPolicy::Stop => CoordinatorLoss::Stop,
+    let on_coordinator_loss = match v1::CoordinatorLossPolicy::try_from(wire.on_coordinator_loss) {
+        Ok(v1::CoordinatorLossPolicy::Unspecified | v1::CoordinatorLossPolicy::Run) => CoordinatorLoss::Run,
+        Ok(v1::CoordinatorLossPolicy::Stop) => CoordinatorLoss::Stop,
+        // One who asks for another policy does not want to be given the default.
+        Err(_) => {
+            errors.push(field_error("on_coordinator_loss", "is not known to this version"));
+            CoordinatorLoss::Run
+        }
     };
     let stop_signal = stop_signal_from_wire(&wire.stop_signal).unwrap_or_else(|error| {
         errors.push(error);

@@ -6,7 +6,7 @@
 
 mod file;
 mod outbox;
-mod parse;
+pub(crate) mod parse;
 mod socket;
 
 pub(crate) use outbox::Outbox;

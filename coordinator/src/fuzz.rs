@@ -1,0 +1,224 @@
+//! The decoders of this crate for the fuzzer and the property tests: what nodes and users send, as the handlers check
+//! it and the core takes it, and what must hold afterwards. What lies on the disk is in `disk`. In no build that is
+//! shipped.
+
+mod cluster;
+mod disk;
+mod samples;
+
+use std::sync::Arc;
+
+use muster_core::types::{GangReport, Generation, limits};
+use muster_core::{Input, Reply};
+use muster_decoders::{Decoder, check_refusal};
+use muster_proto::convert::{self, FieldError};
+use muster_proto::v1::{self, session_request::Message as Up};
+use prost::Message;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::grpc::{jobs, logs, nodes, worker};
+use crate::links::Link;
+use crate::metrics::{Latest, Point, Series};
+use crate::view;
+use cluster::{Cluster, NOW};
+
+/// Every decoder of this crate.
+pub const DECODERS: [Decoder; 13] = [
+    Decoder { name: "join_request", decode: join_request, samples: samples::joins },
+    Decoder { name: "session_request", decode: session_request, samples: samples::session },
+    Decoder { name: "submit_request", decode: submit_request, samples: samples::submits },
+    Decoder { name: "plan_request", decode: plan_request, samples: samples::plans },
+    Decoder { name: "cancel_request", decode: cancel_request, samples: samples::cancels },
+    Decoder { name: "drain_request", decode: drain_request, samples: samples::drains },
+    Decoder { name: "list_jobs_request", decode: list_jobs_request, samples: samples::job_pages },
+    Decoder { name: "list_nodes_request", decode: list_nodes_request, samples: samples::node_pages },
+    Decoder { name: "stream_logs_request", decode: stream_logs_request, samples: samples::log_requests },
+    Decoder { name: "stored_job", decode: disk::stored_job, samples: || disk::samples(disk::JOB_KEY) },
+    Decoder { name: "stored_node", decode: disk::stored_node, samples: || disk::samples(disk::NODE_KEY) },
+    Decoder { name: "stored_meta", decode: disk::stored_meta, samples: || disk::samples("meta") },
+    Decoder { name: "points_file", decode: disk::points_file, samples: disk::points_samples },
+];
+
+/// The message in the bytes, if there is one: what gRPC hands to a handler.
+fn message<T: Message + Default>(bytes: &[u8]) -> Option<T> {
+    T::decode(bytes).ok()
+}
+
+/// What was accepted; a refusal is checked and is the end of it.
+fn accepted<T>(checked: Result<T, Status>) -> Option<T> {
+    checked.inspect_err(|status| check_refusal(status.message(), status.details())).ok()
+}
+
+fn accepted_field<T>(checked: Result<T, FieldError>) -> Option<T> {
+    accepted(checked.map_err(|error| convert::invalid_argument(&[error])))
+}
+
+fn join_request(bytes: &[u8]) {
+    let Some(join) = message(bytes).and_then(|wire| accepted_field(worker::checked_join(wire))) else {
+        return;
+    };
+    assert!(join.inventory.labels.len() <= 256 && join.inventory.gpus.len() <= 256);
+    assert_eq!(join.inventory.total.gpus as usize, join.inventory.gpus.len());
+    let mut cluster = Cluster::new();
+    let (node, incarnation) = (join.name.clone(), join.incarnation.clone());
+    let name = node.to_string();
+    cluster.feed(Input::Join(Box::new(join)));
+    cluster.feed(Input::Hello { node, incarnation, gangs: Vec::new(), leaving: None });
+    for other in ["node-1", "node-2"].into_iter().filter(|other| *other != name) {
+        cluster.feed(Input::SetCordon { node: other.into(), cordon: Some(String::new()) });
+    }
+    // No device is given to two ranks, whatever the node says it has.
+    for gpus in 1..4 {
+        cluster.submit(&cluster::spec(1, 2, gpus));
+    }
+    cluster.check();
+}
+
+fn session_request(bytes: &[u8]) {
+    let Some(v1::SessionRequest { message: Some(said) }) = message(bytes) else { return };
+    let mut cluster = Cluster::new();
+    let (node, session) = (cluster.node.clone(), cluster.session);
+    match said {
+        Up::Hello(hello) => {
+            let Some(hello) = accepted_field(worker::checked_hello(hello)) else { return };
+            hello.gangs.iter().for_each(check_report);
+            assert!(hello.gangs.len() <= 1024 && hello.leaving.iter().all(|why| why.chars().count() <= 256));
+            let crate::driver::Hello { node, incarnation, gangs, leaving } = hello;
+            cluster.feed(Input::Hello { node, incarnation, gangs, leaving });
+        }
+        Up::Gang(report) => {
+            let Some(report) = accepted_field(convert::gang_report_from_wire(report)) else { return };
+            check_report(&report);
+            cluster.feed(Input::Report { node, session, report: Box::new(report) });
+        }
+        Up::Points(batch) => {
+            let Some((_, points)) = accepted_field(worker::checked_points(batch, NOW)) else { return };
+            check_points(&points);
+        }
+        Up::Log(data) => {
+            let (sender, _stream) = mpsc::channel(4);
+            let link = Link::new(session, sender);
+            let (reader, _pieces) = mpsc::channel(1);
+            link.subscribe(reader, |_| v1::LogSubscribe::default());
+            // The second time the reader has no room: it is dropped, and holds nothing up.
+            link.route_log(data.clone());
+            link.route_log(data);
+            assert_eq!(Arc::strong_count(&link), 1);
+        }
+        Up::Leaving(leaving) => {
+            cluster.feed(Input::Leaving { node, session, reason: worker::reason(&leaving) });
+        }
+        Up::Heartbeat(_) => _ = cluster.feed(Input::Heartbeat { node, session }),
+        Up::Goodbye(_) => _ = cluster.feed(Input::Goodbye { node, session }),
+    }
+    cluster.check();
+}
+
+fn check_report(report: &GangReport) {
+    assert!(report.gang.generation.0 > 0 && report.exits.len() <= limits::PROCS_PER_NODE_MAX as usize);
+}
+
+/// A batch is kept once, in order, and can be shown.
+fn check_points(points: &[Point]) {
+    assert!(points.len() <= 512);
+    for point in points {
+        assert!(point.rank.0 < limits::WORLD_SIZE_MAX && point.generation.0 > 0 && point.seq > 0);
+        assert!(point.values.len() <= 64 && point.values.values().all(|value| value.is_finite()));
+        assert_eq!(convert::millis_from_timestamp(&view::point(point).time.unwrap_or_default()), point.time);
+    }
+    let series = Series::read(std::path::PathBuf::new());
+    for _ in 0..2 {
+        assert_eq!(series.append(points.to_vec()), points.last().map(|point| point.seq));
+        let kept: Vec<Point> = series.after(0, 1000).into_iter().map(|(_, point)| (*point).clone()).collect();
+        assert_eq!(kept, points);
+    }
+    if let Some(last) = points.last() {
+        let newest = points.iter().map(|point| point.step).max();
+        assert_eq!(series.latest(last.generation).step, newest);
+        assert_eq!(series.latest(Generation(0)), Latest::default());
+    }
+}
+
+fn submit_request(bytes: &[u8]) {
+    let Some((request_id, spec)) = message(bytes).and_then(|wire| accepted(jobs::checked_submit(wire)))
+    else {
+        return;
+    };
+    let mut cluster = Cluster::new();
+    let input = Input::Submit { request_id: request_id.clone(), spec };
+    let Some(Reply::Job(job)) = cluster.feed(input.clone()) else { panic!("a checked spec was not taken") };
+    assert!(view::job(&job, Latest::default()).encoded_len() < 3 << 20, "a job fits a page");
+    if request_id.is_some() {
+        let Some(Reply::Job(again)) = cluster.feed(input) else {
+            panic!("a repeated submission was refused")
+        };
+        assert_eq!(again.id, job.id, "the same request makes one job");
+    }
+    cluster.feed(Input::Cancel { job: job.id.to_string(), reason: String::new() });
+    cluster.check();
+}
+
+fn plan_request(bytes: &[u8]) {
+    let Some(wire) = message::<v1::PlanJobRequest>(bytes) else { return };
+    let wire = v1::SubmitJobRequest { request_id: String::new(), spec: wire.spec };
+    let Some((_, spec)) = accepted(jobs::checked_submit(wire)) else { return };
+    assert!(matches!(Cluster::new().feed(Input::PlanJob(spec)), Some(Reply::Plan(_))));
+}
+
+fn cancel_request(bytes: &[u8]) {
+    let Some(wire) = message::<v1::CancelJobRequest>(bytes) else { return };
+    let Some(reason) = accepted(jobs::checked_reason(wire.reason)) else { return };
+    let mut cluster = Cluster::new();
+    cluster.feed(Input::Cancel { job: wire.job_id, reason });
+    cluster.check();
+}
+
+fn drain_request(bytes: &[u8]) {
+    let Some(input) = message(bytes).and_then(|wire| accepted(nodes::checked_drain(wire))) else { return };
+    let mut cluster = Cluster::new();
+    if let Some(Reply::Node(node)) = cluster.feed(input.clone()) {
+        let deadline = node.drain.as_ref().and_then(|drain| drain.deadline);
+        assert!(deadline.is_none_or(|at| at.since(NOW) <= limits::SPAN_MAX));
+    }
+    if let Input::Drain { node, reason, .. } = input {
+        cluster.feed(Input::SetCordon { node, cordon: Some(reason) });
+    }
+    cluster.check();
+}
+
+fn list_jobs_request(bytes: &[u8]) {
+    let Some(wire) = message::<v1::ListJobsRequest>(bytes) else { return };
+    let Some((before, size)) = accepted(jobs::checked_page(&wire)) else { return };
+    assert!((1..=1000).contains(&size) && wire.states().count() <= wire.states.len());
+    let cluster = Cluster::new();
+    let shown: Vec<u64> = cluster.core.jobs_before(before).take(size).map(|job| job.order).collect();
+    assert!(shown.iter().all(|order| *order < before) && shown.is_sorted_by(|a, b| a > b));
+}
+
+fn list_nodes_request(bytes: &[u8]) {
+    let Some((after, size)) = message(bytes).and_then(|wire| accepted(nodes::checked_page(wire))) else {
+        return;
+    };
+    let cluster = Cluster::new();
+    let page = cluster.core.nodes_after(after.as_ref()).take(size);
+    assert!((1..=1000).contains(&size) && page.into_iter().all(|node| Some(&node.name) > after.as_ref()));
+}
+
+fn stream_logs_request(bytes: &[u8]) {
+    let Some(wire) = message::<v1::StreamLogsRequest>(bytes) else { return };
+    let mut cluster = Cluster::new();
+    let Some(job) = cluster.find(&wire.job_id) else { return };
+    let generation = wire.generation.map_or(job.generation, Generation);
+    let Some(sources) = accepted(logs::sources(&job, generation, &wire)) else { return };
+    assert!(sources.len() <= 2 * job.world_size() as usize);
+    cluster.check();
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn decoders_hold_what_they_promise() {
+        muster_decoders::check(&super::DECODERS);
+    }
+}

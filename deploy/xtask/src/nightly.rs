@@ -1,0 +1,19 @@
+//! What is worth running every night and too long for each change.
+
+use crate::test::{Stage, run_stages};
+use anyhow::Result;
+
+/// Each is a command that can be typed alone; a new one is a line here.
+const STAGES: [(&str, &str); 2] = [
+    ("fuzz", "cargo xtask fuzz --seconds 60"),
+    // A workspace of its own, with a licence of its own. Not locked: its lock follows that of the checkout.
+    (
+        "fuzz licences",
+        ".deps/bin/cargo-deny --manifest-path tests/fuzz/Cargo.toml --config deny.toml check bans licenses sources",
+    ),
+];
+
+/// Runs every stage until one fails.
+pub fn run() -> Result<()> {
+    run_stages(&STAGES.map(|(name, words)| Stage::new(name, words)))
+}

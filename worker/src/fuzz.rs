@@ -1,0 +1,148 @@
+//! The decoders of this crate for the fuzzer and the property tests: what ranks and the coordinator say, and what must
+//! hold of it. In no build that is shipped.
+
+use std::collections::BTreeMap;
+
+use muster_core::types::{DesiredPhase, Millis, limits};
+use muster_decoders::Decoder;
+use muster_proto::convert;
+use muster_proto::v1::{self, session_response::Message as Down};
+use muster_worker_core::{Core, Effect, Input};
+use prost::Message;
+
+use crate::session::times;
+use crate::telemetry::parse::parse;
+
+/// Every decoder of this crate.
+pub const DECODERS: [Decoder; 3] = [
+    Decoder { name: "telemetry_line", decode: telemetry_line, samples: telemetry_samples },
+    Decoder { name: "join_response", decode: join_response, samples: join_samples },
+    Decoder { name: "session_response", decode: session_response, samples: session_samples },
+];
+
+fn telemetry_line(bytes: &[u8]) {
+    match parse(bytes) {
+        Ok(point) => {
+            assert!(point.values.len() <= 64 && point.values.values().all(|value| value.is_finite()));
+            assert!(point.values.keys().all(|name| (1..=128).contains(&name.len())));
+            let time = convert::timestamp_to_wire(point.time.unwrap_or_default());
+            assert_eq!(convert::millis_from_timestamp(&time), point.time.unwrap_or_default());
+            let seconds = point.time.map(|time| time.0 as f64 / 1000.0);
+            let line = serde_json::json!({ "step": point.step, "time": seconds, "values": point.values });
+            let again = parse(line.to_string().as_bytes()).expect("what was accepted is accepted again");
+            assert_eq!((again.step, again.values), (point.step, point.values));
+        }
+        Err(why) => assert!(!why.is_empty(), "a refusal says why"),
+    }
+}
+
+fn telemetry_samples() -> Vec<Vec<u8>> {
+    [
+        r#"{"step":1,"time":1760000000.5,"values":{"loss":2.3,"lr":1e-4,"nan":null}}"#,
+        r#"{"step":18446744073709551615,"values":{},"more":[1]}"#,
+    ]
+    .map(Into::into)
+    .into()
+}
+
+fn join_response(bytes: &[u8]) {
+    let Ok(wire) = v1::JoinResponse::decode(bytes) else { return };
+    let (heartbeat, lease) = times(&wire);
+    assert!([heartbeat, lease].iter().all(|span| (Millis(10)..=limits::SPAN_MAX).contains(span)));
+}
+
+fn join_samples() -> Vec<Vec<u8>> {
+    let wire = |heartbeat, lease| v1::JoinResponse {
+        heartbeat_interval: Some(convert::duration_to_wire(Millis(heartbeat))),
+        lease: Some(convert::duration_to_wire(Millis(lease))),
+    };
+    [wire(1000, 10_000), wire(0, u64::MAX)].map(|wire| wire.encode_to_vec()).into()
+}
+
+/// The daemon's core takes whatever passes the check, and launches nothing that is not wanted.
+fn session_response(bytes: &[u8]) {
+    let Ok(v1::SessionResponse { message: Some(heard) }) = v1::SessionResponse::decode(bytes) else { return };
+    let wires = match heard {
+        Down::Welcome(welcome) => welcome.assignments,
+        Down::Assignment(assignment) => vec![assignment],
+        // Numbers alone; what they lead to needs a running daemon.
+        Down::PointAck(_)
+        | Down::LogSubscribe(_)
+        | Down::LogCredit(_)
+        | Down::LogUnsubscribe(_)
+        | Down::HeartbeatAck(_) => return,
+    };
+    let Ok(all) = wires.into_iter().map(convert::assignment_from_wire).collect::<Result<Vec<_>, _>>() else {
+        return;
+    };
+    let (mut core, mut now) = (Core::default(), Millis(1000));
+    let mut effects = core.step(now, Input::Renewed { sent: now, lease: Millis::from_secs(10) });
+    effects.extend(core.step(now, Input::Welcome(all.clone())));
+    for assignment in &all {
+        effects.extend(core.step(now, Input::Assign(Box::new(assignment.clone()))));
+        effects.extend(core.step(now, Input::Prepared(assignment.gang.clone(), Some(29_500))));
+        effects.extend(core.step(now, Input::Launched(assignment.gang.clone())));
+    }
+    let wanted: BTreeMap<_, _> = all.iter().map(|assignment| (&assignment.gang, assignment)).collect();
+    for effect in &effects {
+        if let Effect::Launch(launched, _) = effect {
+            assert!(wanted.contains_key(&launched.gang) && launched.phase == DesiredPhase::Running);
+        }
+    }
+    for _ in 0..100 {
+        let Some(at) = core.next_deadline() else { return };
+        now = now.max(at);
+        core.step(now, Input::Tick);
+    }
+}
+
+fn session_samples() -> Vec<Vec<u8>> {
+    let assignment = |generation, phase: v1::DesiredPhase| v1::Assignment {
+        job_id: "k3v9x2ma".into(),
+        generation,
+        phase: phase.into(),
+        spec: Some(v1::JobSpec {
+            command: vec!["sh".into()],
+            per_proc: Some(v1::Resources { gpus: 1, ..Default::default() }),
+            procs_per_node: Some(2),
+            ..Default::default()
+        }),
+        placement: Some(v1::NodePlacement {
+            node_name: "node-1".into(),
+            address: "10.0.0.1".into(),
+            group_rank: Some(0),
+            first_rank: Some(0),
+            procs: 2,
+            gpus: vec![0, 1],
+        }),
+        world_size: 2,
+        group_world_size: 1,
+        master_addr: "10.0.0.1".into(),
+        master_port: 29_500,
+        restart_count: 0,
+        dump_stacks: true,
+        stop_grace: Some(convert::duration_to_wire(Millis(500))),
+    };
+    let phases = [
+        v1::DesiredPhase::Prepared,
+        v1::DesiredPhase::Running,
+        v1::DesiredPhase::Stopped,
+        v1::DesiredPhase::Forgotten,
+    ];
+    let assignments: Vec<_> =
+        (1..).zip(phases).map(|(generation, phase)| assignment(generation, phase)).collect();
+    let single = assignments.clone().into_iter().map(Down::Assignment);
+    let welcome = Down::Welcome(v1::Welcome { session: 1, assignments: assignments.clone() });
+    single
+        .chain([welcome])
+        .map(|message| v1::SessionResponse { message: Some(message) }.encode_to_vec())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn decoders_hold_what_they_promise() {
+        muster_decoders::check(&super::DECODERS);
+    }
+}
