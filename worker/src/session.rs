@@ -23,7 +23,7 @@ use tracing::warn;
 use crate::clock::boot_now;
 use crate::{Config, Error};
 use queues::Prioritised;
-use signs::{Signs, is_refused, root_cause, takes_connections};
+use signs::{Signs, is_refused, root_cause};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
 /// come back spread over it rather than all at once.
@@ -190,9 +190,7 @@ async fn once(
     let hello_sent = boot_now();
     let session = async {
         let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
-        let opened = tokio::time::timeout(CONNECT_MAX, stream).await;
-        let stream =
-            opened.map_err(|_| Status::deadline_exceeded("the session was not answered"))??.into_inner();
+        let stream = signs.watch(endpoint, stream).await??.into_inner();
         pump(stream, urgent, events, heartbeat, lease, hello_sent).await
     };
     let result = session.await;
@@ -224,20 +222,7 @@ async fn join(
         None => address_towards(endpoint).await.map_err(Failure::Connect)?,
     };
     let mut joining = client.clone();
-    let call = tokio::time::timeout(CONNECT_MAX, joining.join(join_request(identity, address)));
-    tokio::pin!(call);
-    let joined = loop {
-        let asked = boot_now();
-        tokio::select! {
-            joined = &mut call => break joined,
-            // It took the connection and says nothing.
-            () = tokio::time::sleep(signs.patience()) => {
-                let takes = takes_connections(endpoint, signs.patience()).await;
-                signs.note(takes.then_some(asked)).await;
-            }
-        }
-    };
-    match joined {
+    match signs.watch(endpoint, joining.join(join_request(identity, address))).await {
         Ok(Ok(joined)) => {
             signs.note(None).await;
             Ok((client, joined.into_inner()))
@@ -247,7 +232,7 @@ async fn join(
             signs.note(None).await;
             Err(Failure::Join(status))
         }
-        Err(_) => Err(Failure::Connect(Status::deadline_exceeded("the coordinator does not answer"))),
+        Err(silent) => Err(Failure::Connect(silent)),
     }
 }
 

@@ -23,6 +23,9 @@ const PAUSE_MIN: u64 = 100;
 impl World {
     /// A daemon begins, and finds what an earlier one has left.
     pub fn start_daemon(&mut self, machine: usize) {
+        if self.machines[machine].frozen > 0 {
+            return self.after(500, Event::StartDaemon { machine });
+        }
         let this = &mut self.machines[machine];
         if !this.up || this.daemon.is_some() {
             return;
@@ -204,8 +207,10 @@ impl World {
         }
         match (what, daemon.phase) {
             (Turn::Connect, Phase::Idle) => self.connect(machine, now),
-            (Turn::Unanswered, Phase::Joining { asked, since }) => {
-                daemon.phase = Phase::Joining { asked: now, since };
+            (Turn::Unanswered, Phase::Joining { asked, since } | Phase::Opening { asked, since }) => {
+                if let Phase::Joining { asked, .. } | Phase::Opening { asked, .. } = &mut daemon.phase {
+                    *asked = now;
+                }
                 // It took the connection and says nothing, while another one is taken at once.
                 if self.reaches(machine) && self.coordinator.process.is_some() {
                     self.daemon_input(machine, Input::CoordinatorGone { at: asked });
@@ -215,12 +220,6 @@ impl World {
                 } else {
                     self.session_later(machine, Turn::Unanswered, PATIENCE);
                 }
-            }
-            (Turn::Unanswered, Phase::Opening { hello_sent }) if now.since(hello_sent).0 >= ANSWER_MAX => {
-                self.close_session(machine);
-            }
-            (Turn::Unanswered, Phase::Opening { .. }) => {
-                self.session_later(machine, Turn::Unanswered, PATIENCE)
             }
             (Turn::Beat, Phase::Open) => {
                 if now.since(daemon.heard).0 > SILENCE {
@@ -291,18 +290,18 @@ impl World {
         let lease = Millis(LEASE);
         match (message, daemon.phase) {
             (Down::Joined, Phase::Joining { .. }) => {
-                daemon.phase = Phase::Opening { hello_sent: now };
+                daemon.phase = Phase::Opening { asked: now, since: now };
                 let leaving = daemon.leaves_for.map(|_| "its daemon is being stopped".to_owned());
                 let (incarnation, gangs) = (daemon.incarnation.clone(), daemon.core.reports());
                 self.up(machine, conn, Up::Hello { incarnation, gangs, leaving });
             }
-            (Down::Welcome(all), Phase::Opening { hello_sent }) => {
+            (Down::Welcome(all), Phase::Opening { since, .. }) => {
                 daemon.phase = Phase::Open;
                 daemon.sent.clear();
                 // What changed since the Hello was made has not been said.
                 let known: Vec<GangId> =
                     daemon.core.reports().into_iter().map(|report| report.gang).collect();
-                self.daemon_input(machine, Input::Renewed { sent: hello_sent, lease });
+                self.daemon_input(machine, Input::Renewed { sent: since, lease });
                 self.daemon_input(machine, Input::Welcome(all));
                 for gang in known {
                     self.carry_out(machine, Effect::Report(gang));

@@ -61,7 +61,7 @@ pub struct Record {
 pub enum Phase {
     Idle,
     Joining { asked: Millis, since: Millis },
-    Opening { hello_sent: Millis },
+    Opening { asked: Millis, since: Millis },
     Open,
 }
 

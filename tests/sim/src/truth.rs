@@ -157,6 +157,11 @@ impl Truth {
         };
         let before = self.seen.insert(job.id.clone(), now);
         let gang = job.gang_id();
+        // Some ranks were quiet for a while, as they may be, when all others had ended.
+        let ended = |gang: &Gang| gang.ranks.values().any(Option::is_some);
+        if job.reason.contains("shown progress") && self.gangs.get(&gang).is_some_and(ended) {
+            self.taint(&gang);
+        }
         if let Some(before) = before {
             if job.generation < before.generation {
                 self.violate(format!("{gang}: the generation was {} before", before.generation));
@@ -168,10 +173,7 @@ impl Truth {
                 return;
             }
             let last = GangId { job: job.id.clone(), generation: before.generation };
-            // Some ranks were quiet for a while, as they may be, when all others had ended.
-            let ended = |gang: &Gang| gang.ranks.values().any(Option::is_some);
-            let quiet = job.reason.contains("shown progress") && self.gangs.get(&last).is_some_and(ended);
-            let because = excused || quiet || self.is_tainted(&last);
+            let because = excused || self.is_tainted(&last);
             if job.restarts_used > before.restarts_used && !because {
                 self.violate(format!("{last}: a restart is spent without a fault: {}", job.reason));
             }

@@ -421,16 +421,14 @@ impl World {
         }
     }
 
-    /// When a message arrives. Those that may come out of order sometimes do.
+    /// When a message arrives. Those that may be overtaken sometimes are.
     fn arrival(&mut self, conn: u64, down: bool, any_order: bool) -> u64 {
         let slow = self.slow_network > 0;
         let delay = 1 + self.up_to(if slow { 2_500 } else { 20 });
-        if any_order && self.rng.random_bool(0.03) {
-            return self.now + delay + self.up_to(3_000);
-        }
+        let late = if any_order && self.rng.random_bool(0.03) { self.up_to(3_000) } else { 0 };
         let last = self.arrivals.entry((conn, down)).or_default();
         *last = (*last).max(self.now + delay);
-        *last
+        *last + late
     }
 
     fn arrive_at_coordinator(&mut self, machine: usize, conn: u64, message: Up, tries: u32) {

@@ -13,9 +13,11 @@ use std::time::Duration;
 use muster_core::types::Millis;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tonic::Status;
 use tonic::transport::Endpoint;
 
 use super::{CONNECT_MAX, Event};
+use crate::clock::boot_now;
 
 /// What the attempts so far say.
 pub(super) struct Signs {
@@ -41,6 +43,29 @@ impl Signs {
     /// How long a coordinator may be silent before that says something.
     pub fn patience(&self) -> Duration {
         (self.lease() / 6).min(CONNECT_MAX)
+    }
+
+    /// Waits for an answer on a connection that was made, and learns from it if none comes.
+    pub async fn watch<T>(
+        &mut self,
+        endpoint: &Endpoint,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Result<T, Status>, Status> {
+        let call = tokio::time::timeout(CONNECT_MAX, call);
+        tokio::pin!(call);
+        loop {
+            let asked = boot_now();
+            tokio::select! {
+                answer = &mut call => {
+                    return answer.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"));
+                }
+                // It took the connection and says nothing.
+                () = tokio::time::sleep(self.patience()) => {
+                    let takes = takes_connections(endpoint, self.patience()).await;
+                    self.note(takes.then_some(asked)).await;
+                }
+            }
+        }
     }
 
     /// The coordinator that is being tried was gone then, or was not.
@@ -71,7 +96,7 @@ pub(super) fn is_refused(cause: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// Whether a connection is made within this time.
-pub(super) async fn takes_connections(endpoint: &Endpoint, limit: Duration) -> bool {
+async fn takes_connections(endpoint: &Endpoint, limit: Duration) -> bool {
     let uri = endpoint.uri();
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let connect = TcpStream::connect((host, uri.port_u16().unwrap_or(80)));
