@@ -203,8 +203,8 @@ impl Driver {
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
         reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
     ) {
-        let Hello { node, incarnation, gangs, leaving } = hello;
-        let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving };
+        let Hello { node, incarnation, gangs, leaving, number } = hello;
+        let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving, number };
         let mut effects = self.core.step(self.clock.now(), hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {

@@ -64,7 +64,7 @@ fn join_request(bytes: &[u8]) {
     let (node, incarnation) = (join.name.clone(), join.incarnation.clone());
     let name = node.to_string();
     cluster.feed(Input::Join(Box::new(join)));
-    cluster.feed(Input::Hello { node, incarnation, gangs: Vec::new(), leaving: None });
+    cluster.feed(Input::Hello { node, incarnation, gangs: Vec::new(), leaving: None, number: 1 });
     for other in ["node-1", "node-2"].into_iter().filter(|other| *other != name) {
         cluster.feed(Input::SetCordon { node: other.into(), cordon: Some(String::new()) });
     }
@@ -84,8 +84,8 @@ fn session_request(bytes: &[u8]) {
             let Some(hello) = accepted_field(worker::checked_hello(hello)) else { return };
             hello.gangs.iter().for_each(check_report);
             assert!(hello.gangs.len() <= 1024 && hello.leaving.iter().all(|why| why.chars().count() <= 256));
-            let crate::driver::Hello { node, incarnation, gangs, leaving } = hello;
-            cluster.feed(Input::Hello { node, incarnation, gangs, leaving });
+            let crate::driver::Hello { node, incarnation, gangs, leaving, number } = hello;
+            cluster.feed(Input::Hello { node, incarnation, gangs, leaving, number });
         }
         Up::Gang(report) => {
             let Some(report) = accepted_field(convert::gang_report_from_wire(report)) else { return };

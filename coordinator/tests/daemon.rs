@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use muster_coordinator::{Config, Error};
@@ -20,6 +21,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Streaming};
+
+/// Numbers the hellos of all scripted nodes.
+static HELLOS: AtomicU64 = AtomicU64::new(1);
 
 /// A coordinator in this process, on a port of its own.
 struct Coordinator {
@@ -82,7 +86,9 @@ impl Session {
             })
             .await?;
         let (up, requests) = mpsc::channel(16);
-        let hello = v1::Hello { node_name: "n1".into(), incarnation: "i1".into(), gangs, leaving: None };
+        let number = HELLOS.fetch_add(1, Ordering::Relaxed);
+        let (node_name, incarnation) = ("n1".into(), "i1".into());
+        let hello = v1::Hello { node_name, incarnation, gangs, leaving: None, number };
         up.send(v1::SessionRequest { message: Some(Up::Hello(hello)) }).await.unwrap();
         let down = client.session(ReceiverStream::new(requests)).await?.into_inner();
         Ok(Self { up, down })

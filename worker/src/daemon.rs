@@ -90,6 +90,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         link: None,
         unsent: BTreeSet::new(),
         leaving: None,
+        hellos: 0,
         points_at: None,
         identity,
     };
@@ -118,6 +119,8 @@ struct Daemon {
     link: Option<Link>,
     /// Gangs whose report is to be sent.
     unsent: BTreeSet<GangId>,
+    /// Hellos so far.
+    hellos: u64,
     /// Why the daemon is about to end, until the coordinator has been told.
     leaving: Option<String>,
     /// When points are to be sent, if any wait.
@@ -252,7 +255,9 @@ impl Daemon {
                 let gangs = observed(&self.core);
                 let reason = self.leaving_since_shutdown();
                 let leaving = reason.map(|reason| v1::Leaving { reason });
-                hello.send(v1::Hello { node_name: name.to_string(), incarnation, gangs, leaving }).ok();
+                self.hellos += 1;
+                let (node_name, number) = (name.to_string(), self.hellos);
+                hello.send(v1::Hello { node_name, incarnation, gangs, leaving, number }).ok();
                 self.unsent.clear();
                 self.leaving = None;
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is

@@ -249,7 +249,7 @@ async fn pump(
     let ends = |_| Status::cancelled("the daemon ends");
     let mut beat = tokio::time::interval(Duration::from_millis(heartbeat.0));
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let silence_max = Duration::from_millis((lease.0 / 3).max(heartbeat.0 * 3 / 2));
+    let silence_max = Duration::from_millis((lease.0 / 4).max(heartbeat.0 * 5 / 4));
     // When the heartbeats were sent that are not acknowledged yet, the oldest first.
     let mut sent: VecDeque<(u64, Millis)> = VecDeque::new();
     let (mut seq, mut heard) = (0, Instant::now());
@@ -273,10 +273,10 @@ async fn pump(
                     events.send(Event::Heard(Box::new(message))).await.map_err(ends)?;
                 }
             }
+            () = tokio::time::sleep_until(heard + silence_max) => {
+                return Err(Status::unavailable("the coordinator says nothing"));
+            }
             _ = beat.tick() => {
-                if heard.elapsed() > silence_max {
-                    return Err(Status::unavailable("the coordinator says nothing"));
-                }
                 seq += 1;
                 let at = boot_now();
                 // A queue that is full holds heartbeats enough.

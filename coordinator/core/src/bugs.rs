@@ -23,6 +23,7 @@ pub enum Bug {
     OneQuietNodeHangs,
     LeaseNotRenewed,
     LeftoversForgotten,
+    LateHelloCounts,
     WaitsByWallClock,
     // In the node's core.
     OldGenerationLaunches,
@@ -38,7 +39,7 @@ pub enum Bug {
 }
 
 /// Every bug.
-pub const ALL: [Bug; 25] = [
+pub const ALL: [Bug; 26] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -54,6 +55,7 @@ pub const ALL: [Bug; 25] = [
     Bug::OneQuietNodeHangs,
     Bug::LeaseNotRenewed,
     Bug::LeftoversForgotten,
+    Bug::LateHelloCounts,
     Bug::WaitsByWallClock,
     Bug::OldGenerationLaunches,
     Bug::AdoptByPidAlone,

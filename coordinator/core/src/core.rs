@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
 use crate::job::{Job, Observed};
+use crate::lease::Hello;
 use crate::node::{Join, Node, NodeState, Reserved};
 use crate::types::{
     GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session,
@@ -120,6 +121,8 @@ pub enum Input {
         gangs: Vec<GangReport>,
         /// Why it is about to end, if it is.
         leaving: Option<String>,
+        /// Counts the hellos of this daemon, from 1.
+        number: u64,
     },
     /// A daemon is about to end in good order.
     Leaving {
@@ -286,8 +289,9 @@ impl Core {
                 fx.reply = Some(self.drain(now, &node, reason, timeout, &mut fx));
             }
             Input::Join(join) => fx.reply = Some(self.join(now, *join, &mut fx)),
-            Input::Hello { node, incarnation, gangs, leaving } => {
-                fx.reply = Some(self.hello(now, &node, &incarnation, &gangs, leaving, &mut fx));
+            Input::Hello { node, incarnation, gangs, leaving, number } => {
+                let hello = Hello { incarnation, gangs, leaving, number };
+                fx.reply = Some(self.hello(now, &node, hello, &mut fx));
             }
             Input::Leaving { node, session, reason } => {
                 if self.has_session(&node, session) {

@@ -150,4 +150,7 @@ pub enum Refusal {
     /// Session without Join, or after another daemon took the name.
     #[error("node {0} has not joined with this incarnation; call Join first")]
     NotJoined(NodeName),
+    /// A Hello that was held up on its way.
+    #[error("this hello of node {0} comes after a later one of the same daemon, and is passed over")]
+    LateHello(NodeName),
 }

@@ -6,6 +6,14 @@ use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::node::{Join, Node, NodeState};
 use crate::types::{GangReport, Incarnation, Millis, NodeName, Session};
 
+/// The first message of a session.
+pub(crate) struct Hello {
+    pub incarnation: Incarnation,
+    pub gangs: Vec<GangReport>,
+    pub leaving: Option<String>,
+    pub number: u64,
+}
+
 impl Core {
     pub(crate) fn join(&mut self, now: Millis, join: Join, fx: &mut Effects) -> Result<Reply, Refusal> {
         let name = join.name.clone();
@@ -32,6 +40,9 @@ impl Core {
                 let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NotJoined(name)) };
                 // Written only if something differs: ten thousand nodes that reconnect cost no write.
                 if !same || node.address != join.address || node.inventory != join.inventory {
+                    if !same {
+                        node.hello = 0;
+                    }
                     node.incarnation = join.incarnation;
                     node.boot_id = join.boot_id;
                     node.data_id = join.data_id;
@@ -50,14 +61,18 @@ impl Core {
         &mut self,
         now: Millis,
         name: &NodeName,
-        incarnation: &Incarnation,
-        gangs: &[GangReport],
-        leaving: Option<String>,
+        hello: Hello,
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
-        let Some(node) = self.nodes.get_mut(name).filter(|node| node.incarnation == *incarnation) else {
+        let Hello { incarnation, gangs, leaving, number } = hello;
+        let Some(node) = self.nodes.get_mut(name).filter(|node| node.incarnation == incarnation) else {
             return Err(Refusal::NotJoined(name.clone()));
         };
+        let late = number > 0 && number <= node.hello;
+        if late && !planted(Bug::LateHelloCounts) {
+            return Err(Refusal::LateHello(name.clone()));
+        }
+        node.hello = number;
         if let Some(older) = node.session.take() {
             fx.sends.push((name.clone(), older, ToNode::Close("a newer session was opened".to_owned())));
         }
@@ -68,8 +83,8 @@ impl Core {
         node.leaving = None;
         self.grant_lease(now, name);
         self.set_node_state(now, name, NodeState::Ready, fx);
-        self.observe_leftovers(now, name, gangs, fx);
-        self.observe_all(now, name, gangs, fx);
+        self.observe_leftovers(now, name, &gangs, fx);
+        self.observe_all(now, name, &gangs, fx);
         if let Some(reason) = leaving {
             self.leaving(now, name, reason, fx);
         }

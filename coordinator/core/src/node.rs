@@ -133,6 +133,9 @@ pub struct Node {
     /// Why its daemon is about to end, if it is.
     #[serde(skip)]
     pub leaving: Option<String>,
+    /// Number of the last hello of its daemon.
+    #[serde(skip)]
+    pub hello: u64,
     /// The open session.
     #[serde(skip)]
     pub session: Option<Session>,
@@ -159,6 +162,7 @@ impl Node {
             changed: now,
             state: NodeState::Disconnected,
             leaving: None,
+            hello: 0,
             session: None,
             lease_expires: now,
             reserved: Reserved::default(),

@@ -34,6 +34,7 @@ pub(crate) struct Hello {
     pub incarnation: Incarnation,
     pub gangs: Vec<GangReport>,
     pub leaving: Option<String>,
+    pub number: u64,
 }
 
 pub(super) enum Command {

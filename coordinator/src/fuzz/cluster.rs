@@ -57,7 +57,7 @@ impl Cluster {
                 data_id: "data".into(),
                 inventory: Inventory { total, gpus, ..Inventory::default() },
             })));
-            let hello = Input::Hello { node: name, incarnation, gangs: Vec::new(), leaving: None };
+            let hello = Input::Hello { node: name, incarnation, gangs: Vec::new(), leaving: None, number: 1 };
             if let Some(Reply::Session(session)) = cluster.feed(hello) {
                 cluster.session = session;
             }

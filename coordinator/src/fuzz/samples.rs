@@ -89,6 +89,7 @@ pub(super) fn session() -> Vec<Vec<u8>> {
         incarnation: "1".into(),
         gangs: vec![report()],
         leaving: Some(v1::Leaving { reason: "shutdown".into() }),
+        number: 1,
     };
     let phase = |phase: v1::ObservedPhase| Up::Gang(v1::GangReport { phase: phase.into(), ..report() });
     let points = |generation, time| {

@@ -86,6 +86,7 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         Refusal::LeaseHeld { millis, .. } => {
             convert::unavailable("LEASE_HELD", message, Duration::from_millis(*millis))
         }
+        Refusal::LateHello(_) => convert::refusal(Code::Aborted, "LATE_HELLO", message),
         Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),
     }
 }

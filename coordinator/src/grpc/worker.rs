@@ -168,6 +168,7 @@ pub(crate) fn checked_hello(wire: v1::Hello) -> Result<Hello, FieldError> {
             .map_err(|why| field_error("hello.incarnation", why))?,
         gangs: wire.gangs.into_iter().map(convert::gang_report_from_wire).collect::<Result<_, _>>()?,
         leaving: wire.leaving.as_ref().map(reason),
+        number: wire.number,
     })
 }
 

@@ -14,8 +14,8 @@ use crate::schedule::GPUS;
 use crate::world::{Event, Turn, World};
 
 /// As in the daemon's session: how long a coordinator may be silent, in a session and before it answers a Join.
-const SILENCE: u64 = LEASE / 3;
-const PATIENCE: u64 = LEASE / 6;
+const SILENCE: u64 = LEASE / 4;
+const PATIENCE: u64 = LEASE / 8;
 const ANSWER_MAX: u64 = LEASE / 2;
 /// The first pause between attempts to connect.
 const PAUSE_MIN: u64 = 100;
@@ -293,7 +293,8 @@ impl World {
                 daemon.phase = Phase::Opening { asked: now, since: now };
                 let leaving = daemon.leaves_for.map(|_| "its daemon is being stopped".to_owned());
                 let (incarnation, gangs) = (daemon.incarnation.clone(), daemon.core.reports());
-                self.up(machine, conn, Up::Hello { incarnation, gangs, leaving });
+                // Connections count up as the daemon's hellos do.
+                self.up(machine, conn, Up::Hello { incarnation, gangs, leaving, number: conn });
             }
             (Down::Welcome(all), Phase::Opening { since, .. }) => {
                 daemon.phase = Phase::Open;

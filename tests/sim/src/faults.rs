@@ -87,7 +87,11 @@ impl World {
         let last = job.past.last().map(|past| past.placements.as_slice()).unwrap_or_default();
         let troubled = job.placements().iter().chain(last).any(|placement| {
             let of_name = self.machines.iter().filter(|machine| machine.name == placement.node.as_str());
-            of_name.into_iter().any(|machine| machine.is_troubled() || recent(machine.troubled))
+            // A daemon that begins while no coordinator answers may learn too late that there is none.
+            let late = |machine: &Machine| coordinator && recent(machine.restarted);
+            of_name
+                .into_iter()
+                .any(|machine| machine.is_troubled() || recent(machine.troubled) || late(machine))
         });
         troubled || (strict && coordinator)
     }
@@ -346,6 +350,7 @@ impl World {
     }
 
     fn kill_daemon(&mut self, machine: usize, ms: u64) {
+        self.machines[machine].restarted = self.now;
         // A daemon that is back soon has done no harm to any rank.
         if ms > LEASE / 5 {
             self.trouble(machine);

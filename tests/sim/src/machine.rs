@@ -113,6 +113,8 @@ pub struct Machine {
     pub disk: BTreeMap<GangId, Record>,
     /// Launched once, and never again.
     pub markers: BTreeSet<GangId>,
+    /// When its daemon was last killed, in true time.
+    pub restarted: u64,
     /// Its daemon is away for long enough that its ranks may be replaced.
     pub away: bool,
     /// How many cuts hold each direction.
@@ -142,6 +144,7 @@ impl Machine {
             next_pid: 0,
             disk: BTreeMap::new(),
             markers: BTreeSet::new(),
+            restarted: 0,
             away: false,
             cut_up: 0,
             cut_down: 0,

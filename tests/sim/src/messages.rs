@@ -11,6 +11,7 @@ pub enum Up {
         incarnation: Incarnation,
         gangs: Vec<GangReport>,
         leaving: Option<String>,
+        number: u64,
     },
     Heartbeat(u64),
     Report(Box<GangReport>),

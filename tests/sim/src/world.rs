@@ -297,8 +297,8 @@ impl World {
                         process.conns.insert(conn, (node, None));
                         (Input::Join(join), None, Some(conn))
                     }
-                    (Up::Hello { incarnation, gangs, leaving }, None) => {
-                        (Input::Hello { node, incarnation, gangs, leaving }, None, Some(conn))
+                    (Up::Hello { incarnation, gangs, leaving, number }, None) => {
+                        (Input::Hello { node, incarnation, gangs, leaving, number }, None, Some(conn))
                     }
                     (Up::Heartbeat(seq), Some(session)) => {
                         let stepped = process.step(now, wall, Input::Heartbeat { node, session }, None);

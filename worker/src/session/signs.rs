@@ -42,7 +42,7 @@ impl Signs {
 
     /// How long a coordinator may be silent before that says something.
     pub fn patience(&self) -> Duration {
-        (self.lease() / 6).min(CONNECT_MAX)
+        (self.lease() / 8).min(CONNECT_MAX)
     }
 
     /// Waits for an answer on a connection that was made, and learns from it if none comes.

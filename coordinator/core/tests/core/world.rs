@@ -37,6 +37,7 @@ pub struct World {
     pub nodes: BTreeMap<NodeName, ModelNode>,
     stored: BTreeMap<String, String>,
     pub config: Config,
+    hellos: u64,
 }
 
 pub fn name(text: &str) -> NodeName {
@@ -53,7 +54,8 @@ impl Default for World {
         let config = Config { ended_max: 50, ..Config::default() };
         let now = Millis::from_secs(1_000_000);
         let (core, effects) = Core::load(now, config.clone(), 42, Snapshot::default());
-        let mut world = Self { core, now, nodes: BTreeMap::new(), stored: BTreeMap::new(), config };
+        let mut world =
+            Self { core, now, nodes: BTreeMap::new(), stored: BTreeMap::new(), config, hellos: 0 };
         world.carry_out(effects);
         world
     }
@@ -123,13 +125,16 @@ impl World {
             },
         };
         let incarnation = join.incarnation.clone();
+        self.hellos += 1;
+        let number = self.hellos;
         let gangs = model.gangs.values().map(|(_, report)| report.clone()).collect();
         if self.input(Input::Join(Box::new(join))).unwrap().is_err() {
             return;
         }
         // The session must be known before the effects of Hello are carried out, as in the driver.
-        let mut effects =
-            self.core.step(self.now, Input::Hello { node: name(node), incarnation, gangs, leaving: None });
+        let mut effects = self
+            .core
+            .step(self.now, Input::Hello { node: name(node), incarnation, gangs, leaving: None, number });
         if let Some(Ok(Reply::Session(session))) = effects.reply.take() {
             self.node(node).session = Some(session);
             self.node(node).inbox.clear();
