@@ -266,6 +266,7 @@ impl Core {
             }
             if *seen == Observed::Killed {
                 // The ranks are as good as dead, but what they hold is not free.
+                node.release(id, &job.spec, placement);
                 node.hold_leftover(&gang_id, &job.spec, placement);
                 stuck.push(placement.node.clone());
                 continue;

@@ -136,6 +136,10 @@ impl Core {
                 continue;
             }
             if let Some(node) = self.nodes.get_mut(name) {
+                // It is counted as gone, but its gang has not ended elsewhere.
+                if current && job.gang.is_some() {
+                    node.release(&job.id, &job.spec, &placements[at]);
+                }
                 node.hold_leftover(&report.gang, &job.spec, &placements[at]);
             }
             if report.phase == ObservedPhase::Killed {

@@ -205,9 +205,8 @@ impl Node {
         }
     }
 
-    /// The job lets go of the node; what is left of its gang there holds what it held.
+    /// What is left of a gang that is over for its job holds what the gang held.
     pub(crate) fn hold_leftover(&mut self, gang: &GangId, spec: &JobSpec, placement: &NodePlacement) {
-        self.release(&gang.job, spec, placement);
         if planted(Bug::StuckIsFree) || self.reserved.leftovers.contains_key(gang) {
             return;
         }
