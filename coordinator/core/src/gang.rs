@@ -261,9 +261,6 @@ impl Core {
         for (placement, seen) in gang.placements.iter().zip(&gang.observed) {
             let Some(node) = self.nodes.get_mut(&placement.node) else { continue };
             fx.show_node(&placement.node);
-            if node.reserved.leftovers.contains_key(&gang_id) {
-                continue;
-            }
             if *seen == Observed::Killed {
                 // The ranks are as good as dead, but what they hold is not free.
                 node.release(id, &job.spec, placement);

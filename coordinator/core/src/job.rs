@@ -187,6 +187,16 @@ impl Gang {
         self.quiet.clear();
     }
 
+    /// A node begins a session: what it says now is all there is to know.
+    pub(crate) fn forget_observed(&mut self, group_rank: usize) {
+        let before = std::mem::take(&mut self.observed[group_rank]);
+        let reached = |at: Observed| usize::from(at <= before);
+        self.counts.prepared -= reached(Observed::Prepared);
+        self.counts.running -= reached(Observed::Running);
+        self.counts.killed -= reached(Observed::Killed);
+        self.counts.stopped -= reached(Observed::Stopped);
+    }
+
     /// Moves a node forward; a report that is behind what is known changes nothing.
     pub(crate) fn observe(&mut self, group_rank: usize, seen: Observed) -> bool {
         let before = self.observed[group_rank];

@@ -5,7 +5,7 @@ use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
-use crate::job::{Gang, JobState, Observed};
+use crate::job::JobState;
 use crate::node::{Drain, Node};
 use crate::schedule::{Candidate, Plan, solve};
 use crate::types::{
@@ -130,17 +130,17 @@ impl Core {
             let Some(job) = self.jobs.get(&report.gang.job) else { continue };
             let placements = job.placements_of(report.gang.generation).unwrap_or_default();
             let Some(at) = placements.iter().position(|placement| placement.node == *name) else { continue };
-            let counted_as_gone = |gang: &Gang| gang.observed[at] == Observed::Stopped;
-            let current = job.generation == report.gang.generation;
-            if current && job.gang.as_ref().is_some_and(|gang| !counted_as_gone(gang)) {
+            let current = job.generation == report.gang.generation && job.gang.is_some();
+            let (spec, placement) = (job.spec.clone(), placements[at].clone());
+            if current {
+                // It may have been counted as gone. The gang has not ended elsewhere: it waits for this node again.
+                if let Some(gang) = self.jobs.get_mut(&report.gang.job).and_then(|job| job.gang.as_mut()) {
+                    gang.forget_observed(at);
+                }
                 continue;
             }
             if let Some(node) = self.nodes.get_mut(name) {
-                // It is counted as gone, but its gang has not ended elsewhere.
-                if current && job.gang.is_some() {
-                    node.release(&job.id, &job.spec, &placements[at]);
-                }
-                node.hold_leftover(&report.gang, &job.spec, &placements[at]);
+                node.hold_leftover(&report.gang, &spec, &placement);
             }
             if report.phase == ObservedPhase::Killed {
                 self.drain_stuck(now, name, &report.gang, fx);

@@ -146,11 +146,12 @@ impl World {
                 }
             }
             Fault::Hang(job) => self.hang(job),
-            Fault::Quiet { job, part } => {
+            Fault::Quiet { job } => {
                 // Some ranks print nothing; others do. On a single node that would be the whole job.
                 let parts = self.parts(job);
                 if parts.len() > 1
-                    && let Some((machine, pid)) = parts.get(part % parts.len()).copied()
+                    // Always the first: two at once could be all.
+                    && let Some((machine, pid)) = parts.first().copied()
                 {
                     let shim = &self.machines[machine].shims[&pid];
                     let gang = shim.assignment.gang.clone();

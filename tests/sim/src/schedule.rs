@@ -51,7 +51,6 @@ pub enum Fault {
     /// Ranks of one node report nothing for a while; others do.
     Quiet {
         job: usize,
-        part: usize,
     },
     /// A rank of the job cannot be killed for a while.
     Stuck {
@@ -177,7 +176,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
         16..20 => Fault::Uncordon(node),
         20..24 => Fault::KillRank { job, rank, code: if rng.random_bool(0.5) { None } else { Some(1) } },
         24 => Fault::Hang(job),
-        25 => Fault::Quiet { job, part },
+        25 => Fault::Quiet { job },
         26 => Fault::Stuck { job, rank },
         27..30 => Fault::KillShim { job, part },
         30 => Fault::FreezeShim { job, part, ms },
