@@ -198,7 +198,7 @@ impl World {
                     self.daemon_input(node, muster_worker_core::Input::Shutdown);
                 }
             }
-            Fault::FreezeDaemon { node, ms } => {
+            Fault::FreezeDaemon { node, ms } if self.machines[node].frozen == 0 => {
                 self.trouble(node);
                 self.thaw_shims(node);
                 if let Some(daemon) = &mut self.machines[node].daemon {
@@ -206,6 +206,7 @@ impl World {
                     self.after(ms, Event::Ends(index));
                 }
             }
+            Fault::FreezeDaemon { .. } => {}
             Fault::Reboot { node, ms } => {
                 if self.machines[node].up {
                     self.power_off(node);
@@ -285,7 +286,7 @@ impl World {
                     }
                 }
             }
-            Fault::FreezeDaemon { node, .. } => {
+            Fault::FreezeDaemon { node, .. } if self.machines[node].frozen == 0 => {
                 self.trouble(node);
                 self.daemon_thaws(node);
             }
