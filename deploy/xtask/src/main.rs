@@ -16,6 +16,7 @@ mod nightly;
 mod pypi;
 mod setup;
 mod sha256;
+mod sim;
 mod test;
 mod tools;
 
@@ -49,7 +50,12 @@ enum Command {
     },
     /// Fuzz every decoder that faces the network or the disk; the last line of output is a JSON object
     Fuzz(fuzz::Options),
-    /// What takes longer than a test may: the fuzzer, a minute for each decoder
+    /// Simulate clusters under faults, one for each seed; the last line of output is a JSON object. `--seed S` replays one
+    Sim {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// What takes longer than a test may: the fuzzer, a minute for each decoder, and half an hour of simulation
     Nightly,
     /// Set up a Python with torch as well (several GB), and run the benches; further arguments go to them
     Bench {
@@ -80,6 +86,7 @@ fn main() -> ExitCode {
         Command::Demo { args } => demo::run(&args),
         Command::Test { quick } => test::run(quick),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Sim { args } => sim::run(&args),
         Command::Nightly => nightly::run(),
         Command::Bench { args } => bench::run(&args),
     };

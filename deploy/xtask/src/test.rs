@@ -56,6 +56,10 @@ fn stages(quick: bool) -> Vec<Stage> {
         // Everything at once: the tests start the binaries of other packages.
         stage("build", &on("cargo build --workspace --all-targets")),
         stage("test", &on("cargo test --workspace")),
+        stage(
+            "simulation",
+            if quick { "cargo xtask sim --seeds 1000" } else { "cargo xtask sim --seeds 30000" },
+        ),
     ]
 }
 

@@ -1,11 +1,13 @@
 //! Both cores, with a model of everything around them, on one virtual clock: a seed gives a schedule of faults, and
 //! whatever comes of it, what must hold is checked after every step. The same seed gives the same history.
 
+mod cluster;
 mod coordinator;
 mod daemon;
 mod faults;
 mod machine;
 mod messages;
+mod network;
 mod schedule;
 mod shims;
 mod shrink;

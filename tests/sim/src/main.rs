@@ -65,7 +65,9 @@ fn replay(seed: u64, keep: &[usize]) -> ExitCode {
     if let Some((at, what)) = &outcome.violation {
         println!("at {:.3} s: {what}", *at as f64 / 1000.0);
     }
-    let line = serde_json::json!({ "seed": seed, "steps": outcome.steps, "hash": format!("{:016x}", outcome.hash), "violations": violations });
+    let hash = format!("{:016x}", outcome.hash);
+    let line =
+        serde_json::json!({ "seed": seed, "steps": outcome.steps, "hash": hash, "violations": violations });
     println!("{line}");
     ExitCode::from(u8::from(violations > 0))
 }

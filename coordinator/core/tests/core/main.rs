@@ -2,4 +2,5 @@
 
 mod life;
 mod properties;
+mod recovery;
 mod world;

@@ -108,10 +108,10 @@ impl World {
         self.job(id).state
     }
 
-    /// Joins and opens a session, as a daemon does whenever it connects.
-    pub fn connect(&mut self, node: &str) {
+    /// What a daemon registers with.
+    pub fn join_of(&mut self, node: &str) -> Join {
         let model = self.node(node);
-        let join = Join {
+        Join {
             name: name(node),
             address: model.address.unwrap_or(IpAddr::from([10, 0, 0, 1])),
             incarnation: Incarnation::new(format!("i{}", model.incarnation)).unwrap(),
@@ -123,11 +123,16 @@ impl World {
                 labels: model.labels.clone(),
                 ..Inventory::default()
             },
-        };
+        }
+    }
+
+    /// Joins and opens a session, as a daemon does whenever it connects.
+    pub fn connect(&mut self, node: &str) {
+        let join = self.join_of(node);
+        let gangs = self.node(node).gangs.values().map(|(_, report)| report.clone()).collect();
         let incarnation = join.incarnation.clone();
         self.hellos += 1;
         let number = self.hellos;
-        let gangs = model.gangs.values().map(|(_, report)| report.clone()).collect();
         if self.input(Input::Join(Box::new(join))).unwrap().is_err() {
             return;
         }

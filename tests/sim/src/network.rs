@@ -1,0 +1,90 @@
+//! Messages on their way: late, doubled, overtaken, held up while a direction is cut.
+
+use muster_core::types::NodeName;
+use rand::RngExt;
+
+use crate::coordinator::Asked;
+use crate::messages::{Down, Up};
+use crate::world::{Event, World};
+
+impl World {
+    /// Sends down a connection; it knows its machine by its number.
+    pub fn down(&mut self, conn: u64, message: Down) {
+        let machine = (conn % 64) as usize;
+        let level = message.is_level();
+        let copies = if level && self.rng.random_bool(0.01) { 2 } else { 1 };
+        for _ in 0..copies {
+            let at = self.arrival(conn, true, level);
+            self.at(at, Event::ToMachine { machine, conn, message: message.clone(), tries: 0 });
+        }
+    }
+
+    /// Sends up.
+    pub fn up(&mut self, machine: usize, conn: u64, message: Up) {
+        let copies = if message.is_level() && self.rng.random_bool(0.01) { 2 } else { 1 };
+        for _ in 0..copies {
+            let late = matches!(message, Up::Heartbeat(_));
+            let at = self.arrival(conn, false, late);
+            self.at(at, Event::ToCoordinator { machine, conn, message: message.clone(), tries: 0 });
+        }
+    }
+
+    /// When a message arrives. Those that may be overtaken sometimes are.
+    fn arrival(&mut self, conn: u64, down: bool, any_order: bool) -> u64 {
+        let slow = self.slow_network > 0;
+        let delay = 1 + self.up_to(if slow { 2_500 } else { 20 });
+        let late = if any_order && self.rng.random_bool(0.03) { self.up_to(3_000) } else { 0 };
+        let last = self.arrivals.entry((conn, down)).or_default();
+        *last = (*last).max(self.now + delay);
+        *last + late
+    }
+
+    pub fn arrive_at_coordinator(&mut self, machine: usize, conn: u64, message: Up, tries: u32) {
+        let from = &self.machines[machine];
+        if from.cut_up > 0 {
+            return self.again(
+                conn,
+                false,
+                tries,
+                Event::ToCoordinator { machine, conn, message, tries: tries + 1 },
+            );
+        }
+        let Ok(node) = NodeName::new(from.name.clone()) else { return };
+        if self.coordinator.process.is_none() {
+            // Its machine says that nobody is there.
+            return self.down(conn, Down::Closed);
+        }
+        self.ask(Asked::Node { conn, node, message });
+    }
+
+    pub fn arrive_at_machine(&mut self, machine: usize, conn: u64, message: Down, tries: u32) {
+        let to = &self.machines[machine];
+        if to.cut_down > 0 {
+            return self.again(
+                conn,
+                true,
+                tries,
+                Event::ToMachine { machine, conn, message, tries: tries + 1 },
+            );
+        }
+        if to.up {
+            self.daemon_hears(machine, conn, message);
+        }
+    }
+
+    /// A message that is held up is sent again for a while, as TCP does, and in order. By then its connection is over.
+    fn again(&mut self, conn: u64, down: bool, tries: u32, event: Event) {
+        if tries < 60 {
+            let wait = 50 + self.up_to(1_000);
+            let last = self.arrivals.entry((conn, down)).or_default();
+            *last = (*last).max(self.now + wait);
+            let at = *last;
+            self.at(at, event);
+        }
+    }
+
+    /// Whether a connection to the coordinator's machine can be made.
+    pub fn reaches(&self, machine: usize) -> bool {
+        self.machines[machine].cut_up == 0 && self.machines[machine].cut_down == 0
+    }
+}
