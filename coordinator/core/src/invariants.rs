@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use crate::core::Core;
+use crate::job::Observed;
 use crate::types::{GangId, NodeName};
 
 impl Core {
@@ -27,7 +28,8 @@ impl Core {
                 next += placement.procs;
                 let node = self.nodes.get(&placement.node);
                 // A node that has stopped its part may have other work before the gang has ended everywhere.
-                let holds = node.is_some_and(|node| node.reserved.jobs.contains_key(id));
+                let holds = node.is_some_and(|node| node.reserved.jobs.contains_key(id))
+                    && gang.observed[index] < Observed::Stopped;
                 for gpu in placement.gpus.iter().filter(|_| holds) {
                     if let Some(other) = owners.insert((&placement.node, *gpu), job.gang_id()) {
                         return Err(format!("{} GPU {gpu} is owned by {other} and {id}", placement.node));

@@ -1,6 +1,6 @@
 //! Nodes, their leases, and what jobs hold of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -74,8 +74,9 @@ pub enum NodeState {
 pub struct Reserved {
     /// Sum over the jobs.
     pub amount: Resources,
-    /// GPU indices held.
-    pub gpus: BTreeSet<u32>,
+    /// GPU indices held, each with how many hold it: more than one only where a machine has come back under a name that
+    /// another had meanwhile, and what is left of it overlaps with what it has been given since.
+    pub gpus: BTreeMap<u32, u32>,
     /// Jobs with a gang here, each with the node's group rank in it.
     pub jobs: BTreeMap<JobId, usize>,
     /// The job that has the node for itself, if one has.
@@ -176,7 +177,11 @@ impl Node {
 
     /// GPU indices that no job holds, lowest first.
     pub fn free_gpus(&self) -> impl Iterator<Item = u32> {
-        self.inventory.gpus.iter().map(|gpu| gpu.index).filter(|index| !self.reserved.gpus.contains(index))
+        self.inventory
+            .gpus
+            .iter()
+            .map(|gpu| gpu.index)
+            .filter(|index| !self.reserved.gpus.contains_key(index))
     }
 
     pub(crate) fn reserve(&mut self, job: &JobId, spec: &JobSpec, placement: &NodePlacement) {
@@ -185,7 +190,7 @@ impl Node {
         }
         self.reserved.amount = self.reserved.amount.plus(spec.per_proc.times(placement.procs));
         if !planted(Bug::DevicesNotReserved) {
-            self.reserved.gpus.extend(&placement.gpus);
+            self.reserved.hold(&placement.gpus);
         }
         if spec.per_proc.is_zero() {
             self.reserved.exclusive = Some(job.clone());
@@ -197,9 +202,7 @@ impl Node {
             return;
         }
         self.reserved.amount = self.reserved.amount.minus(spec.per_proc.times(placement.procs));
-        for gpu in &placement.gpus {
-            self.reserved.gpus.remove(gpu);
-        }
+        self.reserved.let_go(&placement.gpus);
         if self.reserved.exclusive.as_ref() == Some(job) {
             self.reserved.exclusive = None;
         }
@@ -212,7 +215,7 @@ impl Node {
         }
         let held = Held { amount: spec.per_proc.times(placement.procs), gpus: placement.gpus.clone() };
         self.reserved.amount = self.reserved.amount.plus(held.amount);
-        self.reserved.gpus.extend(&held.gpus);
+        self.reserved.hold(&held.gpus);
         self.reserved.leftovers.insert(gang.clone(), held);
     }
 
@@ -220,9 +223,25 @@ impl Node {
     pub(crate) fn release_leftover(&mut self, gang: &GangId) -> bool {
         let Some(held) = self.reserved.leftovers.remove(gang) else { return false };
         self.reserved.amount = self.reserved.amount.minus(held.amount);
-        for gpu in &held.gpus {
-            self.reserved.gpus.remove(gpu);
-        }
+        self.reserved.let_go(&held.gpus);
         true
+    }
+}
+
+impl Reserved {
+    fn hold(&mut self, gpus: &[u32]) {
+        for gpu in gpus {
+            *self.gpus.entry(*gpu).or_default() += 1;
+        }
+    }
+
+    fn let_go(&mut self, gpus: &[u32]) {
+        for gpu in gpus {
+            match self.gpus.get_mut(gpu) {
+                Some(holders) if *holders > 1 => *holders -= 1,
+                Some(_) => _ = self.gpus.remove(gpu),
+                None => {}
+            }
+        }
     }
 }

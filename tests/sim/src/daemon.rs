@@ -85,9 +85,10 @@ impl World {
                 let last = record.last.clone();
                 let (over, exits) = (last.is_some(), last.unwrap_or_default());
                 self.daemon_input(machine, adopted(exits, None));
-                let end = match over {
-                    true => Input::Gone(gang.clone()),
-                    false => Input::Failed(gang.clone(), "its shim was killed".to_owned()),
+                let end = if over {
+                    Input::Gone(gang.clone())
+                } else {
+                    Input::Failed(gang.clone(), "its shim was killed".to_owned())
                 };
                 self.daemon_input(machine, end);
             }
@@ -139,14 +140,14 @@ impl World {
                 let Some(daemon) = &self.machines[machine].daemon else { return };
                 if let (Phase::Open, Some(report)) = (daemon.phase, daemon.core.report(&gang)) {
                     let conn = daemon.conn;
-                    self.up(machine, conn, Up::Report(Box::new(report)));
+                    self.up(machine, conn, &Up::Report(Box::new(report)));
                 }
             }
             Effect::Leaving(reason) => {
                 let Some(daemon) = &self.machines[machine].daemon else { return };
                 if daemon.phase == Phase::Open {
                     let conn = daemon.conn;
-                    self.up(machine, conn, Up::Leaving(reason));
+                    self.up(machine, conn, &Up::Leaving(reason));
                 }
             }
         }
@@ -158,9 +159,9 @@ impl World {
         let Some(ms) = daemon.leaves_for.filter(|_| daemon.core.is_idle()) else { return };
         let (conn, open) = (daemon.conn, daemon.phase == Phase::Open);
         if open {
-            self.up(machine, conn, Up::Goodbye);
+            self.up(machine, conn, &Up::Goodbye);
         }
-        self.up(machine, conn, Up::Closed);
+        self.up(machine, conn, &Up::Closed);
         self.machines[machine].daemon = None;
         self.machines[machine].away = true;
         self.after(ms, Event::StartDaemon { machine });
@@ -181,7 +182,7 @@ impl World {
         }
         daemon.phase = Phase::Idle;
         if conn > 0 {
-            self.up(machine, conn, Up::Closed);
+            self.up(machine, conn, &Up::Closed);
         }
         self.pause(machine);
     }
@@ -229,7 +230,7 @@ impl World {
                 daemon.sent.push_back((daemon.beats, now));
                 daemon.sent.truncate(64);
                 let beat = Up::Heartbeat(daemon.beats);
-                self.up(machine, conn, beat);
+                self.up(machine, conn, &beat);
                 self.session_later(machine, Turn::Beat, HEARTBEAT);
             }
             _ => {}
@@ -272,7 +273,7 @@ impl World {
             inventory,
             data_id: this.data_id.clone(),
         };
-        self.up(machine, conn, Up::Join(Box::new(join)));
+        self.up(machine, conn, &Up::Join(Box::new(join)));
         self.session_later(machine, Turn::Unanswered, PATIENCE);
     }
 
@@ -294,7 +295,7 @@ impl World {
                 let leaving = daemon.leaves_for.map(|_| "its daemon is being stopped".to_owned());
                 let (incarnation, gangs) = (daemon.incarnation.clone(), daemon.core.reports());
                 // Connections count up as the daemon's hellos do.
-                self.up(machine, conn, Up::Hello { incarnation, gangs, leaving, number: conn });
+                self.up(machine, conn, &Up::Hello { incarnation, gangs, leaving, number: conn });
             }
             (Down::Welcome(all), Phase::Opening { since, .. }) => {
                 daemon.phase = Phase::Open;

@@ -158,7 +158,7 @@ impl World {
                     // Its kernel ends what it had open.
                     let open = self.machines.iter().filter_map(|machine| Some(machine.daemon.as_ref()?.conn));
                     for conn in open.filter(|conn| *conn > 0).collect::<Vec<_>>() {
-                        self.down(conn, crate::messages::Down::Closed);
+                        self.down(conn, &crate::messages::Down::Closed);
                     }
                     self.after(ms, Event::Ends(index));
                 }
@@ -276,7 +276,7 @@ impl World {
         self.thaw_shims(machine);
         if let Some(daemon) = self.machines[machine].daemon.take() {
             if daemon.conn > 0 {
-                self.up(machine, daemon.conn, crate::messages::Up::Closed);
+                self.up(machine, daemon.conn, &crate::messages::Up::Closed);
             }
             self.after(ms, Event::StartDaemon { machine });
         }

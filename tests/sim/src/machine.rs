@@ -10,6 +10,7 @@ const PIDS: i32 = 40;
 
 /// A rank, as its shim has it.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a thing of its own that may happen to a process")]
 pub struct Rank {
     /// Executes instructions.
     pub executes: bool,

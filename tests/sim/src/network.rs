@@ -9,7 +9,7 @@ use crate::world::{Event, World};
 
 impl World {
     /// Sends down a connection; it knows its machine by its number.
-    pub fn down(&mut self, conn: u64, message: Down) {
+    pub fn down(&mut self, conn: u64, message: &Down) {
         let machine = (conn % 64) as usize;
         let level = message.is_level();
         let copies = if level && self.rng.random_bool(0.01) { 2 } else { 1 };
@@ -20,7 +20,7 @@ impl World {
     }
 
     /// Sends up.
-    pub fn up(&mut self, machine: usize, conn: u64, message: Up) {
+    pub fn up(&mut self, machine: usize, conn: u64, message: &Up) {
         let copies = if message.is_level() && self.rng.random_bool(0.01) { 2 } else { 1 };
         for _ in 0..copies {
             let late = matches!(message, Up::Heartbeat(_));
@@ -52,7 +52,7 @@ impl World {
         let Ok(node) = NodeName::new(from.name.clone()) else { return };
         if self.coordinator.process.is_none() {
             // Its machine says that nobody is there.
-            return self.down(conn, Down::Closed);
+            return self.down(conn, &Down::Closed);
         }
         self.ask(Asked::Node { conn, node, message });
     }

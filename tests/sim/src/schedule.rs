@@ -177,7 +177,6 @@ fn fault(rng: &mut impl Rng) -> Fault {
         20..24 => Fault::KillRank { job, rank, code: if rng.random_bool(0.5) { None } else { Some(1) } },
         24 => Fault::Hang(job),
         25 => Fault::Quiet { job },
-        26 => Fault::Stuck { job, rank },
         27..30 => Fault::KillShim { job, part },
         30 => Fault::FreezeShim { job, part, ms },
         31..35 => Fault::KillDaemon { node, ms },
@@ -196,7 +195,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
         55..58 => Fault::PauseCoordinator { ms },
         58 => Fault::SetClock { by: *pick(rng, &[-3_600_000, -20_000, 20_000, 3_600_000]) },
         59..61 => Fault::SlowDisk { ms },
-        61..63 => Fault::Stuck { job, rank },
+        26 | 61..63 => Fault::Stuck { job, rank },
         _ => Fault::Clone { node, ms },
     }
 }

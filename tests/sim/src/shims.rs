@@ -60,7 +60,7 @@ impl World {
             return shim.told.push_back(told);
         }
         match told {
-            Told::Launch(assignment, fence) => self.launch(machine, pid, *assignment, fence),
+            Told::Launch(assignment, fence) => self.launch(machine, pid, &assignment, fence),
             Told::Stop(grace) => self.stop(machine, pid, grace),
             Told::Fence(fence) => {
                 if let Some(shim) = self.machines[machine].shims.get_mut(&pid).filter(|shim| !shim.fenced) {
@@ -78,7 +78,7 @@ impl World {
         }
     }
 
-    fn launch(&mut self, machine: usize, pid: i32, assignment: Assignment, fence: Option<Fence>) {
+    fn launch(&mut self, machine: usize, pid: i32, assignment: &Assignment, fence: Option<Fence>) {
         let gang = assignment.gang.clone();
         let now = self.local(machine);
         let this = &mut self.machines[machine];

@@ -373,17 +373,17 @@ impl World {
     fn leave(&mut self, leaves: Vec<Leaves>) {
         for what in leaves {
             match what {
-                Leaves::ToConn(conn, message) => self.down(conn, message),
+                Leaves::ToConn(conn, message) => self.down(conn, &message),
                 Leaves::ToNode(session, what) => {
                     let Some(process) = &mut self.coordinator.process else { continue };
                     let Some(conn) = process.sessions.get(&session).copied() else { continue };
                     match what {
-                        ToNode::Welcome(all) => self.down(conn, Down::Welcome(all)),
-                        ToNode::Assign(one) => self.down(conn, Down::Assign(one)),
+                        ToNode::Welcome(all) => self.down(conn, &Down::Welcome(all)),
+                        ToNode::Assign(one) => self.down(conn, &Down::Assign(one)),
                         ToNode::Close(_) => {
                             process.sessions.remove(&session);
                             process.conns.remove(&conn);
-                            self.down(conn, Down::Closed);
+                            self.down(conn, &Down::Closed);
                         }
                     }
                 }

@@ -1,8 +1,6 @@
 //! The simulation itself: the same seed gives the same history, no seed of a short run fails, and every planted bug is
 //! found.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use muster_core::bugs::{ALL, Bug, plant};
 use muster_sim::{of_seed, run, run_seed, shrink};
 

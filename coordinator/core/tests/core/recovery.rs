@@ -1,5 +1,7 @@
 //! Faults and changes of membership as scripts: what is restarted, what it costs, and who is blamed.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use muster_core::types::{DesiredPhase, Generation, Millis, NodeName, ObservedPhase, Rank, RankProgress};
 use muster_core::{Input, JobState, NodeState, Refusal};
 
