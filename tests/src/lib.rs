@@ -4,12 +4,14 @@
 #![expect(clippy::unwrap_used, reason = "a harness fails a test by panicking")]
 #![expect(clippy::disallowed_methods, reason = "tests wait on the clock of the machine")]
 
+mod bed;
 mod cluster;
 mod tools;
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
+pub use bed::{Beat, Bed};
 pub use cluster::{Cluster, Daemon, Settings};
 pub use tools::{Outcome, binary, grpcurl, grpcurl_path, python, skip, trainer};
 
