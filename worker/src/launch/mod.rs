@@ -3,9 +3,14 @@
 //! One process per rank, each in a session of its own, so that a signal reaches a rank and everything it
 //! started. Ranks die with the thread that started them (PR_SET_PDEATHSIG), which is why that is a shim's main one.
 
+pub(crate) mod cgroup;
 pub(crate) mod environment;
+pub(crate) mod error_file;
+pub(crate) mod oom;
 pub(crate) mod port;
 pub(crate) mod prepare;
 pub(crate) mod process;
+pub(crate) mod procfs;
+pub(crate) mod stacks;
 pub(crate) mod sweep;
 pub(crate) mod timer;

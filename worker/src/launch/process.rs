@@ -10,6 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::cgroup::Entrance;
 use muster_core::types::Rank;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
@@ -41,6 +42,7 @@ pub(crate) fn start(
     program: Program<'_>,
     log_dir: &Path,
     env: BTreeMap<OsString, OsString>,
+    entrance: Option<Entrance>,
 ) -> Result<RankProcess, String> {
     let stderr = log_dir.join("stderr.log");
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
@@ -60,9 +62,12 @@ pub(crate) fn start(
         .stderr(open(&stderr)?);
     let shim = Pid::this();
     // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
-    // allocated: each function of nix used here is a plain wrapper of its system call.
+    // allocated: each function of nix used here is a plain wrapper of its system call, and entering a group is a write.
     unsafe {
         process.pre_exec(move || {
+            if let Some(entrance) = &entrance {
+                entrance.enter()?;
+            }
             setsid()?;
             set_pdeathsig(Signal::SIGKILL)?;
             // The shim may have died before the line above.

@@ -34,6 +34,8 @@ const POLL: Duration = Duration::from_millis(5);
 /// Time after SIGKILL at which what is left is called killed, and the time between attempts from then on.
 const KILLED_AFTER: Duration = Duration::from_secs(10);
 const KILL_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for one attempt to kill what a dead shim has left.
+const SWEEP_MAX: Duration = Duration::from_secs(1);
 /// Time for a shim to say where it is. One that does not is frozen, and is killed.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Time for a released shim to end.
@@ -338,9 +340,15 @@ async fn bury(link: &mut Link, told: &mut Told, context: &Context, events: &mpsc
         } else if let Ok(last) = link.dir.last_state() {
             break last;
         } else {
-            let mark = mark.clone();
-            let found = tokio::task::spawn_blocking(move || sweep::kill_marked(&mark)).await;
-            if matches!(found, Ok(false)) {
+            let (mark, cgroup) = (mark.clone(), link.record.cgroup.clone());
+            let sweep = move || {
+                sweep::Gang { shim: None, mark: Some(&mark), cgroup: cgroup.as_ref() }.kill_all(SWEEP_MAX)
+            };
+            let found = tokio::task::spawn_blocking(sweep).await;
+            if found.is_ok_and(|found| found.is_empty()) {
+                if let Some(group) = &link.record.cgroup {
+                    group.remove().ok();
+                }
                 let error = if link.record.process.boot_id == context.boot_id {
                     "its shim was killed"
                 } else {

@@ -1,5 +1,7 @@
 //! The shims that an earlier daemon left, found when one starts.
 
+use std::time::Duration;
+
 use muster_worker_core::{Adoption, adopt};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
@@ -8,6 +10,9 @@ use super::client::{Context, Link, reconnect};
 use super::protocol::{PROTOCOL, State};
 use super::record::{StateDir, kill, start_time};
 use crate::launch::sweep;
+
+/// Time to kill what a shim without ranks may have started.
+const SWEEP_MAX: Duration = Duration::from_secs(1);
 
 /// Every gang that was launched and not released: its shim may run, have ended or be dead.
 pub(crate) async fn find(context: &Context) -> Vec<Link> {
@@ -46,7 +51,8 @@ async fn look(dir: StateDir, context: &Context) -> Option<Link> {
     if !record.launched {
         kill(&record.process, &context.boot_id);
         let mark = record.order.mark();
-        tokio::task::spawn_blocking(move || sweep::kill_marked(&mark)).await.ok();
+        let sweep = move || sweep::Gang { mark: Some(&mark), ..sweep::Gang::default() }.kill_all(SWEEP_MAX);
+        tokio::task::spawn_blocking(sweep).await.ok();
         dir.remove();
         return None;
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use muster_core::types::{Millis, Rank, RankProgress};
 use tokio::task::JoinHandle;
 
-use super::record::state_of;
+use crate::launch::procfs;
 use crate::telemetry::Changes;
 
 /// Files that grow with a rank's progress.
@@ -88,7 +88,7 @@ impl Progress {
             rank: sign.rank,
             step: changes.step(sign.rank),
             silent: sign.silent,
-            state: state_of(pid).unwrap_or('Z'),
+            state: procfs::state(pid).unwrap_or('Z'),
         };
         running.map(progress).collect()
     }

@@ -11,11 +11,21 @@ use tracing::info;
 
 use super::record::Order;
 use crate::clock::unix_now;
+use crate::launch::cgroup::GangCgroup;
 use crate::launch::environment::{self, RankContext};
+use crate::launch::oom::{self, Counts, OutOfMemory};
 use crate::launch::prepare::Prepared;
 use crate::launch::process::{self, Program, RankProcess};
-use crate::launch::sweep;
+use crate::launch::procfs::Process;
+use crate::launch::{error_file, sweep};
 use crate::telemetry::{RankSocket, Sockets};
+
+/// What a rank has left of its reasons.
+#[derive(Debug, Default)]
+struct Words {
+    stderr_tail: String,
+    error: Option<String>,
+}
 
 /// Every process of the gang is a descendant of this one, also one whose parents have ended: this process is their
 /// subreaper. So the gang is gone when this process has no child.
@@ -23,10 +33,24 @@ use crate::telemetry::{RankSocket, Sockets};
 pub(super) struct Ranks {
     pub all: Vec<Rank>,
     /// By process id.
-    running: BTreeMap<i32, (RankProcess, RankSocket)>,
+    running: BTreeMap<i32, Running>,
     /// Those that have ended, in that order, while the last of their output is read.
-    ending: VecDeque<(RankExit, JoinHandle<String>)>,
+    ending: VecDeque<(RankExit, JoinHandle<Words>)>,
     has_children: bool,
+    /// Whether they were told to end, so that SIGKILL is no riddle.
+    told: bool,
+    cgroup: Option<GangCgroup>,
+}
+
+/// A rank that runs.
+#[derive(Debug)]
+struct Running {
+    process: RankProcess,
+    socket: RankSocket,
+    log_dir: PathBuf,
+    local_rank: u32,
+    /// What the kernel had killed for want of memory before it was started.
+    before: Counts,
 }
 
 impl Ranks {
@@ -34,7 +58,14 @@ impl Ranks {
     pub fn new(assignment: &Assignment) -> Self {
         let first = assignment.placement.first_rank.0;
         let all = (first..first + assignment.placement.procs).map(Rank).collect();
-        Self { all, running: BTreeMap::new(), ending: VecDeque::new(), has_children: false }
+        Self {
+            all,
+            running: BTreeMap::new(),
+            ending: VecDeque::new(),
+            has_children: false,
+            told: false,
+            cgroup: None,
+        }
     }
 
     /// Starts every rank. On an error those before it are left running.
@@ -44,7 +75,9 @@ impl Ranks {
         prepared: &Prepared,
         sockets: &Sockets,
         port: u16,
+        cgroup: Option<GangCgroup>,
     ) -> Result<(), String> {
+        self.cgroup = cgroup;
         let assignment = &order.assignment;
         let mark = order.mark();
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
@@ -59,23 +92,35 @@ impl Ranks {
                 command: &assignment.spec.command,
                 working_dir: &working_dir,
             };
-            let process = process::start(*rank, program, log_dir, env)?;
+            let entrance = self.cgroup.as_ref().map(|group| group.entrance(local_rank)).transpose();
+            let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;
+            let before = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
+            let process = process::start(*rank, program, log_dir, env, entrance)?;
             self.has_children = true;
-            self.running.insert(process.pid, (process, socket));
+            let log_dir = log_dir.clone();
+            self.running.insert(process.pid, Running { process, socket, log_dir, local_rank, before });
         }
         Ok(())
     }
 
-    pub fn signal(&self, signal: Signal) {
-        for (process, _) in self.running.values() {
-            process.signal(signal);
+    pub fn signal(&mut self, signal: Signal) {
+        self.told = true;
+        for running in self.running.values() {
+            running.process.signal(signal);
         }
     }
 
+    /// The processes of the ranks that run, and where their standard error goes.
+    pub fn hung(&self) -> Vec<(Rank, i32, PathBuf)> {
+        let of =
+            |running: &Running| (running.process.rank, running.process.pid, running.process.stderr.clone());
+        self.running.values().map(of).collect()
+    }
+
     /// Kills everything there is. What is forked meanwhile takes another time.
-    pub fn kill(&self) {
+    pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
-        sweep::kill_descendants();
+        sweep::Gang { shim: Process::this(), mark: None, cgroup: self.cgroup.as_ref() }.kill();
     }
 
     /// Takes note of every child that has ended.
@@ -93,24 +138,31 @@ impl Ranks {
 
     fn ended(&mut self, pid: i32, status: WaitStatus) {
         // Other children are what ranks have left behind.
-        let Some((process, socket)) = self.running.remove(&pid) else { return };
+        let Some(Running { process, socket, log_dir, local_rank, before }) = self.running.remove(&pid) else {
+            return;
+        };
         process.signal(Signal::SIGKILL);
         let (code, signal) = (status.exit_status(), status.terminating_signal());
         info!(rank = process.rank.0, code, signal, "rank ended");
+        let after = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
+        let memory = oom::judge(before, after, code, signal, self.told);
         let exit = RankExit {
             rank: process.rank,
             code: if signal.is_some() { None } else { Some(code.unwrap_or(-1)) },
             signal,
             time: unix_now(),
             stderr_tail: String::new(),
-            out_of_memory: false,
+            out_of_memory: memory != OutOfMemory::No,
             error: None,
         };
         let read = tokio::spawn(async move {
             // Whatever the rank reported before it ended goes ahead of the news that it ended.
             socket.drain().await;
-            let tail = tokio::task::spawn_blocking(move || process::tail(&process.stderr));
-            tail.await.ok().and_then(Result::ok).unwrap_or_default()
+            let words = tokio::task::spawn_blocking(move || Words {
+                stderr_tail: process::tail(&process.stderr).unwrap_or_default(),
+                error: error_file::message(&log_dir.join("error.json")),
+            });
+            words.await.unwrap_or_default()
         });
         self.ending.push_back((exit, read));
     }
@@ -118,16 +170,16 @@ impl Ranks {
     /// The next exit, in the order in which the ranks ended.
     pub async fn exit(&mut self) -> RankExit {
         let Some((_, read)) = self.ending.front_mut() else { return std::future::pending().await };
-        let stderr_tail = read.await.unwrap_or_default();
+        let Words { stderr_tail, error } = read.await.unwrap_or_default();
         match self.ending.pop_front() {
-            Some((exit, _)) => RankExit { stderr_tail, ..exit },
+            Some((exit, _)) => RankExit { stderr_tail, error, ..exit },
             None => std::future::pending().await,
         }
     }
 
     /// The process of a rank that runs.
     pub fn pid_of(&self, rank: Rank) -> Option<i32> {
-        self.running.iter().find(|(_, (process, _))| process.rank == rank).map(|(pid, _)| *pid)
+        self.running.iter().find(|(_, running)| running.process.rank == rank).map(|(pid, _)| *pid)
     }
 
     /// Whether every rank has ended; what they left may run.
@@ -137,7 +189,7 @@ impl Ranks {
 
     /// Whether no process of theirs is left.
     pub fn are_gone(&self) -> bool {
-        !self.has_children
+        !self.has_children && self.cgroup.as_ref().is_none_or(GangCgroup::is_empty)
     }
 
     /// Whether every exit was given out.
@@ -147,7 +199,7 @@ impl Ranks {
 
     /// The ranks of which something is left: all, if only what they left behind is.
     pub fn held(&self) -> Vec<Rank> {
-        let running: Vec<Rank> = self.running.values().map(|(process, _)| process.rank).collect();
+        let running: Vec<Rank> = self.running.values().map(|running| running.process.rank).collect();
         if running.is_empty() { self.all.clone() } else { running }
     }
 }

@@ -13,6 +13,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::State;
+use crate::launch::cgroup::GangCgroup;
+use crate::launch::procfs;
 
 /// What the shim is to run, written before it is started.
 const ORDER: &str = "order.json";
@@ -52,6 +54,9 @@ pub(crate) struct Record {
     pub launched: bool,
     /// Where the ranks' sockets are.
     pub sockets: PathBuf,
+    /// The control groups of the ranks, where the machine lets us have any.
+    #[serde(default)]
+    pub cgroup: Option<GangCgroup>,
 }
 
 /// What a process is, which its id alone does not say.
@@ -78,21 +83,7 @@ pub(crate) fn kill(process: &ShimRecord, boot_id: &str) {
 
 /// When a process was started, in ticks since the boot. None if it does not run.
 pub(crate) fn start_time(pid: i32) -> Option<u64> {
-    let stat = stat(pid)?;
-    // The state is field 3, this is field 22.
-    stat.get(19)?.parse().ok().filter(|_| !matches!(stat[0].as_str(), "Z" | "X"))
-}
-
-/// The state of a process as the kernel shows it, such as 'S' or 'T'.
-pub(crate) fn state_of(pid: i32) -> Option<char> {
-    stat(pid)?.first()?.chars().next()
-}
-
-/// What the kernel says of a process, from its state on.
-fn stat(pid: i32) -> Option<Vec<String>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before may hold anything, also parentheses.
-    Some(text.rsplit_once(')')?.1.split_ascii_whitespace().map(str::to_owned).collect())
+    procfs::stat(pid).filter(|stat| !matches!(stat.state, 'Z' | 'X')).map(|stat| stat.process.start_time)
 }
 
 /// The directory of one shim, held open: one that was removed and made again under its name is another.

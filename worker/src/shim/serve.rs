@@ -1,5 +1,7 @@
 //! The shim's process.
 
+mod launching;
+
 use std::io;
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,7 +16,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
+
+use launching::dump;
 
 use super::control::{Event, Shown, listen};
 use super::progress::Progress;
@@ -22,8 +26,9 @@ use super::protocol::{Command, PROTOCOL, Phase, State};
 use super::ranks::Ranks;
 use super::record::{Order, Record, StateDir, this_process};
 use crate::clock::boot_now;
+use crate::launch::cgroup::GangCgroup;
 use crate::launch::environment::SHIM_DIR;
-use crate::launch::prepare::{self, Prepared, mark_launched};
+use crate::launch::prepare::{self, Prepared};
 use crate::launch::timer::Timer;
 use crate::telemetry::{Changes, Sockets};
 
@@ -33,6 +38,8 @@ const EVENTS_MAX: usize = 16;
 const CONNECT_MAX: Millis = Millis::from_secs(30);
 /// Time after SIGKILL at which what is left is called killed: the kernel holds it, and it runs no more.
 const KILLED_AFTER: Millis = Millis::from_secs(10);
+/// Time to describe what hangs, before it is asked to end.
+const DUMP_MAX: Millis = Millis::from_secs(6);
 /// Time between attempts to kill what is left: at first, and once the kernel is found to hold it.
 const KILL_INTERVAL: (Millis, Millis) = (Millis(20), Millis(1000));
 
@@ -72,6 +79,8 @@ enum Woken {
     Control(Event),
     Prepared(Result<Result<Prepared, String>, JoinError>),
     Exit(RankExit),
+    /// It was written down what the ranks do that hang.
+    Dumped,
     /// Somebody asks this process to end.
     Asked,
 }
@@ -104,6 +113,7 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
             exit = shim.ranks.exit() => Woken::Exit(exit),
             () = looked(&mut shim.progress) => Woken::Clock,
             prepared = finished(&mut preparing) => Woken::Prepared(prepared),
+            _ = finished(&mut shim.dumping) => Woken::Dumped,
             _ = asked.recv() => Woken::Asked,
             Some(event) = heard.recv() => Woken::Control(event),
         };
@@ -146,6 +156,8 @@ struct Shim {
     fence: Option<Fence>,
     /// When the grace of the ranks ends.
     kill_at: Option<Millis>,
+    /// What hangs is being described.
+    dumping: Option<JoinHandle<()>>,
     /// Since when everything is being killed, and when that is tried again.
     killing: Option<(Millis, Millis)>,
     /// Not every rank could be started: the others are killed, and how they end does not matter.
@@ -170,6 +182,7 @@ impl Shim {
             master_port: None,
             launched: false,
             sockets: sockets.dir().to_owned(),
+            cgroup: None,
         };
         let shim = Self {
             dir,
@@ -183,6 +196,7 @@ impl Shim {
             launch: None,
             fence: None,
             kill_at: None,
+            dumping: None,
             killing: None,
             failed: false,
             daemon: None,
@@ -197,6 +211,8 @@ impl Shim {
             Woken::Exit(exit) if !self.failed => self.state.send_modify(|state| state.exits.push(exit)),
             // What is due is done at each look.
             Woken::Clock | Woken::Children | Woken::Exit(_) => {}
+            // A rank that hangs writes its own stacks at SIGABRT, if it is a Python program.
+            Woken::Dumped => self.ranks.signal(Signal::SIGABRT),
             Woken::Prepared(prepared) => {
                 self.prepared(prepared.unwrap_or_else(|error| Err(format!("failed to prepare: {error}"))));
             }
@@ -238,63 +254,12 @@ impl Shim {
         self.state.borrow().phase
     }
 
-    fn prepared(&mut self, prepared: Result<Prepared, String>) {
-        if self.phase() != Phase::Preparing {
-            return;
-        }
-        match prepared {
-            Ok(prepared) => {
-                let port = prepared.master.as_ref().map(crate::launch::port::MasterPort::number);
-                self.record.master_port = port;
-                self.prepared = Some(prepared);
-                self.state.send_modify(|state| (state.phase, state.master_port) = (Phase::Prepared, port));
-                self.launch_if_prepared();
-            }
-            Err(why) => self.fail(why),
-        }
-    }
-
-    fn launch_if_prepared(&mut self) {
-        if self.phase() == Phase::Prepared
-            && let Some((assignment, fence)) = self.launch.take()
-            && let Err(why) = self.launch(*assignment, fence)
-        {
-            self.fail(why);
-        }
-    }
-
-    fn launch(&mut self, assignment: Assignment, fence: Option<Fence>) -> Result<(), String> {
-        self.set_fence(fence);
-        let prepared = self.prepared.as_ref().ok_or("nothing is prepared")?;
-        if fence.is_some_and(|fence| boot_now() >= fence.term) {
-            return Err("the node's lease ended before the ranks were launched".to_owned());
-        }
-        let port = self.record.master_port.or(assignment.master_port).ok_or("no master port was assigned")?;
-        mark_launched(&self.record.order.data_dir, &assignment.gang)?;
-        // Said before it is so: whoever finds the record looks for ranks.
-        self.record.launched = true;
-        self.record.order.assignment = assignment;
-        let written = self.dir.write_record(&self.record);
-        written.map_err(|error| format!("failed to write to {}: {error}", self.dir.path().display()))?;
-        self.ranks.start(&self.record.order, prepared, &self.sockets, port)?;
-        let log_dirs = self.ranks.all.iter().copied().zip(prepared.log_dirs.iter().cloned());
-        let timeout = self.record.order.assignment.spec.progress_timeout;
-        self.progress = Progress::new(timeout, boot_now(), log_dirs);
-        info!(gang = %self.record.order.assignment.gang, "ranks launched");
-        self.state.send_modify(|state| state.phase = Phase::Running);
-        Ok(())
-    }
-
-    /// Nothing runs, or what was started ends at once.
-    fn fail(&mut self, why: String) {
-        warn!(error = %why, "the gang cannot be launched");
-        self.state.send_modify(|state| state.error = Some(why));
-        self.failed = true;
-        self.stop(StopMode { grace: Millis(0), dump_stacks: false });
-    }
-
     /// Not worth telling: whoever connects hears the last.
     fn set_fence(&mut self, fence: Option<Fence>) {
+        // What has begun to end is not taken back.
+        if self.state.borrow().fenced {
+            return;
+        }
         self.fence = fence;
         self.state.send_if_modified(|state| {
             state.fence = fence;
@@ -308,16 +273,21 @@ impl Shim {
             self.state.send_modify(|state| state.phase = Phase::Stopped);
             return;
         }
-        self.ranks.signal(self.stop_signal(stop.dump_stacks));
-        let at = boot_now().plus(stop.grace);
+        let mut at = boot_now().plus(stop.grace);
+        if stop.dump_stacks && self.kill_at.is_none() {
+            // They are asked to end once it is written down what they do.
+            at = at.plus(DUMP_MAX);
+            let hung = self.ranks.hung();
+            self.dumping = Some(tokio::task::spawn_blocking(move || dump(&hung)));
+        } else if self.dumping.is_none() {
+            self.ranks.signal(self.stop_signal());
+        }
         // It may be hastened, and not put off.
         self.kill_at = Some(self.kill_at.map_or(at, |before| before.min(at)));
     }
 
-    /// A rank that hangs writes its stacks at SIGABRT, if it is a Python program.
-    fn stop_signal(&self, dumps: bool) -> Signal {
-        let wanted = Signal::try_from(self.record.order.assignment.spec.stop_signal as i32);
-        if dumps { Signal::SIGABRT } else { wanted.unwrap_or(Signal::SIGTERM) }
+    fn stop_signal(&self) -> Signal {
+        Signal::try_from(self.record.order.assignment.spec.stop_signal as i32).unwrap_or(Signal::SIGTERM)
     }
 
     /// Does what is due.
@@ -354,6 +324,9 @@ impl Shim {
             }
         }
         if self.ranks.are_gone() && self.ranks.are_told() {
+            if let Some(Err(error)) = self.record.cgroup.as_ref().map(GangCgroup::remove) {
+                warn!(%error, "control groups are left behind");
+            }
             self.state.send_modify(|state| {
                 state.phase = Phase::Stopped;
                 state.killed.clear();
