@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::netns::{Netns, address};
 use crate::tools::{Outcome, binary};
 use crate::{eventually, grpcurl};
 
@@ -17,11 +18,14 @@ pub struct Settings {
     pub workers: usize,
     /// The lease, as `--lease` takes it; heartbeats are a fifth of a second.
     pub lease: &'static str,
+    /// Each daemon on a host of its own: the coordinator on the first, n1 on the next and so on. Only where
+    /// [`Netns::new`] can.
+    pub netns: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { workers: 2, lease: "5s" }
+        Self { workers: 2, lease: "5s", netns: false }
     }
 }
 
@@ -35,9 +39,14 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the binary under test with these arguments, logging into `dir`.
     pub fn start(dir: &Path, name: &str, args: &[&str]) -> Self {
+        Self::start_behind(&[], dir, name, args)
+    }
+
+    /// Starts it behind another command, such as one that runs it on a host of its own.
+    pub fn start_behind(prefix: &[String], dir: &Path, name: &str, args: &[&str]) -> Self {
         let log = dir.join(format!("{name}.log"));
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
-        let child = Command::new(binary("muster"))
+        let child = behind(prefix)
             .args(args)
             .arg("--exit-with-stdin")
             .env_remove("MUSTER_COORDINATOR")
@@ -96,17 +105,34 @@ pub struct Cluster {
     pub workers: Vec<Daemon>,
     /// The coordinator's `address:port`.
     pub address: String,
+    /// The hosts, if each daemon has one.
+    pub netns: Option<Netns>,
     settings: Settings,
+}
+
+/// `muster`, to be run behind another command.
+fn behind(prefix: &[String]) -> Command {
+    match prefix {
+        [] => Command::new(binary("muster")),
+        [program, args @ ..] => {
+            let mut command = Command::new(program);
+            command.args(args).arg(binary("muster"));
+            command
+        }
+    }
 }
 
 impl Cluster {
     /// Starts everything and waits until the workers have joined.
     pub fn start(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let coordinator = start_coordinator(dir.path(), "127.0.0.1:0", &settings);
+        let netns = settings.netns.then(|| Netns::new(settings.workers + 1).unwrap());
+        let prefix = netns.as_ref().map(|netns| netns.prefix(0)).unwrap_or_default();
+        let listen = if netns.is_some() { format!("{}:0", address(0)) } else { "127.0.0.1:0".to_owned() };
+        let coordinator = start_coordinator(&prefix, dir.path(), &listen, &settings);
         let address = eventually("the coordinator's address", || listening(&coordinator));
         let workers = settings.workers;
-        let mut cluster = Self { dir, coordinator, workers: Vec::new(), address, settings };
+        let mut cluster = Self { dir, coordinator, workers: Vec::new(), address, netns, settings };
         for _ in 0..workers {
             cluster.add_worker();
         }
@@ -133,7 +159,12 @@ impl Cluster {
             "--data-dir",
             data_dir.to_str().unwrap(),
         ];
-        Daemon::start(self.dir.path(), name, &args)
+        let host = name.trim_start_matches('n').parse().unwrap_or(1);
+        Daemon::start_behind(&self.prefix(host), self.dir.path(), name, &args)
+    }
+
+    fn prefix(&self, host: usize) -> Vec<String> {
+        self.netns.as_ref().map(|netns| netns.prefix(host)).unwrap_or_default()
     }
 
     /// Waits until so many nodes are ready.
@@ -147,7 +178,7 @@ impl Cluster {
 
     /// Starts the coordinator again on the same directory and port; returns once it serves or has ended.
     pub fn restart_coordinator(&mut self) {
-        self.coordinator = start_coordinator(self.dir.path(), &self.address, &self.settings);
+        self.coordinator = start_coordinator(&self.prefix(0), self.dir.path(), &self.address, &self.settings);
         let coordinator = &mut self.coordinator;
         eventually("the coordinator's start", || match coordinator.child.try_wait() {
             Ok(Some(_)) => Ok(()),
@@ -162,7 +193,7 @@ impl Cluster {
 
     /// Runs the command line against this cluster.
     pub fn muster(&self, args: &[&str]) -> Outcome {
-        let mut command = Command::new(binary("muster"));
+        let mut command = behind(&self.prefix(0));
         Outcome::of(command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null()))
     }
 
@@ -198,14 +229,14 @@ impl Cluster {
     }
 }
 
-fn start_coordinator(dir: &Path, listen: &str, settings: &Settings) -> Daemon {
+fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Settings) -> Daemon {
     let data_dir = dir.join("coordinator");
     let data_dir = data_dir.to_str().unwrap();
     // One log for each life, so that the address of this one is found.
     let name = format!("coordinator-{}", std::fs::read_dir(dir).unwrap().count());
     let lease = ["--lease", settings.lease, "--heartbeat", "200ms"];
-    let args = ["coordinator", "--listen", listen, "--data-dir", data_dir];
-    Daemon::start(dir, &name, &[&args[..], &lease[..]].concat())
+    let args = ["coordinator", "--listen", listen, "--data-dir", data_dir, "--insecure"];
+    Daemon::start_behind(prefix, dir, &name, &[&args[..], &lease[..]].concat())
 }
 
 fn listening(coordinator: &Daemon) -> Result<String, String> {

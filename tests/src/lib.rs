@@ -6,6 +6,7 @@
 
 mod bed;
 mod cluster;
+mod netns;
 mod tools;
 
 use std::fmt::Debug;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 pub use bed::{Beat, Bed};
 pub use cluster::{Cluster, Daemon, Settings};
+pub use netns::{Cut, Netns};
 pub use tools::{Outcome, binary, grpcurl, grpcurl_path, python, skip, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

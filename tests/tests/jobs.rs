@@ -172,7 +172,7 @@ fn a_node_that_leaves_or_dies_is_named_and_nothing_of_it_is_left() {
 
 #[test]
 fn a_lost_node_is_replaced_within_the_budget() {
-    let mut cluster = Cluster::start(Settings { workers: 3, lease: "1s" });
+    let mut cluster = Cluster::start(Settings { workers: 3, lease: "1s", ..Settings::default() });
     let id = cluster
         .submit(&["--nnodes", "2", "--max-restarts", "1"], "[ $MUSTER_GENERATION = 2 ] || exec sleep 2000");
     cluster.wait_for(&id, "RUNNING");

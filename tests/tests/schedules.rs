@@ -7,7 +7,7 @@ use muster_tests::{Bed, Settings, eventually, is_running, processes_with, skip};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LEASE: Settings = Settings { workers: 2, lease: "2s" };
+const LEASE: Settings = Settings { workers: 2, lease: "2s", netns: false };
 /// Well beyond the lease of these clusters.
 const BEYOND: Duration = Duration::from_secs(4);
 
@@ -92,7 +92,9 @@ fn a_daemon_is_killed_and_its_ranks_are_taken_over() {
 
 #[test]
 fn a_daemon_is_killed_twenty_times() {
-    let mut bed = Bed::pair(&[]);
+    // None of them lives long enough to renew the lease.
+    let settings = Settings { lease: "20s", ..LEASE };
+    let mut bed = Bed::start(settings, &["--nnodes", "2"], "");
     let before = bed.wait_for_ranks(1, 2);
     for round in 0..20 {
         bed.restart_worker(1, Duration::from_millis(round * 7 % 60));
@@ -410,4 +412,35 @@ fn no_two_daemons_share_a_directory() {
     assert!(second.log().contains("another node daemon uses the data directory"), "{}", second.log());
     assert_eq!(processes_with("n9").len(), 0);
     bed.finish(1, 0);
+}
+
+#[test]
+fn a_rank_runs_out_of_memory() {
+    if !std::path::Path::new("/sys/fs/cgroup").exists() || !nix::unistd::geteuid().is_root() {
+        return skip("a rank out of memory", "there is no control group to limit it");
+    }
+    let cluster = muster_tests::Cluster::start(LEASE);
+    let hog = "exec python3 -c 'x = bytearray(400 << 20); print(len(x))'";
+    let id = cluster.submit(&["--memory-per-proc", "64MiB"], hog);
+    let job = eventually("its end", || {
+        let job = cluster.job(&id);
+        let ended = ["JOB_STATE_FAILED", "JOB_STATE_SUCCEEDED"].iter().any(|state| job["state"] == *state);
+        if ended { Ok(job) } else { Err(job) }
+    });
+    if job["state"] == "JOB_STATE_SUCCEEDED" {
+        return skip("a rank out of memory", "no memory controller can be used here");
+    }
+    let reason = job["reason"].as_str().unwrap();
+    assert!(reason.contains("ran out of memory: the kernel killed it; it may have 0.1 GiB"), "{job}");
+    assert_eq!(job["exit"]["outOfMemory"], true);
+}
+
+#[test]
+fn the_error_file_of_a_rank_is_its_reason() {
+    let cluster = muster_tests::Cluster::start(Settings { workers: 1, ..LEASE });
+    let script = r#"echo '{"message":{"message":"ValueError: no shard 7","extraInfo":{"timestamp":"1"}}}' > $TORCHELASTIC_ERROR_FILE
+        echo noise >&2; exit 1"#;
+    let id = cluster.submit(&[], script);
+    let job = cluster.wait_for(&id, "FAILED");
+    assert_eq!(job["reason"], "rank 0 on node n1 ended with exit code 1: ValueError: no shard 7");
 }

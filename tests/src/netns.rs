@@ -1,0 +1,114 @@
+//! Hosts of their own: network namespaces, each with an address, on one switch.
+
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+static MADE: AtomicU32 = AtomicU32::new(0);
+
+/// Some hosts. The first has 10.77.0.1, the next 10.77.0.2 and so on. They go when this is dropped.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+    hosts: usize,
+}
+
+/// Which way of a host's packets to the first host is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Both, and to everybody else.
+    Full,
+    /// What it sends.
+    Up,
+    /// What is sent to it.
+    Down,
+}
+
+/// A link-layer address that nobody has: what is sent there is lost without a word.
+const NOBODY: &str = "02:00:00:00:00:99";
+
+impl Netns {
+    /// None if this machine lets us make no namespaces, or has no `ip`.
+    pub fn new(hosts: usize) -> Option<Self> {
+        let name = format!("muster{}x{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let this = Self { name, hosts };
+        this.build().then_some(this)
+    }
+
+    fn build(&self) -> bool {
+        let switch = self.switch();
+        let mut ok = ip(&format!("netns add {switch}"))
+            && ip(&format!("-n {switch} link add switch type bridge"))
+            && ip(&format!("-n {switch} link set switch up"));
+        for host in 0..self.hosts {
+            let (of, address) = (self.host(host), address(host));
+            ok = ok
+                && ip(&format!("netns add {of}"))
+                && ip(&format!("link add eth0 netns {of} type veth peer name port{host} netns {switch}"))
+                && ip(&format!("-n {switch} link set port{host} master switch up"))
+                && ip(&format!("-n {of} addr add {address}/24 dev eth0"))
+                && ip(&format!("-n {of} link set eth0 up"))
+                && ip(&format!("-n {of} link set lo up"));
+        }
+        ok
+    }
+
+    fn switch(&self) -> String {
+        format!("{}s", self.name)
+    }
+
+    fn host(&self, host: usize) -> String {
+        format!("{}h{host}", self.name)
+    }
+
+    /// What a command is put behind to run on a host.
+    pub fn prefix(&self, host: usize) -> Vec<String> {
+        ["ip", "netns", "exec", &self.host(host)].map(str::to_owned).to_vec()
+    }
+
+    /// Cuts a host off.
+    pub fn cut(&self, host: usize, cut: Cut) {
+        let (first, of) = (self.host(0), self.host(host));
+        let done = match cut {
+            Cut::Full => ip(&format!("-n {} link set port{host} down", self.switch())),
+            Cut::Up => {
+                ip(&format!("-n {of} neigh replace {} lladdr {NOBODY} dev eth0 nud permanent", address(0)))
+            }
+            Cut::Down => ip(&format!(
+                "-n {first} neigh replace {} lladdr {NOBODY} dev eth0 nud permanent",
+                address(host)
+            )),
+        };
+        assert!(done, "{cut:?} of host {host}");
+    }
+
+    /// Undoes a cut.
+    pub fn mend(&self, host: usize, cut: Cut) {
+        let (first, of) = (self.host(0), self.host(host));
+        let done = match cut {
+            Cut::Full => ip(&format!("-n {} link set port{host} up", self.switch())),
+            Cut::Up => ip(&format!("-n {of} neigh del {} dev eth0", address(0))),
+            Cut::Down => ip(&format!("-n {first} neigh del {} dev eth0", address(host))),
+        };
+        assert!(done, "the end of {cut:?} of host {host}");
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        for host in 0..self.hosts {
+            ip(&format!("netns del {}", self.host(host)));
+        }
+        ip(&format!("netns del {}", self.switch()));
+    }
+}
+
+/// The address of a host.
+pub fn address(host: usize) -> String {
+    format!("10.77.0.{}", host + 1)
+}
+
+fn ip(words: &str) -> bool {
+    let mut command = Command::new("ip");
+    let status = command.args(words.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
