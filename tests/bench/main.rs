@@ -1,8 +1,11 @@
 //! `cargo xtask bench`: the training program beside the same in Python under torchrun, on the same libtorch,
-//! in one run, in turn. Prints JSON lines, then a table of ratios of medians.
+//! in one run, in turn. Prints JSON lines, then a table of ratios of medians. `cargo xtask bench recovery` measures
+//! how long faults take to heal instead.
 
 #![expect(clippy::unwrap_used, reason = "a bench fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+
+mod recovery;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -36,6 +39,9 @@ fn main() {
     let python = root.join(".deps/python/bin/python3");
     let data = root.join(".deps/data/fashion-mnist");
     assert!(python.is_file(), "Python's torch is not there; run this as `cargo xtask bench`");
+    if std::env::args().nth(1).as_deref() == Some("recovery") {
+        return recovery::run(&python);
+    }
     let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {

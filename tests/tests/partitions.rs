@@ -1,6 +1,8 @@
 //! Real partitions between real hosts: a node that is cut off fences itself before its ranks are replaced, survivors go
 //! on, and when the network is back so is the node.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use muster_tests::{Bed, Cut, Netns, Settings, skip};
