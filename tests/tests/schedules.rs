@@ -215,3 +215,41 @@ fn the_error_file_of_a_rank_is_its_reason() {
     let job = cluster.wait_for(&id, "FAILED");
     assert_eq!(job["reason"], "rank 0 on node n1 ended with exit code 1: ValueError: no shard 7");
 }
+
+/// A group that the kernel does not let run, nor end.
+struct Frozen(std::path::PathBuf);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        std::fs::write(self.0.join("freezer.state"), "THAWED").ok();
+    }
+}
+
+#[test]
+fn the_kernel_holds_a_rank_that_was_killed() {
+    let group = format!("/sys/fs/cgroup/freezer/muster-test-{}", std::process::id());
+    let group = Frozen(group.into());
+    if std::fs::create_dir(&group.0).is_err() || !group.0.join("freezer.state").exists() {
+        return skip(
+            "a rank that the kernel holds",
+            "there is no freezer that SIGKILL does not reach (version 1)",
+        );
+    }
+    let settings = Settings { workers: 3, ..LEASE };
+    let bed = Bed::start(settings, &["--nnodes", "2", "--max-restarts", "1"], "");
+    let ranks = bed.wait_for_ranks(1, 2);
+    std::fs::write(group.0.join("cgroup.procs"), ranks[&1].to_string()).unwrap();
+    std::fs::write(group.0.join("freezer.state"), "FROZEN").unwrap();
+    signal(ranks[&0], Signal::SIGKILL);
+    // It is killed, and runs no more: the job goes on where there is room, and the node is given no more work.
+    bed.wait_for_ranks(2, 2);
+    let node = bed.cluster.muster(&["node", "n2"]).ok();
+    assert!(node.contains("drained (ranks of") && node.contains("processes are left of"), "{node}");
+    std::fs::write(group.0.join("freezer.state"), "THAWED").unwrap();
+    eventually("the end of what was left", || {
+        let node = bed.cluster.muster(&["node", "n2"]).ok();
+        if node.contains("processes are left of") { Err(node) } else { Ok(()) }
+    });
+    bed.finish(2, 1);
+    std::fs::remove_dir(&group.0).ok();
+}
