@@ -13,6 +13,7 @@ mod hierarchy;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::unistd::write;
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,9 @@ const PREFIX: &str = "muster-";
 const NAME_BYTES_MAX: usize = 200;
 /// How often the groups are gone through for those that were forked meanwhile, before that is left to the next call.
 const KILL_ROUNDS: u32 = 20;
+/// A group is busy for a moment after its last process was waited for.
+const REMOVE_TRIES: u32 = 40;
+const REMOVE_PAUSE: Duration = Duration::from_millis(5);
 /// Deepest groups that ranks made below their own which are looked into.
 const DEPTH_MAX: u32 = 16;
 
@@ -212,6 +216,19 @@ impl GangCgroup {
         let file = |dir: &Option<PathBuf>, name| Some(dir.as_ref()?.join(rank_name(rank)).join(name));
         let v2 = file(&self.v2, "memory.events").and_then(|path| value(&path, "oom_kill"));
         v2.or_else(|| value(&file(&self.v1_memory, "memory.oom_control")?, "oom_kill"))
+    }
+
+    /// Removes the groups, once the last of those that have ended has left them.
+    pub fn remove_soon(&self) -> io::Result<()> {
+        let mut tried = self.remove();
+        for _ in 0..REMOVE_TRIES {
+            if tried.is_ok() {
+                break;
+            }
+            std::thread::sleep(REMOVE_PAUSE);
+            tried = self.remove();
+        }
+        tried
     }
 
     /// Removes the groups, with those that ranks made below theirs. Fails while anybody is in them.

@@ -1,5 +1,6 @@
 //! What the kernel says of a process: who it is and how it is; and SIGKILL for that process or for nobody.
 
+use std::cmp::Reverse;
 use std::fs;
 
 use nix::errno::Errno;
@@ -25,9 +26,10 @@ impl Process {
         Self::of(Pid::this().as_raw())
     }
 
+    #[cfg(test)]
     /// Whether it still has user instructions to run. One that waits to be reaped has none.
     pub fn is_alive(self) -> bool {
-        start_time(self.pid) == Some(self.start_time) && !is_dead(self.pid)
+        stat(self.pid).is_some_and(|stat| stat.process == self && !has_ended(&stat))
     }
 
     pub fn kill(self) {
@@ -79,9 +81,17 @@ pub(super) fn parse_stat(text: &str) -> Option<Stat> {
     })
 }
 
-/// Every process there is.
-pub(super) fn pids() -> impl Iterator<Item = i32> {
-    numbers("/proc")
+/// Every process there is, the newest first: one that goes on as another all the time is only met before it ends.
+pub(super) fn pids() -> Vec<i32> {
+    let mut pids: Vec<i32> = numbers("/proc").collect();
+    let last = read("/proc/loadavg").and_then(|text| text.split_ascii_whitespace().last()?.parse().ok());
+    newest_first(&mut pids, last.unwrap_or(i32::MAX));
+    pids
+}
+
+/// Numbers are given out in turn, and from the beginning again after the highest.
+fn newest_first(pids: &mut [i32], last: i32) {
+    pids.sort_unstable_by_key(|pid| (*pid > last, Reverse(*pid)));
 }
 
 /// The threads of a process, its first one before the others.
@@ -96,8 +106,13 @@ fn numbers(dir: &str) -> impl Iterator<Item = i32> + use<> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The first thread of a process may end before the others do: only when all have is it dead.
-pub(super) fn is_dead(pid: i32) -> bool {
+/// Whether no user instruction of it will run any more, as it was when it was looked at.
+pub(super) fn has_ended(stat: &Stat) -> bool {
+    // Its first thread may end before the others do.
+    matches!(stat.state, 'Z' | 'X') && is_dead(stat.process.pid)
+}
+
+fn is_dead(pid: i32) -> bool {
     threads(pid).into_iter().all(|thread| {
         let stat = read(&format!("/proc/{pid}/task/{thread}/stat"));
         stat.and_then(|text| parse_stat(&text)).is_none_or(|stat| matches!(stat.state, 'Z' | 'X'))
@@ -144,6 +159,16 @@ mod tests {
             let told = stat.as_ref().map(|s| (s.name.as_str(), s.state, s.parent, s.process.start_time));
             assert_eq!(told, expected, "{text:?}");
         }
+    }
+
+    #[test]
+    fn the_newest_comes_first_also_after_the_highest_number() {
+        let mut pids = [1, 2, 5, 300, 400];
+        newest_first(&mut pids, 7);
+        assert_eq!(pids, [5, 2, 1, 400, 300]);
+        newest_first(&mut pids, i32::MAX);
+        assert_eq!(pids, [400, 300, 5, 2, 1]);
+        assert!(super::pids().contains(&Pid::this().as_raw()));
     }
 
     #[test]

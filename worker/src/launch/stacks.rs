@@ -111,8 +111,12 @@ fn kernel(pid: i32, pieces: &SyncSender<Piece>) {
         return;
     };
     let mut text = String::new();
-    let children: Vec<_> =
-        procfs::pids().filter_map(procfs::stat).filter(|s| s.parent == pid).take(CHILDREN_MAX).collect();
+    let children: Vec<_> = procfs::pids()
+        .into_iter()
+        .filter_map(procfs::stat)
+        .filter(|s| s.parent == pid)
+        .take(CHILDREN_MAX)
+        .collect();
     for child in children {
         let (id, waits) = (child.process.pid, waits_in(&format!("/proc/{}", child.process.pid)));
         writeln!(text, "  child {id} {:?}: {}{waits}", child.name, in_words(child.state)).ok();

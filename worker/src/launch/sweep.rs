@@ -1,6 +1,6 @@
 //! Finds and kills every process that is left of a gang: none may hold a device or a port when the next one starts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,19 +11,21 @@ use nix::unistd::Pid;
 
 use super::cgroup::GangCgroup;
 use super::environment::MARK;
-use super::procfs::{self, Process};
+use super::procfs::{self, Process, Stat};
 
 /// What is killed needs a moment to end: the time between two looks, from this ..
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// .. to this: a look costs milliseconds on a machine with thousands of processes.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// A look is not a snapshot: who is forked behind it, by one that ends, is only seen by the next.
-const EMPTY_LOOKS: u32 = 2;
+/// A look is not a snapshot: who is forked behind it, by one that ends, is seen by the next or a later one.
+const EMPTY_LOOKS: u32 = 5;
 /// Largest environment that is read: the kernel takes less from anybody who starts a program.
 const ENVIRONMENT_BYTES_MAX: u64 = 8 << 20;
 /// Longest wait for the environments of all processes. The kernel makes who reads that of a process that hangs in
 /// it wait as well.
 const SEARCH_MAX: Duration = Duration::from_secs(2);
+/// Deepest tree of processes in which descendants are told: shells in shells, and more than anybody builds.
+const ANCESTORS_MAX: u32 = 256;
 /// Searches that may wait for such a process at the same time, each in a thread that is left behind.
 const SEARCHES_MAX: usize = 32;
 static SEARCHES: AtomicUsize = AtomicUsize::new(0);
@@ -41,13 +43,9 @@ pub(crate) struct Gang<'a> {
 
 impl Gang<'_> {
     /// Every process that is there now and can still run.
+    #[cfg(test)]
     pub fn look(&self) -> BTreeSet<Process> {
-        let mut found = BTreeSet::new();
-        found.extend(self.shim.into_iter().flat_map(descendants));
-        found.extend(self.mark.into_iter().flat_map(marked));
-        found.extend(self.cgroup.into_iter().flat_map(GangCgroup::pids).filter_map(Process::of));
-        found.retain(|process| process.pid != Pid::this().as_raw() && process.is_alive());
-        found
+        self.each(|_| ())
     }
 
     /// Kills every process that is there now, and says which these were. What they fork meanwhile takes another call.
@@ -55,10 +53,17 @@ impl Gang<'_> {
         if let Some(group) = self.cgroup {
             group.kill();
         }
-        let found = self.look();
-        for process in &found {
-            process.kill();
-        }
+        self.each(Process::kill)
+    }
+
+    /// Acts on each process in the moment in which it is found: one that starts another and ends, again and again, is
+    /// only there for a millisecond. It was there even if it has ended since.
+    fn each(&self, act: fn(Process)) -> BTreeSet<Process> {
+        let mut found = BTreeSet::new();
+        found.extend(self.shim.into_iter().flat_map(|shim| descendants(shim, act)));
+        found.extend(self.mark.into_iter().flat_map(|mark| marked(mark, act)));
+        let members = self.cgroup.into_iter().flat_map(GangCgroup::pids).filter_map(other);
+        found.extend(members.map(|stat| stat.process).inspect(|process| act(*process)));
         found
     }
 
@@ -81,37 +86,53 @@ impl Gang<'_> {
     }
 }
 
-fn descendants(root: Process) -> Vec<Process> {
-    let mut children: BTreeMap<i32, Vec<Process>> = BTreeMap::new();
-    for stat in procfs::pids().filter_map(procfs::stat) {
-        children.entry(stat.parent).or_default().push(stat.process);
+/// The process with this number, if it is not this one and has not ended.
+fn other(pid: i32) -> Option<Stat> {
+    let stat = procfs::stat(pid).filter(|_| pid != Pid::this().as_raw())?;
+    (!procfs::has_ended(&stat)).then_some(stat)
+}
+
+fn descendants(root: Process, act: fn(Process)) -> Vec<Process> {
+    let others = procfs::pids().into_iter().filter_map(other).map(|stat| stat.process);
+    others.filter(|process| descends(process.pid, root)).inspect(|process| act(*process)).collect()
+}
+
+/// Whether the process with this number descends from the root.
+fn descends(pid: i32, root: Process) -> bool {
+    let mut at = pid;
+    for _ in 0..ANCESTORS_MAX {
+        at = match procfs::stat(at) {
+            Some(stat) if stat.process == root && at != pid => return true,
+            Some(stat) => stat.parent,
+            // An ancestor has ended: those below it have another parent now.
+            None if at != pid && at != 0 => pid,
+            None => return false,
+        };
     }
-    // Later, and the number might be another's, with other children.
-    if Process::of(root.pid) != Some(root) {
-        return Vec::new();
-    }
-    let mut found = children.remove(&root.pid).unwrap_or_default();
-    let mut next = 0;
-    while let Some(process) = found.get(next) {
-        found.extend(children.remove(&process.pid).unwrap_or_default());
-        next += 1;
-    }
-    found
+    false
 }
 
 #[expect(clippy::disallowed_methods, reason = "the kernel may take for ever over a process that hangs")]
-fn marked(mark: &str) -> Vec<Process> {
+fn marked(mark: &str, act: fn(Process)) -> Vec<Process> {
     let entry = format!("{MARK}={mark}");
     let (sender, found) = mpsc::channel();
     let search = move || {
-        let mut all: Vec<_> = procfs::pids().filter_map(procfs::stat).collect();
+        let others = procfs::pids().into_iter().filter_map(other);
+        let look_at = |process: Process| {
+            if has_variable(process.pid, entry.as_bytes()) {
+                act(process);
+                sender.send(process).ok();
+            }
+        };
         // Those that hang hold up the search: they are its last.
-        all.sort_by_key(|stat| stat.state == 'D');
-        for stat in all {
-            if has_variable(stat.process.pid, entry.as_bytes()) && sender.send(stat.process).is_err() {
-                break;
+        let mut hanging = Vec::new();
+        for stat in others {
+            match stat.state {
+                'D' => hanging.push(stat.process),
+                _ => look_at(stat.process),
             }
         }
+        hanging.into_iter().for_each(look_at);
         SEARCHES.fetch_sub(1, Ordering::Relaxed);
     };
     let is_one_too_many = SEARCHES.fetch_add(1, Ordering::Relaxed) >= SEARCHES_MAX;
@@ -134,4 +155,4 @@ fn has_variable(pid: i32, entry: &[u8]) -> bool {
 
 #[cfg(test)]
 #[path = "sweep_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -88,7 +88,7 @@ fn daemons_are_found_as_descendants_of_the_subreaper() {
     assert!(before.iter().all(|process| !process.is_alive()));
     assert!(root.is_alive(), "the shim itself goes on, to tell the end");
     let other = Process { start_time: root.start_time + 1, ..root };
-    assert_eq!(descendants(other), [], "the number is another's now");
+    assert!(Gang { shim: Some(other), ..gang }.look().is_empty(), "the number is another's now");
 }
 
 #[test]
@@ -106,6 +106,63 @@ fn daemons_are_found_by_their_mark_when_the_shim_is_dead() {
     assert_eq!(before.len(), 3, "{before:?}");
     assert_eq!(gang.kill_all(BOUND), BTreeSet::new());
     assert!(before.iter().all(|process| !process.is_alive()));
+}
+
+/// A program that is another process all the time: each starts the next in a session of its own, and ends.
+pub(in crate::launch) struct Hopper(tempfile::TempDir);
+
+impl Hopper {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // One that escapes must not outlive the tests.
+        let script = format!("echo >> $0.hops; kill -0 {} && setsid sh $0 &\n", std::process::id());
+        std::fs::write(dir.path().join("hop.sh"), script).unwrap();
+        Self(dir)
+    }
+
+    pub fn command(&self) -> String {
+        format!("sh {}/hop.sh 2>/dev/null &", self.0.path().display())
+    }
+
+    fn hops(&self) -> u64 {
+        std::fs::metadata(self.0.path().join("hop.sh.hops")).map_or(0, |meta| meta.len())
+    }
+
+    pub fn await_hops(&self) {
+        let before = self.hops();
+        eventually("it hops", || self.hops() > before + 5);
+    }
+
+    pub fn assert_gone(&self) {
+        let before = self.hops();
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(self.hops(), before, "it still hops");
+    }
+}
+
+impl Drop for Hopper {
+    fn drop(&mut self) {
+        std::fs::remove_file(self.0.path().join("hop.sh")).ok();
+    }
+}
+
+#[test]
+fn who_is_another_process_all_the_time_is_caught() {
+    for by_mark in [false, true] {
+        let hopper = Hopper::new();
+        let mut shim = Shim::start(&[hopper.command(), hopper.command()].concat());
+        hopper.await_hops();
+        let (root, mark) = (shim.process(), shim.mark.clone());
+        let gang = if by_mark {
+            shim.child.kill().unwrap();
+            shim.child.wait().unwrap();
+            Gang { mark: Some(&mark), ..Gang::default() }
+        } else {
+            Gang { shim: Some(root), ..Gang::default() }
+        };
+        assert_eq!(gang.kill_all(BOUND), BTreeSet::new());
+        hopper.assert_gone();
+    }
 }
 
 #[test]

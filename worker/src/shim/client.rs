@@ -342,13 +342,15 @@ async fn bury(link: &mut Link, told: &mut Told, context: &Context, events: &mpsc
         } else {
             let (mark, cgroup) = (mark.clone(), link.record.cgroup.clone());
             let sweep = move || {
-                sweep::Gang { shim: None, mark: Some(&mark), cgroup: cgroup.as_ref() }.kill_all(SWEEP_MAX)
+                let gang = sweep::Gang { shim: None, mark: Some(&mark), cgroup: cgroup.as_ref() };
+                let left = gang.kill_all(SWEEP_MAX);
+                if let (true, Some(group)) = (left.is_empty(), &cgroup) {
+                    group.remove_soon().ok();
+                }
+                left
             };
             let found = tokio::task::spawn_blocking(sweep).await;
             if found.is_ok_and(|found| found.is_empty()) {
-                if let Some(group) = &link.record.cgroup {
-                    group.remove().ok();
-                }
                 let error = if link.record.process.boot_id == context.boot_id {
                     "its shim was killed"
                 } else {

@@ -324,9 +324,6 @@ impl Shim {
             }
         }
         if self.ranks.are_gone() && self.ranks.are_told() {
-            if let Some(Err(error)) = self.record.cgroup.as_ref().map(GangCgroup::remove) {
-                warn!(%error, "control groups are left behind");
-            }
             self.state.send_modify(|state| {
                 state.phase = Phase::Stopped;
                 state.killed.clear();
@@ -371,6 +368,9 @@ impl Shim {
     }
 
     fn end(self) -> io::Result<()> {
+        if let Some(Err(error)) = self.record.cgroup.as_ref().map(GangCgroup::remove_soon) {
+            warn!(%error, "control groups are left behind");
+        }
         if self.released || !self.record.launched {
             self.dir.remove();
             return Ok(());

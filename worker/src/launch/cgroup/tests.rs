@@ -11,6 +11,7 @@ use super::*;
 use crate::launch::oom::{Counts, OutOfMemory, judge};
 use crate::launch::procfs::Process;
 use crate::launch::sweep::Gang;
+use crate::launch::sweep::tests::Hopper;
 
 const BOUND: Duration = Duration::from_secs(20);
 
@@ -80,13 +81,6 @@ fn nobody_gets_out_and_all_are_killed() {
     assert!(group.dirs().all(|dir| !dir.exists()) && group.remove().is_ok() && group.is_empty());
 }
 
-/// One that is another process all the time, beside one that stays.
-fn hop(scratch: &Scratch, dir: &Path) -> Child {
-    let script = dir.join("hop.sh");
-    fs::write(&script, "setsid sh \"$0\" &\n").unwrap();
-    scratch.spawn(0, &format!("sh {} & exec sleep 1000", script.display()))
-}
-
 #[test]
 fn version_1_alone_kills_those_that_fork_as_well() {
     let Some(scratch) = Scratch::new(1, None) else { return };
@@ -94,11 +88,12 @@ fn version_1_alone_kills_those_that_fork_as_well() {
     if v1.v1_memory.is_none() {
         return eprintln!("SKIPPED: no memory controller of version 1 is ours to use");
     }
-    let dir = tempfile::tempdir().unwrap();
-    let mut child = hop(&scratch, dir.path());
-    eventually("it hops", || v1.pids().len() > 1);
+    let hopper = Hopper::new();
+    let mut child = scratch.spawn(0, &format!("{} exec sleep 1000", hopper.command()));
+    hopper.await_hops();
     assert_eq!(Gang { cgroup: Some(&v1), ..Gang::default() }.kill_all(BOUND), BTreeSet::new());
     assert_eq!(child.wait().unwrap().signal(), Some(9));
+    hopper.assert_gone();
     assert!(v1.is_empty());
 }
 
@@ -108,11 +103,12 @@ fn a_kernel_that_knows_no_kill_freezes_first() {
     if scratch.0.v2.is_none() {
         return eprintln!("SKIPPED: no groups of version 2 are ours to use");
     }
-    let dir = tempfile::tempdir().unwrap();
-    let mut child = hop(&scratch, dir.path());
-    eventually("it hops", || scratch.0.pids().len() > 1);
+    let hopper = Hopper::new();
+    let mut child = scratch.spawn(0, &format!("{} exec sleep 1000", hopper.command()));
+    hopper.await_hops();
     scratch.0.kill_in_rounds(true);
     eventually("all are gone", || scratch.0.is_empty());
+    hopper.assert_gone();
     assert_eq!(child.wait().unwrap().signal(), Some(9));
 }
 
