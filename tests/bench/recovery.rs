@@ -146,7 +146,8 @@ fn torchrun_rank_kill(python: &Path, file: &Path) -> f64 {
                 "--rdzv-endpoint",
                 &format!("127.0.0.1:{port}"),
             ])
-            .args(["--no-python", "sh", "-c", STAMP])
+            // It takes "$$" in arguments for "$".
+            .args(["--no-python", "sh", "-c", &STAMP.replace("$$", "$$$$")])
             .env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
             .env("STAMPS", file)
             .stdout(Stdio::null())
