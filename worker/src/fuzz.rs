@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use muster_core::types::{DesiredPhase, Millis, limits};
+use muster_core::types::{DesiredPhase, Millis, Rank, StopMode, limits};
 use muster_decoders::Decoder;
 use muster_proto::convert;
 use muster_proto::v1::{self, session_response::Message as Down};
@@ -11,14 +11,55 @@ use muster_worker_core::{Core, Effect, Input};
 use prost::Message;
 
 use crate::session::times;
+use crate::shim::{Command, News, Record, State};
 use crate::telemetry::parse::parse;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 3] = [
+pub const DECODERS: [Decoder; 5] = [
     Decoder { name: "telemetry_line", decode: telemetry_line, samples: telemetry_samples },
     Decoder { name: "join_response", decode: join_response, samples: join_samples },
     Decoder { name: "session_response", decode: session_response, samples: session_samples },
+    Decoder { name: "shim_message", decode: shim_message, samples: shim_samples },
+    Decoder { name: "points_file", decode: points_file, samples: points_samples },
 ];
+
+/// What a shim and a daemon say to each other, and what each leaves on the disk for the next: read, it says the same
+/// when it is written and read again.
+fn shim_message(bytes: &[u8]) {
+    fn again<T: serde::Serialize + serde::de::DeserializeOwned>(bytes: &[u8]) {
+        if let Ok(read) = serde_json::from_slice::<T>(bytes) {
+            let written = serde_json::to_vec(&read).expect("what was read can be written");
+            let reread: T = serde_json::from_slice(&written).expect("and read again");
+            assert_eq!(serde_json::to_vec(&reread).ok(), Some(written));
+        }
+    }
+    again::<Command>(bytes);
+    again::<News>(bytes);
+    again::<State>(bytes);
+    again::<Record>(bytes);
+}
+
+fn shim_samples() -> Vec<Vec<u8>> {
+    let state = State { pid: 7, error: Some("no such program".to_owned()), ..State::default() };
+    let stop = Command::Stop(StopMode { grace: Millis(5), dump_stacks: true });
+    let commands = [stop, Command::Release].map(|command| serde_json::to_vec(&command));
+    let news = [News::State(state.clone()), News::Points { ranks: vec![Rank(3)] }];
+    let news = news.map(|news| serde_json::to_vec(&news));
+    commands.into_iter().chain(news).chain([serde_json::to_vec(&state)]).map(Result::unwrap).collect()
+}
+
+/// A rank's points as a daemon finds them: lines are numbered upwards, whatever they hold.
+fn points_file(bytes: &[u8]) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let numbers = crate::telemetry::numbers(dir.path(), bytes);
+    assert!(numbers.is_sorted(), "{numbers:?}");
+}
+
+fn points_samples() -> Vec<Vec<u8>> {
+    ["{\"step\":1,\"time\":5,\"values\":{\"loss\":0.5}}\n{\"dropped\":3}\nnot a point\n{\"step\":2"]
+        .map(Into::into)
+        .into()
+}
 
 fn telemetry_line(bytes: &[u8]) {
     match parse(bytes) {

@@ -114,7 +114,7 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
     };
     let mut pause = BACKOFF.0;
     let mut held_since = None;
-    let mut signs = Signs::new(endpoints.len(), events.clone());
+    let mut signs = Signs::new(endpoints.len(), identity.config.name.to_string(), events.clone());
     for (index, (url, endpoint)) in endpoints.iter().enumerate().cycle() {
         let began = Instant::now();
         signs.current = index;

@@ -93,7 +93,9 @@ impl World {
                 .into_iter()
                 .any(|machine| machine.is_troubled() || recent(machine.troubled) || late(machine))
         });
-        troubled || (strict && coordinator)
+        // A network whose delays are a good part of the lease, while the coordinator is away as well.
+        let slow = self.slow_network > 0 || recent(self.slowed);
+        troubled || (coordinator && (strict || slow))
     }
 
     /// Whether everything has ended that was submitted, and nothing of it is left.

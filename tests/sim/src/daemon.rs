@@ -15,7 +15,7 @@ use crate::world::{Event, Turn, World};
 
 /// As in the daemon's session: how long a coordinator may be silent, in a session and before it answers a Join.
 const SILENCE: u64 = LEASE / 4;
-const PATIENCE: u64 = LEASE / 8;
+const PATIENCE: u64 = LEASE / 12;
 const ANSWER_MAX: u64 = LEASE / 2;
 /// The first pause between attempts to connect.
 const PAUSE_MIN: u64 = 100;
@@ -212,8 +212,14 @@ impl World {
                 if let Phase::Joining { asked, .. } | Phase::Opening { asked, .. } = &mut daemon.phase {
                     *asked = now;
                 }
-                // It took the connection and says nothing, while another one is taken at once.
-                if self.reaches(machine) && self.coordinator.process.is_some() {
+                // Nor does it answer on another connection, which takes as long to find out. If it does, this one has
+                // stalled on its way.
+                let asked_anew = now.since(since).0 >= 2 * PATIENCE && self.reaches(machine);
+                let answers = self.coordinator.process.is_some() && self.coordinator.paused == 0;
+                if asked_anew && answers {
+                    return self.close_session(machine);
+                }
+                if asked_anew && self.coordinator.process.is_some() {
                     self.daemon_input(machine, Input::CoordinatorGone { at: asked });
                 }
                 if now.since(since).0 >= ANSWER_MAX {

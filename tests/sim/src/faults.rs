@@ -10,7 +10,7 @@ use crate::schedule::{Fault, MACHINES};
 use crate::world::{Event, Submission, World};
 
 impl World {
-    fn trouble(&mut self, machine: usize) {
+    pub fn trouble(&mut self, machine: usize) {
         let this = &mut self.machines[machine];
         this.troubled = self.now;
         // What comes of it may come late, if the coordinator is away.
@@ -147,6 +147,7 @@ impl World {
                 self.daemon_hears(node, conn, crate::messages::Down::Closed);
             }
             Fault::SlowNetwork { ms } => {
+                self.slowed = self.now;
                 self.slow_network += 1;
                 self.after(ms, Event::Ends(index));
             }
@@ -215,7 +216,10 @@ impl World {
                     self.mend(machine, true, true);
                 }
             }
-            Fault::SlowNetwork { .. } => self.slow_network -= 1,
+            Fault::SlowNetwork { .. } => {
+                self.slowed = self.now;
+                self.slow_network -= 1;
+            }
             Fault::KillCoordinator { .. } if self.coordinator.process.is_none() => {
                 self.coordinator.troubled = self.now;
                 let now = self.now;

@@ -23,6 +23,12 @@ impl World {
     pub fn up(&mut self, machine: usize, conn: u64, message: &Up) {
         let copies = if message.is_level() && self.rng.random_bool(0.01) { 2 } else { 1 };
         for _ in 0..copies {
+            // A connection that stalls as it begins: what it said is heard when the daemon has long had another.
+            if matches!(message, Up::Hello { .. }) && self.rng.random_bool(0.04) {
+                let stalls = self.up_to(25_000);
+                self.trouble(machine);
+                self.arrivals.insert((conn, false), self.now + stalls);
+            }
             let late = matches!(message, Up::Heartbeat(_));
             let at = self.arrival(conn, false, late);
             self.at(at, Event::ToCoordinator { machine, conn, message: message.clone(), tries: 0 });

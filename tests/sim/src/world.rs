@@ -122,6 +122,8 @@ pub struct World {
     /// When the last message of a connection arrives, in each direction: they arrive in order.
     pub arrivals: BTreeMap<(u64, bool), u64>,
     pub slow_network: u32,
+    /// When the network last was slow.
+    pub slowed: u64,
     coordinator_due: Option<u64>,
     /// Faults are over: programs end well.
     pub healing: bool,
@@ -146,6 +148,7 @@ impl World {
             conns: 0,
             arrivals: BTreeMap::new(),
             slow_network: 0,
+            slowed: 0,
             coordinator_due: None,
             healing: false,
             faults: 0,

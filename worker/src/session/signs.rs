@@ -3,21 +3,31 @@
 //! A node that cannot renew its lease must stop its ranks, because a coordinator that hears nothing of it starts them
 //! elsewhere. But if no coordinator runs, nobody does, and training should go on. What counts as proof: the
 //! coordinator's machine refuses the connection (nothing listens there), or takes it and then nobody answers, on a
-//! connection made for this attempt, while yet another one is taken at once (the process hangs; when it
-//! goes on it sees that it was away, and extends every lease). A connection that cannot be made proves nothing, and a
+//! connection made for this attempt nor on yet another one (the process hangs; when it goes on it sees that it was away, and
+//! extends every lease). A connection that cannot be made proves nothing, and a
 //! refusal in words proves that somebody is there.
 
 use std::io;
 use std::time::Duration;
 
 use muster_core::types::Millis;
-use tokio::net::TcpStream;
+use muster_proto::v1::{self, node_service_client::NodeServiceClient};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::transport::Endpoint;
 
 use super::{CONNECT_MAX, Event};
 use crate::clock::boot_now;
+
+/// What comes of a question on a new connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// The connection was taken, and nothing came.
+    Silence,
+    /// There was no connection, or it broke.
+    Unreachable,
+    Words,
+}
 
 /// What the attempts so far say.
 pub(super) struct Signs {
@@ -27,12 +37,14 @@ pub(super) struct Signs {
     pub current: usize,
     /// For each coordinator, when it was last found to be gone, unless something else was found later.
     gone: Vec<Option<Millis>>,
+    /// Our own name, to ask about.
+    node: String,
     events: mpsc::Sender<Event>,
 }
 
 impl Signs {
-    pub fn new(coordinators: usize, events: mpsc::Sender<Event>) -> Self {
-        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; coordinators], events }
+    pub fn new(coordinators: usize, node: String, events: mpsc::Sender<Event>) -> Self {
+        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; coordinators], node, events }
     }
 
     /// The lease as a duration.
@@ -42,7 +54,7 @@ impl Signs {
 
     /// How long a coordinator may be silent before that says something.
     pub fn patience(&self) -> Duration {
-        (self.lease() / 8).min(CONNECT_MAX)
+        (self.lease() / 12).min(CONNECT_MAX)
     }
 
     /// Waits for an answer on a connection that was made, and learns from it if none comes.
@@ -59,12 +71,30 @@ impl Signs {
                 answer = &mut call => {
                     return answer.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"));
                 }
-                // It took the connection and says nothing.
-                () = tokio::time::sleep(self.patience()) => {
-                    let takes = takes_connections(endpoint, self.patience()).await;
-                    self.note(takes.then_some(asked)).await;
-                }
+                // It took the connection and says nothing; or this one connection has stalled on its way.
+                () = tokio::time::sleep(self.patience()) => match self.ask_anew(endpoint).await {
+                    Answer::Silence => self.note(Some(asked)).await,
+                    Answer::Unreachable => self.note(None).await,
+                    Answer::Words => {
+                        self.note(None).await;
+                        return Err(Status::deadline_exceeded("the connection has stalled"));
+                    }
+                },
             }
+        }
+    }
+
+    /// Asks on a connection of its own. Anything that comes back shows that somebody is there.
+    async fn ask_anew(&self, endpoint: &Endpoint) -> Answer {
+        let Ok(Ok(channel)) = tokio::time::timeout(self.patience(), endpoint.connect()).await else {
+            return Answer::Unreachable;
+        };
+        let question = v1::GetNodeRequest { node_name: self.node.clone() };
+        let mut client = NodeServiceClient::new(channel);
+        match tokio::time::timeout(self.patience(), client.get_node(question)).await {
+            Err(_) => Answer::Silence,
+            Ok(Err(status)) if std::error::Error::source(&status).is_some() => Answer::Unreachable,
+            Ok(_) => Answer::Words,
         }
     }
 
@@ -95,14 +125,6 @@ pub(super) fn is_refused(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-/// Whether a connection is made within this time.
-async fn takes_connections(endpoint: &Endpoint, limit: Duration) -> bool {
-    let uri = endpoint.uri();
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    let connect = TcpStream::connect((host, uri.port_u16().unwrap_or(80)));
-    matches!(tokio::time::timeout(limit, connect).await, Ok(Ok(_)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,7 +132,7 @@ mod tests {
     #[tokio::test]
     async fn all_coordinators_must_be_gone_as_of_the_oldest_sign() {
         let (sender, mut events) = mpsc::channel(8);
-        let mut signs = Signs::new(2, sender);
+        let mut signs = Signs::new(2, "n".to_owned(), sender);
         let mut found = Vec::new();
         for (current, gone) in
             [(0, Some(5)), (1, None), (1, Some(9)), (0, None), (1, Some(11)), (0, Some(12))]
@@ -127,12 +149,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_without_a_listener_refuses_and_one_with_a_silent_one_does_not() {
+        let (sender, _events) = mpsc::channel(8);
+        let mut signs = Signs::new(1, "n".to_owned(), sender);
+        signs.lease = Millis(800);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let endpoint = Endpoint::from_shared(format!("http://127.0.0.1:{port}")).unwrap();
-        assert!(takes_connections(&endpoint, Duration::from_secs(1)).await);
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
         drop(listener);
-        assert!(!takes_connections(&endpoint, Duration::from_secs(1)).await);
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
         let error = endpoint.connect().await.unwrap_err();
         assert!(is_refused(root_cause(&error)), "{error:?}");
     }

@@ -18,4 +18,8 @@ mod told;
 pub(crate) use client::{Context, Shim};
 pub(crate) use find::find;
 pub(crate) use protocol::Command;
+#[cfg(any(test, fuzzing))]
+pub(crate) use protocol::{News, State};
+#[cfg(any(test, fuzzing))]
+pub(crate) use record::Record;
 pub use serve::main;

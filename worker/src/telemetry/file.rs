@@ -126,12 +126,27 @@ pub(super) fn read(path: &Path, from: Position) -> io::Result<Look> {
     let lines = whole.map(|bytes| {
         let line = serde_json::from_slice(bytes).ok();
         at.offset += bytes.len() as u64;
-        at.seq += if let Some(Line::Dropped { dropped }) = line { dropped } else { 1 };
+        let numbers = if let Some(Line::Dropped { dropped }) = line { dropped } else { 1 };
+        at.seq = at.seq.saturating_add(numbers);
         (at, line)
     });
     let lines: VecDeque<_> = lines.collect();
     // Bytes without any line are none of ours, and not looked at again and again.
     Ok(Look { more: filled == READ_BYTES_MAX && !lines.is_empty(), lines })
+}
+
+/// The numbers of the lines of a file with these bytes, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn numbers(dir: &Path, bytes: &[u8]) -> Vec<u64> {
+    std::fs::write(path_in(dir), bytes).ok();
+    let (mut found, mut at) = (Vec::new(), Position::default());
+    while let Ok(look) = read(&path_in(dir), at)
+        && let Some((after, _)) = look.lines.back()
+    {
+        at = *after;
+        found.extend(look.lines.iter().map(|(at, _)| at.seq));
+    }
+    found
 }
 
 #[cfg(test)]

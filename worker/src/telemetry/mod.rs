@@ -9,5 +9,7 @@ mod outbox;
 pub(crate) mod parse;
 mod socket;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use file::numbers;
 pub(crate) use outbox::Outbox;
 pub(crate) use socket::{Changes, RankSocket, Sockets};

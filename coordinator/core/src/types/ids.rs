@@ -15,8 +15,17 @@ macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident, $what:literal, $max:expr, $valid:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(transparent)]
+        // What comes from the disk is checked as what comes from the network.
+        #[serde(try_from = "String")]
         pub struct $name(String);
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                Self::new(text)
+            }
+        }
 
         impl $name {
             /// Checks length and characters. The error says what is wrong, in words for the user.
