@@ -300,7 +300,9 @@ impl World {
                         process.conns.insert(conn, (node, None));
                         (Input::Join(join), None, Some(conn))
                     }
-                    (Up::Hello { incarnation, gangs, leaving, number }, None) => {
+                    (Up::Hello { incarnation, gangs, leaving, number }, None) // A connection to a process that has died is none to the next.
+                        if process.conns.contains_key(&conn) =>
+                    {
                         (Input::Hello { node, incarnation, gangs, leaving, number }, None, Some(conn))
                     }
                     (Up::Heartbeat(seq), Some(session)) => {
