@@ -171,6 +171,7 @@ impl World {
             }
             Fault::SetClock { by } => self.coordinator.wall += by,
             Fault::SlowDisk { ms } => {
+                self.slowed = self.now;
                 self.coordinator.slow_disk += 1;
                 self.after(ms, Event::Ends(index));
             }
