@@ -216,9 +216,13 @@ fn table(cases: &[&Case], seen: &[[Vec<Recovered>; 2]]) {
         [|seen| seen.spawned_ms, Recovered::back_ms, |seen| seen.pause_ms];
     for (case, [ours, theirs]) in cases.iter().zip(seen) {
         print!("{:<24}", case.name);
-        for value in values {
+        for (at, value) in values.into_iter().enumerate() {
             let both = [ours, theirs].map(|all| median(all.iter().map(value)));
-            print!("{:>11}{:>11}{:>10}", cell(both[0]), cell(both[1]), ratio(both));
+            // Ranks that were taken over were not spawned.
+            let kept =
+                at == 0 && both[0].is_infinite() && median(ours.iter().map(Recovered::back_ms)).is_finite();
+            let first = if kept { "kept".to_owned() } else { cell(both[0]) };
+            print!("{first:>11}{:>11}{:>10}", cell(both[1]), ratio(both));
         }
         println!();
     }

@@ -124,7 +124,7 @@ impl Subject {
         match self {
             Self::Muster(bed) => {
                 let log = bed.cluster.workers[1].log();
-                let (joins, adoptions) = (log.matches("\"joined\""), log.matches("a shim is adopted"));
+                let (joins, adoptions) = (log.matches(": joined "), log.matches("a shim is adopted"));
                 adoptions.count().min(joins.count().saturating_sub(1))
             }
             Self::Torchrun(_) => 0,
