@@ -6,6 +6,7 @@
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
 mod recovery;
+mod subject;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -36,12 +37,20 @@ struct Measured {
 
 fn main() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.first().map(String::as_str) {
+        None => vision(root),
+        Some("recovery") => recovery::run(root, &args[1..]),
+        Some(other) => {
+            panic!("there is no bench {other}; there are `recovery` and, without a name, training")
+        }
+    }
+}
+
+fn vision(root: &Path) {
     let python = root.join(".deps/python/bin/python3");
     let data = root.join(".deps/data/fashion-mnist");
     assert!(python.is_file(), "Python's torch is not there; run this as `cargo xtask bench`");
-    if std::env::args().nth(1).as_deref() == Some("recovery") {
-        return recovery::run(&python);
-    }
     let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
@@ -66,7 +75,7 @@ fn main() {
 fn table(ours: &[Measured], theirs: &[Measured]) {
     println!("\n{:<22}{:>12}{:>12}{:>10}", "median", "muster", "torchrun", "ratio");
     let row = |name: &str, value: fn(&Measured) -> f64| {
-        let (a, b) = (median(ours, value), median(theirs, value));
+        let (a, b) = (median(ours.iter().map(value)), median(theirs.iter().map(value)));
         println!("{name:<22}{a:>12.1}{b:>12.1}{:>9.2}x", a / b);
     };
     row("steps/s", |m| m.steps_per_second);
@@ -74,8 +83,9 @@ fn table(ours: &[Measured], theirs: &[Measured]) {
     row("memory per rank, MiB", |m| m.rank_mib);
 }
 
-fn median(all: &[Measured], value: fn(&Measured) -> f64) -> f64 {
-    let mut values: Vec<f64> = all.iter().map(value).collect();
+/// Of an even number of values the greater of the middle two.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }

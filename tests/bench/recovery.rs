@@ -1,239 +1,258 @@
-//! `cargo xtask bench recovery`: how long a job is without all its ranks after a fault, beside torchrun in the same run,
-//! in turn. The ranks are shells that write down when they begin, so that launchers are measured and not imports.
+//! `cargo xtask bench recovery`: how soon a job trains again after a fault, beside torchrun. Both sides run the same
+//! ranks (Gloo, in Python) on two nodes of this machine, in turn; each time is from the first signal of the fault.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use muster_tests::{Bed, Cluster, Settings, eventually};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::json;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
-use crate::{load1, unix_now};
+use crate::subject::{Event, Shape, Subject, signal_all};
+use crate::{load1, median, unix_now};
 
-const ROUNDS: usize = 5;
-/// Writes generation, rank, process and Unix time, and stays.
-const STAMP: &str =
-    "echo \"$((TORCHELASTIC_RESTART_COUNT+1)) $RANK $$ $(date +%s.%N)\" >> $STAMPS; exec sleep 600";
+/// Rounds, unless `--rounds` says otherwise: torchrun takes a minute for some faults.
+const ROUNDS: usize = 3;
+/// A side that does not train by then counts as not recovered.
+const CAP: Duration = Duration::from_mins(1);
+/// Longest wait for the start.
+const START_MAX: Duration = Duration::from_mins(2);
+/// The job trains so long before the fault.
+const SETTLE: Duration = Duration::from_secs(1);
+const SAMPLE: Duration = Duration::from_millis(5);
 
-/// What a rank wrote.
+const FIXED: Shape = Shape { nnodes: "2", nproc: "1" };
+const FOUR: Shape = Shape { nproc: "2", ..FIXED };
+const ELASTIC: Shape = Shape { nnodes: "1:2", ..FIXED };
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// SIGKILL of one rank.
+    Rank,
+    /// SIGKILL of everything on a node, and nobody comes in its place.
+    Node,
+    /// The same, and a daemon of that name is there at once.
+    NodeReplaced,
+    /// SIGSTOP of everything on a node.
+    NodeFrozen,
+    /// SIGKILL of a node's daemon alone, which is started again at once.
+    Daemon,
+}
+
+struct Case {
+    name: &'static str,
+    fault: Fault,
+    shape: Shape,
+    /// Muster's lease; empty for its default of 10 s.
+    lease: &'static str,
+    /// torchrun with the shortest times that it takes.
+    tuned: bool,
+}
+
+const fn case(name: &'static str, fault: Fault, shape: Shape, tuned: bool) -> Case {
+    Case { name, fault, shape, lease: if tuned { "1s" } else { "" }, tuned }
+}
+
+const CASES: [Case; 8] = [
+    case("rank killed", Fault::Rank, FOUR, false),
+    case("rank killed, tuned", Fault::Rank, FOUR, true),
+    case("node killed", Fault::Node, ELASTIC, false),
+    case("node killed, tuned", Fault::Node, ELASTIC, true),
+    case("node replaced at once", Fault::NodeReplaced, FIXED, false),
+    case("node frozen", Fault::NodeFrozen, ELASTIC, false),
+    case("node frozen, tuned", Fault::NodeFrozen, ELASTIC, true),
+    case("daemon killed", Fault::Daemon, FIXED, false),
+];
+
+/// What one run showed; a time is infinite if it did not come within [`CAP`].
 #[derive(Clone, Copy, Debug)]
-struct Stamp {
-    start: u32,
-    pid: i32,
-    at: f64,
+struct Recovered {
+    /// To the first instruction of the last rank of the next generation; nothing is spawned where ranks are kept.
+    spawned_ms: f64,
+    /// To the end of its first collective.
+    ready_ms: f64,
+    /// To the new daemon's taking over the old one's ranks and joining.
+    adopted_ms: f64,
+    /// Longest time without a step, over the fault.
+    pause_ms: f64,
+    /// Ranks of the old generation that train on beside the new one.
+    zombies: usize,
 }
 
-pub(crate) fn run(python: &Path) {
-    let dir = tempfile::tempdir().unwrap();
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    let cluster = Cluster::start(Settings::default());
-    for round in 0..=ROUNDS {
-        let file = |side: &str| dir.path().join(format!("{side}{round}"));
-        let pair = [
-            ("muster", muster_rank_kill(&cluster, &file("m"))),
-            ("torchrun", torchrun_rank_kill(python, &file("t"))),
-        ];
-        for (side, ms) in pair {
-            println!(
-                "{}",
-                json!({ "bench": "rank killed, 2x2", "side": side, "round": round, "ms": ms, "load1": load1() })
-            );
-        }
-        if round > 0 {
-            ours.push(pair[0].1);
-            theirs.push(pair[1].1);
+/// Runs the cases, or those whose name contains `--only`.
+pub(crate) fn run(root: &Path, args: &[String]) {
+    let option = |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1));
+    let rounds = option("--rounds").map_or(ROUNDS, |rounds| rounds.parse().expect("--rounds takes a number"));
+    let only = option("--only").map_or("", String::as_str);
+    let python = root.join(".deps/python/bin/python3");
+    let probe = root.join("tests/bench/probe.py");
+    assert!(python.is_file(), "Python's torch is not there; run this as `cargo xtask bench`");
+    // The first import reads a gigabyte from the disk; no side is to pay for that.
+    let warm = Command::new(&python).args(["-c", "import torch.distributed.run"]).status();
+    assert!(warm.is_ok_and(|status| status.success()), "{} cannot import torch", python.display());
+    let cases: Vec<&Case> = CASES.iter().filter(|case| case.name.contains(only)).collect();
+    let mut seen: Vec<[Vec<Recovered>; 2]> = cases.iter().map(|_| [Vec::new(), Vec::new()]).collect();
+    for round in 1..=rounds {
+        for (case, seen) in cases.iter().zip(&mut seen) {
+            for (side, seen) in ["muster", "torchrun"].into_iter().zip(seen) {
+                let subject = match side {
+                    "muster" => Subject::muster(case.shape, case.lease, &python, &probe),
+                    _ => Subject::torchrun(case.shape, case.tuned, &python, &probe),
+                };
+                let recovered = once(case, subject);
+                eprintln!("round {round}, {}, {side}: {recovered:?}, load {}", case.name, load1());
+                seen.push(recovered);
+            }
         }
     }
-    drop(cluster);
-    let (a, b) = (median(&mut ours), median(&mut theirs));
-    println!(
-        "\n{:<58}{:>10}{:>10}{:>8}",
-        "median of ms until every rank was spawned again", "muster", "torchrun", "ratio"
-    );
-    println!("{:<58}{a:>10.0}{b:>10.0}{:>7.3}x", "a rank killed, 2 nodes x 2", a / b);
-    for (name, lease, measure) in [
-        ("a node killed, elastic, lease of 1 s (lease included)", "1s", node_kill as fn(&'static str) -> f64),
-        ("a node frozen, elastic, lease of 1 s (lease included)", "1s", node_freeze),
-        ("a node killed and back under its name, lease of 10 s", "10s", node_replaced),
-        ("a daemon killed: until its ranks are taken over", "10s", daemon_killed),
-    ] {
-        let mut all: Vec<f64> = (0..ROUNDS).map(|_| measure(lease)).collect();
-        let ms = median(&mut all);
-        println!("{name:<58}{ms:>10.0}{:>10}", "-");
-        println!("{}", json!({ "bench": name, "side": "muster", "ms": ms, "all": all, "load1": load1() }));
+    table(&cases, &seen);
+    println!("\n{}", summary(&cases, &seen, rounds));
+}
+
+/// Starts the job, hurts it, and watches.
+fn once(case: &Case, mut subject: Subject) -> Recovered {
+    let began = Instant::now();
+    let ranks = loop {
+        let ranks = generation(&subject.events(), 0.0);
+        // Tuned, torchrun may start with the first node alone.
+        if let Some(ranks) = ranks.filter(|ranks| ranks.len() == case.shape.ranks()) {
+            break ranks;
+        }
+        assert!(began.elapsed() < START_MAX, "the job did not start: {}", subject.last_words());
+        std::thread::sleep(SAMPLE);
+    };
+    std::thread::sleep(SETTLE);
+    let old: Vec<i32> = ranks.iter().map(|event| event.pid).collect();
+    let node = subject.second_node();
+    let hurt = unix_now();
+    match case.fault {
+        Fault::Rank => signal_all(&[last_of(&old, &node)], Signal::SIGKILL),
+        Fault::Node | Fault::NodeReplaced => signal_all(&node, Signal::SIGKILL),
+        Fault::NodeFrozen => signal_all(&node, Signal::SIGSTOP),
+        Fault::Daemon => signal_all(&node[..1], Signal::SIGKILL),
+    }
+    if matches!(case.fault, Fault::NodeReplaced | Fault::Daemon) {
+        subject.restart_daemon();
+    }
+    let ms = |time: f64| (time - hurt) * 1000.0;
+    let mut recovered = Recovered {
+        spawned_ms: f64::INFINITY,
+        ready_ms: f64::INFINITY,
+        adopted_ms: f64::INFINITY,
+        pause_ms: f64::INFINITY,
+        zombies: 0,
+    };
+    let began = Instant::now();
+    while began.elapsed() < CAP {
+        let events = subject.events();
+        if subject.adoptions() > 0 {
+            recovered.adopted_ms = ms(unix_now());
+            assert!(old.iter().all(|pid| muster_tests::is_running(*pid)), "a rank was touched");
+            // A step after it shows that they train on.
+            std::thread::sleep(SETTLE);
+            recovered.pause_ms = pause(&subject.events(), hurt);
+            break;
+        }
+        if let Some(next) = generation(&events, hurt) {
+            let spawned = events.iter().filter(|event| event.what == "spawned");
+            let of_next = spawned.filter(|event| next.iter().any(|ready| ready.pid == event.pid));
+            recovered.spawned_ms = ms(latest(of_next));
+            recovered.ready_ms = ms(latest(next.iter()));
+            let ready = latest(next.iter());
+            std::thread::sleep(SETTLE);
+            let events = subject.events();
+            let late = |pid: &&i32| events.iter().any(|event| event.pid == **pid && event.time > ready);
+            recovered.zombies = old.iter().filter(late).count();
+            recovered.pause_ms = pause(&events, hurt);
+            break;
+        }
+        std::thread::sleep(SAMPLE);
+    }
+    recovered
+}
+
+/// The rank of the node that stands last.
+fn last_of(ranks: &[i32], node: &[i32]) -> i32 {
+    *ranks.iter().rfind(|rank| node.contains(rank)).expect("the second node has ranks")
+}
+
+/// The newest generation of which all ranks became ready after this time.
+fn generation(events: &[Event], after: f64) -> Option<Vec<Event>> {
+    let ready: Vec<&Event> =
+        events.iter().filter(|event| event.what == "ready" && event.time > after).collect();
+    let of = |token: &str| ready.iter().filter(|event| event.token == token).copied().cloned().collect();
+    let whole = |all: &Vec<Event>| all.len() == all[0].world;
+    ready.iter().rev().map(|event| of(&event.token)).find(whole)
+}
+
+fn latest<'a>(events: impl Iterator<Item = &'a Event>) -> f64 {
+    events.map(|event| event.time).fold(f64::NEG_INFINITY, f64::max)
+}
+
+/// Longest time without a step of anybody, that ended after the fault.
+fn pause(events: &[Event], hurt: f64) -> f64 {
+    let mut steps: Vec<f64> =
+        events.iter().filter(|event| event.what == "step").map(|event| event.time).collect();
+    steps.sort_by(f64::total_cmp);
+    let gaps = steps.windows(2).filter(|pair| pair[1] > hurt).map(|pair| (pair[1] - pair[0]) * 1000.0);
+    gaps.fold(0.0, f64::max)
+}
+
+impl Recovered {
+    /// When all is well again: the ranks train, or the daemon holds the ranks that never stopped.
+    fn back_ms(&self) -> f64 {
+        self.ready_ms.min(self.adopted_ms)
     }
 }
 
-fn median(all: &mut [f64]) -> f64 {
-    all.sort_by(f64::total_cmp);
-    all[all.len() / 2]
+fn table(cases: &[&Case], seen: &[[Vec<Recovered>; 2]]) {
+    let cell = |ms: f64| if ms.is_finite() { format!("{ms:.0}") } else { format!("> {}", CAP.as_millis()) };
+    let heads = ["muster", "torchrun", "ratio"];
+    println!("\n{:<24}{:^32}{:^32}{:^32}", "median, ms", "spawned", "back", "longest pause");
+    print!("{:<24}", "");
+    (0..3).for_each(|_| print!("{:>11}{:>11}{:>10}", heads[0], heads[1], heads[2]));
+    println!();
+    let values: [fn(&Recovered) -> f64; 3] =
+        [|seen| seen.spawned_ms, Recovered::back_ms, |seen| seen.pause_ms];
+    for (case, [ours, theirs]) in cases.iter().zip(seen) {
+        print!("{:<24}", case.name);
+        for (at, value) in values.into_iter().enumerate() {
+            let both = [ours, theirs].map(|all| median(all.iter().map(value)));
+            // Ranks that were taken over were not spawned.
+            let kept =
+                at == 0 && both[0].is_infinite() && median(ours.iter().map(Recovered::back_ms)).is_finite();
+            let first = if kept { "kept".to_owned() } else { cell(both[0]) };
+            print!("{first:>11}{:>11}{:>10}", cell(both[1]), ratio(both));
+        }
+        println!();
+    }
 }
 
-fn stamps(file: &Path) -> Vec<Stamp> {
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    let parse = |line: &str| {
-        let words: Vec<&str> = line.split(' ').collect();
-        Some(Stamp {
-            start: words.first()?.parse().ok()?,
-            pid: words.get(2)?.parse().ok()?,
-            at: words.get(3)?.parse().ok()?,
+/// Of medians, ours to theirs; where the peer did not recover it is less than what is said.
+fn ratio([ours, theirs]: [f64; 2]) -> String {
+    match (ours.is_finite(), theirs.is_finite()) {
+        (true, true) => format!("{:.3}x", ours / theirs),
+        (true, false) => format!("<{:.3}x", ours / (CAP.as_secs_f64() * 1000.0)),
+        (false, _) => "-".to_owned(),
+    }
+}
+
+fn summary(cases: &[&Case], seen: &[[Vec<Recovered>; 2]], rounds: usize) -> Value {
+    let side = |all: &[Recovered]| {
+        // What did not come within the cap is null.
+        let times = |value: fn(&Recovered) -> f64| {
+            let all: Vec<f64> = all.iter().map(|seen| (value(seen) * 10.0).round() / 10.0).collect();
+            json!({"median": median(all.iter().copied()), "all": all})
+        };
+        json!({
+            "spawned_ms": times(|seen| seen.spawned_ms), "back_ms": times(Recovered::back_ms),
+            "pause_ms": times(|seen| seen.pause_ms), "zombies": all.iter().map(|seen| seen.zombies).max(),
         })
     };
-    text.lines().filter_map(parse).collect()
-}
-
-fn started(file: &Path, start: u32) -> Vec<Stamp> {
-    eventually("every rank", || {
-        let all: Vec<Stamp> = stamps(file).into_iter().filter(|stamp| stamp.start == start).collect();
-        if all.len() == 4 { Ok(all) } else { Err(all) }
-    })
-}
-
-/// Kills a rank, and waits until all are there again.
-fn kill_one(file: &Path) -> f64 {
-    let victim = started(file, 1)[3].pid;
-    let killed = unix_now();
-    kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
-    let last = started(file, 2).iter().map(|stamp| stamp.at).fold(0.0, f64::max);
-    (last - killed) * 1000.0
-}
-
-fn muster_rank_kill(cluster: &Cluster, file: &Path) -> f64 {
-    let stamps = format!("STAMPS={}", file.display());
-    let flags = ["--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "3", "--env", &stamps];
-    let id = cluster.submit(&flags, STAMP);
-    let ms = kill_one(file);
-    cluster.muster(&["cancel", &id]).ok();
-    cluster.wait_for(&id, "CANCELLED");
-    ms
-}
-
-struct Agents(Vec<Child>);
-
-impl Drop for Agents {
-    fn drop(&mut self) {
-        for agent in &mut self.0 {
-            kill(Pid::from_raw(agent.id() as i32), Signal::SIGTERM).ok();
-        }
-        for agent in &mut self.0 {
-            agent.wait().ok();
-        }
-    }
-}
-
-/// With the switch without which restarted workers of torchrun 2.11 meet the old store (pytorch issue 135712).
-fn torchrun_rank_kill(python: &Path, file: &Path) -> f64 {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let agent = || {
-        Command::new(python)
-            .args([
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "2",
-                "--nproc-per-node",
-                "2",
-                "--max-restarts",
-                "3",
-            ])
-            .args([
-                "--rdzv-backend",
-                "c10d",
-                "--rdzv-id",
-                "bench",
-                "--rdzv-endpoint",
-                &format!("127.0.0.1:{port}"),
-            ])
-            // It takes "$$" in arguments for "$".
-            .args(["--no-python", "sh", "-c", &STAMP.replace("$$", "$$$$")])
-            .env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-            .env("STAMPS", file)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap()
-    };
-    let _agents = Agents(vec![agent(), agent()]);
-    kill_one(file)
-}
-
-fn elastic(lease: &'static str) -> (Bed, PathBuf) {
-    let bed = Bed::start(
-        Settings { lease, ..Settings::default() },
-        &["--nnodes", "1:2", "--max-restarts", "3"],
-        "",
-    );
-    bed.wait_for_ranks(1, 2);
-    let dir = bed.cluster.dir.path().to_owned();
-    (bed, dir)
-}
-
-/// Seconds since the machine was started, as the ranks read them.
-fn uptime() -> f64 {
-    let text = std::fs::read_to_string("/proc/uptime").unwrap();
-    text.split(' ').next().unwrap().parse().unwrap()
-}
-
-/// From a fault to the first sign of the last rank of a generation.
-fn until(bed: &Bed, generation: u32, ranks: usize, fault: f64) -> f64 {
-    bed.wait_for_ranks(generation, ranks);
-    let beats = bed.beats();
-    let first = |rank: u32| {
-        beats
-            .iter()
-            .find(|beat| (beat.generation, beat.rank) == (generation, rank))
-            .map_or(0.0, |beat| beat.time)
-    };
-    ((0..ranks as u32).map(first).fold(0.0, f64::max) - fault) * 1000.0
-}
-
-fn node_kill(lease: &'static str) -> f64 {
-    let (bed, _dir) = elastic(lease);
-    let fault = uptime();
-    bed.signal_node(1, Signal::SIGKILL);
-    let ms = until(&bed, 2, 1, fault);
-    bed.finish(2, 1);
-    ms
-}
-
-fn node_freeze(lease: &'static str) -> f64 {
-    let (bed, _dir) = elastic(lease);
-    let fault = uptime();
-    bed.signal_node(1, Signal::SIGSTOP);
-    let ms = until(&bed, 2, 1, fault);
-    bed.signal_node(1, Signal::SIGKILL);
-    bed.finish(2, 1);
-    ms
-}
-
-fn node_replaced(lease: &'static str) -> f64 {
-    let settings = Settings { lease, ..Settings::default() };
-    let mut bed = Bed::start(settings, &["--nnodes", "2", "--max-restarts", "3"], "");
-    bed.wait_for_ranks(1, 2);
-    let fault = uptime();
-    bed.signal_node(1, Signal::SIGKILL);
-    bed.restart_worker(1, Duration::ZERO);
-    let ms = until(&bed, 2, 2, fault);
-    bed.finish(2, 1);
-    ms
-}
-
-/// The ranks must be the same processes before and after.
-fn daemon_killed(lease: &'static str) -> f64 {
-    let settings = Settings { lease, ..Settings::default() };
-    let mut bed = Bed::start(settings, &["--nnodes", "2"], "");
-    let before = bed.wait_for_ranks(1, 2);
-    let fault = unix_now();
-    bed.restart_worker(1, Duration::ZERO);
-    eventually("its taking them over", || {
-        let log = bed.cluster.workers[1].log();
-        // One line of each life.
-        if log.matches("joined").count() >= 2 { Ok(()) } else { Err(log) }
+    let each = cases.iter().zip(seen).map(|(case, [ours, theirs])| {
+        (case.name.to_owned(), json!({"muster": side(ours), "torchrun": side(theirs)}))
     });
-    let ms = (unix_now() - fault) * 1000.0;
-    assert_eq!(bed.wait_for_ranks(1, 2), before);
-    bed.finish(1, 0);
-    ms
+    let cases: serde_json::Map<String, Value> = each.collect();
+    let cap = CAP.as_secs() * 1000;
+    json!({"bench": "recovery", "rounds": rounds, "cap_ms": cap, "load1": load1(), "cases": cases})
 }

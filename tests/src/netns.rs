@@ -3,6 +3,8 @@
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::is_running;
+
 static MADE: AtomicU32 = AtomicU32::new(0);
 
 /// Some hosts. The first has 10.77.0.1, the next 10.77.0.2 and so on. They go when this is dropped.
@@ -29,7 +31,11 @@ const NOBODY: &str = "02:00:00:00:00:99";
 impl Netns {
     /// None if this machine lets us make no namespaces, or has no `ip`.
     pub fn new(hosts: usize) -> Option<Self> {
-        let name = format!("muster{}x{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let nth = MADE.fetch_add(1, Ordering::Relaxed);
+        if nth == 0 {
+            remove_stale();
+        }
+        let name = format!("muster{}x{nth}", std::process::id());
         let this = Self { name, hosts };
         this.build().then_some(this)
     }
@@ -99,6 +105,19 @@ impl Drop for Netns {
             ip(&format!("netns del {}", self.host(host)));
         }
         ip(&format!("netns del {}", self.switch()));
+    }
+}
+
+/// Removes what tests left that were killed: their names have the ids of processes that are gone.
+fn remove_stale() {
+    let listed = Command::new("ip").args(["netns", "list"]).output();
+    let listed = listed.map(|output| output.stdout).unwrap_or_default();
+    for line in String::from_utf8_lossy(&listed).lines() {
+        let name = line.split(' ').next().unwrap_or_default();
+        let owner = name.strip_prefix("muster").and_then(|rest| rest.split_once('x')?.0.parse().ok());
+        if owner.is_some_and(|pid| !is_running(pid)) {
+            ip(&format!("netns del {name}"));
+        }
     }
 }
 

@@ -9,6 +9,15 @@ use muster_tests::{Bed, Cut, Netns, Settings, skip};
 
 const HOSTS: Settings = Settings { workers: 2, lease: "2s", netns: true };
 
+/// Seconds in which survivors have their new generation: the lease, and one.
+const REPLACED_MAX: f64 = 3.0;
+
+/// Seconds since the machine was started, as the ranks read them.
+fn uptime() -> f64 {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
+}
+
 fn cut_and_mend(cut: Cut) {
     if Netns::new(1).is_none() {
         return skip("a partition", "no network namespaces can be made here");
@@ -16,10 +25,14 @@ fn cut_and_mend(cut: Cut) {
     let bed = Bed::start(HOSTS, &["--nnodes", "1:2", "--max-restarts", "1"], "");
     bed.wait_for_ranks(1, 2);
     let hosts = bed.cluster.netns.as_ref().unwrap();
+    let before = uptime();
     hosts.cut(2, cut);
     // The survivors' new generation: nothing of the old one writes a line after its first (checked at the end).
     bed.wait_for_ranks(2, 1);
     assert!(bed.ranks(Some("n2")).is_empty(), "it has fenced itself");
+    let beats = bed.beats();
+    let first = beats.iter().find(|beat| beat.generation == 2).unwrap().time;
+    assert!(first - before < REPLACED_MAX, "the survivors waited {} s", first - before);
     hosts.mend(2, cut);
     bed.wait_for_ranks(3, 2);
     bed.finish(3, 1);
