@@ -23,15 +23,13 @@ use tracing::warn;
 use crate::clock::boot_now;
 use crate::{Config, Error};
 use queues::Prioritised;
-use signs::{Signs, is_refused, root_cause};
+use signs::{Signs, is_broken, is_refused, root_cause};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
 /// come back spread over it rather than all at once.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// Time to connect, and to be answered.
+/// Time to connect, and least time to be answered.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
-/// A silent connection is probed after this long, and dropped if it stays silent for the second span.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
 /// How long another daemon may hold our name before we give up: an earlier life of this one lets go of it
 /// within a lease.
 const NAME_HELD_MAX: Duration = Duration::from_secs(30);
@@ -114,11 +112,12 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
     };
     let mut pause = BACKOFF.0;
     let mut held_since = None;
-    let mut signs = Signs::new(endpoints.len(), identity.config.name.to_string(), events.clone());
+    let mut signs = Signs::new(endpoints.len(), events.clone());
     for (index, (url, endpoint)) in endpoints.iter().enumerate().cycle() {
         let began = Instant::now();
         signs.current = index;
-        if let Err(failure) = once(&identity, url, endpoint, &events, &mut signs).await {
+        let endpoint = signs.probed(endpoint);
+        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs).await {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
             warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
@@ -146,12 +145,7 @@ fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
         if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
             return Err(bad("it needs http:// and a host".to_owned()));
         }
-        let endpoint = endpoint
-            .connect_timeout(CONNECT_MAX)
-            .http2_keep_alive_interval(KEEPALIVE.0)
-            .keep_alive_timeout(KEEPALIVE.1)
-            .tcp_nodelay(true);
-        Ok((url.clone(), endpoint))
+        Ok((url.clone(), endpoint.connect_timeout(CONNECT_MAX).tcp_nodelay(true)))
     };
     urls.iter().map(endpoint).collect()
 }
@@ -227,6 +221,8 @@ async fn join(
             signs.note(None).await;
             Ok((client, joined.into_inner()))
         }
+        // What was found out while it was waited for stands.
+        Ok(Err(status)) if is_broken(&status) => Err(Failure::Connect(status)),
         Ok(Err(status)) => {
             // Whoever answers is there.
             signs.note(None).await;

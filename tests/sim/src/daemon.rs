@@ -17,6 +17,8 @@ use crate::world::{Event, Turn, World};
 const SILENCE: u64 = LEASE / 4;
 const PATIENCE: u64 = LEASE / 12;
 const ANSWER_MAX: u64 = LEASE / 2;
+/// When a probe has not been answered.
+const PROBED_MAX: u64 = LEASE / 4;
 /// The first pause between attempts to connect.
 const PAUSE_MIN: u64 = 100;
 
@@ -212,17 +214,16 @@ impl World {
                 if let Phase::Joining { asked, .. } | Phase::Opening { asked, .. } = &mut daemon.phase {
                     *asked = now;
                 }
-                // Nor does it answer on another connection, which takes as long to find out. If it does, this one has
-                // stalled on its way.
-                let asked_anew = now.since(since).0 >= 2 * PATIENCE && self.reaches(machine);
-                let answers = self.coordinator.process.is_some() && self.coordinator.paused == 0;
-                if asked_anew && answers {
-                    return self.close_session(machine);
-                }
-                if asked_anew && self.coordinator.process.is_some() {
+                // The second time, it has not answered on another connection either, which takes as long to find out.
+                // Otherwise it is slow.
+                let asked_anew = asked > since && self.reaches(machine);
+                if asked_anew && self.coordinator.process.is_some() && self.coordinator.paused > 0 {
                     self.daemon_input(machine, Input::CoordinatorGone { at: asked });
                 }
-                if now.since(since).0 >= ANSWER_MAX {
+                // A connection that stalls on its way does not answer probes either.
+                let stalls = self.arrivals.get(&(conn, false)).is_some_and(|until| *until > self.now);
+                let waits_max = if stalls { PROBED_MAX } else { ANSWER_MAX };
+                if now.since(since).0 >= waits_max {
                     self.close_session(machine);
                 } else {
                     self.session_later(machine, Turn::Unanswered, PATIENCE);

@@ -300,7 +300,8 @@ impl World {
                         process.conns.insert(conn, (node, None));
                         (Input::Join(join), None, Some(conn))
                     }
-                    (Up::Hello { incarnation, gangs, leaving, number }, None) // A connection to a process that has died is none to the next.
+                    // A connection to a process that has died is none to the next.
+                    (Up::Hello { incarnation, gangs, leaving, number }, None)
                         if process.conns.contains_key(&conn) =>
                     {
                         (Input::Hello { node, incarnation, gangs, leaving, number }, None, Some(conn))

@@ -4,17 +4,17 @@
 //! elsewhere. But if no coordinator runs, nobody does, and training should go on. What counts as proof: the
 //! coordinator's machine refuses the connection (nothing listens there), or takes it and then nobody answers, on a
 //! connection made for this attempt nor on yet another one (the process hangs; when it goes on it sees that it was away, and
-//! extends every lease). A connection that cannot be made proves nothing, and a
-//! refusal in words proves that somebody is there.
+//! extends every lease). A connection that cannot be made proves nothing, and any word proves that somebody is there: a
+//! coordinator whose disk is slow may owe an answer for long, and counts leases meanwhile.
 
 use std::io;
 use std::time::Duration;
 
 use muster_core::types::Millis;
-use muster_proto::v1::{self, node_service_client::NodeServiceClient};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{CONNECT_MAX, Event};
 use crate::clock::boot_now;
@@ -37,14 +37,12 @@ pub(super) struct Signs {
     pub current: usize,
     /// For each coordinator, when it was last found to be gone, unless something else was found later.
     gone: Vec<Option<Millis>>,
-    /// Our own name, to ask about.
-    node: String,
     events: mpsc::Sender<Event>,
 }
 
 impl Signs {
-    pub fn new(coordinators: usize, node: String, events: mpsc::Sender<Event>) -> Self {
-        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; coordinators], node, events }
+    pub fn new(coordinators: usize, events: mpsc::Sender<Event>) -> Self {
+        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; coordinators], events }
     }
 
     /// The lease as a duration.
@@ -57,13 +55,24 @@ impl Signs {
         (self.lease() / 12).min(CONNECT_MAX)
     }
 
+    /// How long it may owe an answer while it shows that it is there.
+    fn answer_max(&self) -> Duration {
+        (self.lease() / 2).max(CONNECT_MAX)
+    }
+
+    /// The endpoint, with probes that end a connection which stalls while there is time for another in the lease.
+    pub fn probed(&self, endpoint: &Endpoint) -> Endpoint {
+        let probe = self.lease() / 8;
+        endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe)
+    }
+
     /// Waits for an answer on a connection that was made, and learns from it if none comes.
     pub async fn watch<T>(
         &mut self,
         endpoint: &Endpoint,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<Result<T, Status>, Status> {
-        let call = tokio::time::timeout(CONNECT_MAX, call);
+        let call = tokio::time::timeout(self.answer_max(), call);
         tokio::pin!(call);
         loop {
             let asked = boot_now();
@@ -71,29 +80,26 @@ impl Signs {
                 answer = &mut call => {
                     return answer.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"));
                 }
-                // It took the connection and says nothing; or this one connection has stalled on its way.
+                // It took the connection and says nothing; or it is slow, or this one connection has stalled on its
+                // way. The probes tell these two apart.
                 () = tokio::time::sleep(self.patience()) => match self.ask_anew(endpoint).await {
                     Answer::Silence => self.note(Some(asked)).await,
-                    Answer::Unreachable => self.note(None).await,
-                    Answer::Words => {
-                        self.note(None).await;
-                        return Err(Status::deadline_exceeded("the connection has stalled"));
-                    }
+                    Answer::Unreachable | Answer::Words => self.note(None).await,
                 },
             }
         }
     }
 
-    /// Asks on a connection of its own. Anything that comes back shows that somebody is there.
+    /// Asks on a connection of its own whether the process is well, which it answers without its store. Anything that
+    /// comes back shows that somebody is there.
     async fn ask_anew(&self, endpoint: &Endpoint) -> Answer {
         let Ok(Ok(channel)) = tokio::time::timeout(self.patience(), endpoint.connect()).await else {
             return Answer::Unreachable;
         };
-        let question = v1::GetNodeRequest { node_name: self.node.clone() };
-        let mut client = NodeServiceClient::new(channel);
-        match tokio::time::timeout(self.patience(), client.get_node(question)).await {
+        let mut client = HealthClient::new(channel);
+        match tokio::time::timeout(self.patience(), client.check(HealthCheckRequest::default())).await {
             Err(_) => Answer::Silence,
-            Ok(Err(status)) if std::error::Error::source(&status).is_some() => Answer::Unreachable,
+            Ok(Err(status)) if is_broken(&status) => Answer::Unreachable,
             Ok(_) => Answer::Words,
         }
     }
@@ -107,6 +113,11 @@ impl Signs {
             self.events.send(Event::CoordinatorGone { at }).await.ok();
         }
     }
+}
+
+/// Whether this is no answer but the end of the connection.
+pub(super) fn is_broken(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 /// The error at the bottom of a failed connection.
@@ -132,7 +143,7 @@ mod tests {
     #[tokio::test]
     async fn all_coordinators_must_be_gone_as_of_the_oldest_sign() {
         let (sender, mut events) = mpsc::channel(8);
-        let mut signs = Signs::new(2, "n".to_owned(), sender);
+        let mut signs = Signs::new(2, sender);
         let mut found = Vec::new();
         for (current, gone) in
             [(0, Some(5)), (1, None), (1, Some(9)), (0, None), (1, Some(11)), (0, Some(12))]
@@ -150,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn a_port_without_a_listener_refuses_and_one_with_a_silent_one_does_not() {
         let (sender, _events) = mpsc::channel(8);
-        let mut signs = Signs::new(1, "n".to_owned(), sender);
+        let mut signs = Signs::new(1, sender);
         signs.lease = Millis(800);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
