@@ -1,8 +1,9 @@
 //! The only place that reads a clock.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use muster_core::types::Millis;
+use tokio::time::Instant;
 
 /// Unix time that never goes back: the wall clock once, monotonic time from then on. Setting the clock of a
 /// running coordinator moves no lease.

@@ -15,13 +15,17 @@ mod persist;
 mod server;
 mod view;
 
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use muster_core::types::Millis;
 use muster_store::{MemoryStore, RedbStore, Store};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::info;
 
 /// Settings of a coordinator.
@@ -122,29 +126,42 @@ pub enum Error {
 /// state is loaded. Returns after every accepted request was answered and every decision is stored.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     check(&config)?;
+    let failed = |source| Error::Bind { address: config.listen, source };
+    let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    run_on(config, address, TcpIncoming::from(listener), shutdown).await
+}
+
+/// The same on connections that come from elsewhere; `address` is where they come in.
+pub async fn run_on<I, C>(
+    config: Config,
+    address: SocketAddr,
+    connections: I,
+    shutdown: CancellationToken,
+) -> Result<(), Error>
+where
+    I: Stream<Item = io::Result<C>>,
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|source| Error::DataDir { path: config.data_dir.clone(), source })?;
     let store: Box<dyn Store> = match config.store {
         StoreKind::Redb => Box::new(RedbStore::open(&config.data_dir.join("store.redb"))?),
         StoreKind::Memory => Box::new(MemoryStore::default()),
     };
-    let listener = tokio::net::TcpListener::bind(config.listen)
-        .await
-        .map_err(|source| Error::Bind { address: config.listen, source })?;
-    let address = listener.local_addr().map_err(|source| Error::Bind { address: config.listen, source })?;
-
     let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
     let core_config = muster_core::Config { lease: millis(config.lease), ..muster_core::Config::default() };
     let (handle, driver) = driver::start(store, core_config, metrics.clone())?;
 
-    eprintln!("{}", serde_json::json!({ "listening": address.to_string() }));
+    // Nobody may be there to read it.
+    writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
     info!(%address, data_dir = %config.data_dir.display(), version = env!("CARGO_PKG_VERSION"), "coordinator ready");
 
     // The driver outlives the server: requests that are under way still get their answers.
     let driver_stop = CancellationToken::new();
     let mut driver_task = tokio::spawn(driver.run(driver_stop.clone()));
     let served = tokio::select! {
-        served = server::serve(listener, &config, handle, metrics, shutdown.clone()) => served,
+        served = server::serve(connections, &config, handle, metrics, shutdown.clone()) => served,
         // The driver only ends by itself when it cannot go on.
         ended = &mut driver_task => return ended?,
     };

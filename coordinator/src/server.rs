@@ -1,12 +1,14 @@
 //! The gRPC server: which layers every call passes, in which order and why, and which services it reaches.
 
+use std::io;
 use std::time::Duration;
 
 use muster_proto::v1;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::Connected;
 use tower::ServiceBuilder;
 use tower_http::classify::{GrpcCode, GrpcErrorsAsFailures, SharedClassifier};
 use tower_http::trace::TraceLayer;
@@ -33,13 +35,17 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
 /// Serves until `shutdown`, then lets calls under way finish.
-pub(crate) async fn serve(
-    listener: TcpListener,
+pub(crate) async fn serve<I, C>(
+    connections: I,
     config: &Config,
     driver: Handle,
     metrics: Metrics,
     shutdown: CancellationToken,
-) -> Result<(), Error> {
+) -> Result<(), Error>
+where
+    I: Stream<Item = io::Result<C>>,
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let api = Api::new(driver, metrics, config, shutdown.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
 
@@ -84,7 +90,7 @@ pub(crate) async fn serve(
         .add_service(nodes)
         .add_service(cluster)
         .add_service(workers)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener), stop.cancelled_owned());
+        .serve_with_incoming_shutdown(connections, stop.cancelled_owned());
     let drained = async {
         shutdown.cancelled().await;
         tokio::time::sleep(DRAIN_MAX).await;

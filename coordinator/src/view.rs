@@ -1,6 +1,6 @@
 //! The core's records as the API shows them.
 
-use muster_core::{Inventory, Job, JobState, Node, NodeState};
+use muster_core::{Inventory, Job, JobState, Node, NodeState, PastGeneration};
 use muster_proto::convert::{
     placement_to_wire, rank_exit_to_wire, resources_to_wire, spec_to_wire, timestamp_to_wire,
 };
@@ -32,6 +32,17 @@ pub(crate) fn job(job: &Job, latest: Latest) -> v1::Job {
             .master()
             .map(|(addr, port)| std::net::SocketAddr::new(addr, port).to_string())
             .unwrap_or_default(),
+        past: job.past.iter().map(past).collect(),
+    }
+}
+
+fn past(past: &PastGeneration) -> v1::PastGeneration {
+    v1::PastGeneration {
+        generation: past.generation.0,
+        nodes: past.placements.len() as u32,
+        placed: Some(timestamp_to_wire(past.placed)),
+        ended: Some(timestamp_to_wire(past.ended)),
+        reason: past.reason.clone(),
     }
 }
 

@@ -92,11 +92,13 @@ impl Bed {
         self.cluster.job(&self.id)
     }
 
-    /// Waits until the job's reason contains this, and gives it.
+    /// Waits until the reason of the job or of a past generation contains this, and gives it.
     pub fn wait_for_reason(&self, expected: &str) -> String {
         eventually(expected, || {
-            let reason = self.job()["reason"].as_str().unwrap_or_default().to_owned();
-            if reason.contains(expected) { Ok(reason) } else { Err(reason) }
+            let job = self.job();
+            let past = job["past"].as_array().into_iter().flatten();
+            let mut reasons = past.chain([&job]).filter_map(|of| of["reason"].as_str());
+            reasons.find(|reason| reason.contains(expected)).map(str::to_owned).ok_or(job.clone())
         })
     }
 

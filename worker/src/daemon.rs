@@ -63,6 +63,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(root),
         data_id: data_dir::data_id(&data_dir)?,
+        data_dir: data_dir.clone(),
         inventory: devices::inventory(root, visible.as_deref(), config.labels.clone()),
         config,
     };

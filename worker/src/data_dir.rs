@@ -1,9 +1,14 @@
 //! The data directory: held by one daemon at a time, and known by an id of its own.
 
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
+use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::Error;
+
+/// The file of the coordinators' addresses.
+const COORDINATORS: &str = "coordinators.json";
 
 /// Takes the directory for this daemon; made if it is not there.
 pub(crate) fn lock(data_dir: &Path) -> Result<File, Error> {
@@ -28,8 +33,25 @@ pub(crate) fn data_id(data_dir: &Path) -> Result<String, Error> {
         Err(error) => return Err(failed(error)),
     }
     let id = uuid::Uuid::new_v4().to_string();
-    // Renamed when whole: an empty file would give the node another identity at its next start.
-    let partial = data_dir.join("id.new");
-    std::fs::write(&partial, &id).and_then(|()| std::fs::rename(&partial, &path)).map_err(failed)?;
+    // An empty file would give the node another identity at its next start.
+    write_whole(&path, &id).map_err(failed)?;
     Ok(id)
+}
+
+/// Addresses at which coordinators listen themselves, by their URLs. None if they were never kept, or not whole.
+pub(crate) fn coordinators(data_dir: &Path) -> BTreeMap<String, SocketAddr> {
+    let kept = std::fs::read(data_dir.join(COORDINATORS)).unwrap_or_default();
+    serde_json::from_slice(&kept).unwrap_or_default()
+}
+
+/// Keeps them for the next daemon.
+pub(crate) fn keep_coordinators(data_dir: &Path, all: &BTreeMap<String, SocketAddr>) -> std::io::Result<()> {
+    write_whole(&data_dir.join(COORDINATORS), &serde_json::to_string(all)?)
+}
+
+/// Renamed when whole.
+fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+    let partial = path.with_extension("new");
+    std::fs::write(&partial, text)?;
+    std::fs::rename(&partial, path)
 }

@@ -96,6 +96,7 @@ fn join_samples() -> Vec<Vec<u8>> {
     let wire = |heartbeat, lease| v1::JoinResponse {
         heartbeat_interval: Some(convert::duration_to_wire(Millis(heartbeat))),
         lease: Some(convert::duration_to_wire(Millis(lease))),
+        ..v1::JoinResponse::default()
     };
     [wire(1000, 10_000), wire(0, u64::MAX)].map(|wire| wire.encode_to_vec()).into()
 }

@@ -15,6 +15,9 @@ mod launch;
 mod logs;
 mod session;
 mod shim;
+#[cfg(feature = "simulation")]
+#[doc(hidden)]
+pub mod simulation;
 mod telemetry;
 
 use std::collections::BTreeMap;

@@ -1,11 +1,13 @@
 //! The one stream to the coordinator: connect, join, say hello, and connect again with jittered backoff when
 //! it breaks. Ranks run on meanwhile.
 
+pub(crate) mod connection;
 mod queues;
 mod signs;
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, UdpSocket};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use muster_core::types::{Millis, limits};
@@ -22,8 +24,9 @@ use tracing::warn;
 
 use crate::clock::boot_now;
 use crate::{Config, Error};
+use connection::{Known, connect};
 use queues::Prioritised;
-use signs::{Signs, is_broken, is_refused, root_cause};
+use signs::{Signs, is_broken, root_cause};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
 /// come back spread over it rather than all at once.
@@ -76,6 +79,7 @@ pub(crate) struct Identity {
     pub incarnation: String,
     pub boot_id: String,
     pub data_id: String,
+    pub data_dir: PathBuf,
     pub inventory: muster_core::Inventory,
 }
 
@@ -112,7 +116,8 @@ pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Err
     };
     let mut pause = BACKOFF.0;
     let mut held_since = None;
-    let mut signs = Signs::new(endpoints.len(), events.clone());
+    let known = Known::load(identity.data_dir.clone(), identity.boot_id.clone());
+    let mut signs = Signs::new(identity.config.coordinators.clone(), known, events.clone());
     for (index, (url, endpoint)) in endpoints.iter().enumerate().cycle() {
         let began = Instant::now();
         signs.current = index;
@@ -145,7 +150,7 @@ fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
         if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
             return Err(bad("it needs http:// and a host".to_owned()));
         }
-        Ok((url.clone(), endpoint.connect_timeout(CONNECT_MAX).tcp_nodelay(true)))
+        Ok((url.clone(), endpoint.connect_timeout(CONNECT_MAX)))
     };
     urls.iter().map(endpoint).collect()
 }
@@ -200,11 +205,12 @@ async fn join(
     signs: &mut Signs,
 ) -> Result<(WorkerServiceClient<Channel>, v1::JoinResponse), Failure> {
     let began = boot_now();
-    let channel = match endpoint.connect().await {
+    let (channel, reached) = connect(endpoint).await;
+    let channel = match channel {
         Ok(channel) => channel,
         Err(error) => {
-            let (refused, why) = (is_refused(root_cause(&error)), root_cause(&error).to_string());
-            signs.note(refused.then_some(began)).await;
+            let why = root_cause(&error).to_string();
+            signs.refused(began, &reached).await;
             return Err(Failure::Connect(Status::unavailable(format!("failed to connect to {url}: {why}"))));
         }
     };
@@ -218,7 +224,7 @@ async fn join(
     let mut joining = client.clone();
     match signs.watch(endpoint, joining.join(join_request(identity, address))).await {
         Ok(Ok(joined)) => {
-            signs.note(None).await;
+            signs.joined(&reached, joined.get_ref()).await;
             Ok((client, joined.into_inner()))
         }
         // What was found out while it was waited for stands.

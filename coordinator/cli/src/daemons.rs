@@ -64,14 +64,23 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
 
 /// The log of a shim, on standard error, which its daemon has pointed at a file.
 pub(crate) fn start_shim_log() {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        // It would panic where standard error is a file on a disk that is full.
+        .log_internal_errors(false)
+        .init();
 }
 
 /// Sets up the log on standard error, and a token that SIGTERM, SIGINT and, if asked for, the end of standard
 /// input cancel.
 fn start_logging(args: &DaemonArgs) -> Result<CancellationToken, Failure> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // It would panic where standard error is a file on a disk that is full.
+        .log_internal_errors(false);
     match args.log_format {
         LogFormat::Text => {
             use std::io::IsTerminal;

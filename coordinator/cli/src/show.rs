@@ -128,7 +128,23 @@ pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> 
     if let Some(exit) = &job.exit {
         out!("\n{}", root_cause(exit));
     }
+    // Of a job with one generation everything is said above.
+    if job.past.len() > 1 || (!job.past.is_empty() && job.finished.is_none()) {
+        out!("\n{}", past(&job.past));
+    }
     Ok(())
+}
+
+/// The generations that have ended, as a table.
+fn past(all: &[v1::PastGeneration]) -> String {
+    let row = |past: &v1::PastGeneration| {
+        let millis = |time: &Option<_>| time.as_ref().map(millis_from_timestamp).unwrap_or_default();
+        let held = std::time::Duration::from_millis(millis(&past.ended).since(millis(&past.placed)).0);
+        let ended = past.ended.as_ref().map(ToString::to_string).unwrap_or_default();
+        let nodes = past.nodes.to_string();
+        vec![past.generation.to_string(), nodes, ended, show_span(held), past.reason.clone()]
+    };
+    table(&["GENERATION", "NODES", "ENDED", "AFTER", "REASON"], &all.iter().map(row).collect::<Vec<_>>())
 }
 
 /// A placement as a table.

@@ -274,15 +274,23 @@ impl Core {
                 fx.sends.push((placement.node.clone(), session, ToNode::Assign(Box::new(forget))));
             }
         }
+        if gang.outcome.is_none() {
+            "every rank ended with exit code 0".clone_into(&mut job.reason);
+        }
         if job.past.len() >= PAST_GENERATIONS_MAX {
             job.past.remove(0);
         }
-        job.past.push(PastGeneration { generation: job.generation, placements: gang.placements });
+        job.past.push(PastGeneration {
+            generation: job.generation,
+            placements: gang.placements,
+            reason: job.reason.clone(),
+            placed: gang.placed,
+            ended: now,
+        });
         self.rescan = true;
         self.growable.remove(id);
         match gang.outcome {
             None => {
-                "every rank ended with exit code 0".clone_into(&mut job.reason);
                 job.exit = None;
                 job.started = job.started.or(Some(now));
                 self.end(now, id, JobState::Succeeded, fx);

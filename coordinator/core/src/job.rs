@@ -100,6 +100,15 @@ pub struct PastGeneration {
     pub generation: Generation,
     /// Its nodes in rank order.
     pub placements: Vec<NodePlacement>,
+    /// What ended it, in words.
+    #[serde(default)]
+    pub reason: String,
+    /// When it was placed.
+    #[serde(default)]
+    pub placed: Millis,
+    /// When nothing of it ran any more.
+    #[serde(default)]
+    pub ended: Millis,
 }
 
 /// How a gang that is being stopped ends.

@@ -23,6 +23,7 @@ impl Core {
                     return Err(Refusal::TooManyNodes { nodes: self.nodes.len() });
                 }
                 self.nodes.insert(name.clone(), Node::new(join, now));
+                self.grant_lease(now, &name);
                 fx.store_node(&name);
             }
             Some(node) => {
@@ -34,8 +35,14 @@ impl Core {
                         let why = "the daemon was started anew".to_owned();
                         fx.sends.push((name.clone(), older, ToNode::Close(why)));
                     }
+                    let was_gone = matches!(node.state, NodeState::Lost | NodeState::Left);
                     // Its ranks are as they were until the new daemon says what is left of them.
                     self.set_node_state(now, &name, NodeState::Disconnected, fx);
+                    // A lease that runs is left alone: a node that is heard and hears nothing may join for ever, and
+                    // has long stopped its ranks.
+                    if was_gone {
+                        self.grant_lease(now, &name);
+                    }
                 }
                 let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NotJoined(name)) };
                 // Written only if something differs: ten thousand nodes that reconnect cost no write.
@@ -52,7 +59,6 @@ impl Core {
                 }
             }
         }
-        self.grant_lease(now, &name);
         let node = &self.nodes[&name];
         Ok(Reply::Node(Box::new(node.clone())))
     }

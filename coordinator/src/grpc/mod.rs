@@ -38,6 +38,8 @@ pub(crate) struct Api {
     pub shutdown: CancellationToken,
     pub lease: Duration,
     pub heartbeat: Duration,
+    /// The kernel's id of this boot; empty where there is none.
+    pub boot_id: Arc<str>,
     streams: Arc<Semaphore>,
 }
 
@@ -49,7 +51,17 @@ impl Api {
         shutdown: CancellationToken,
     ) -> Self {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
-        Self { driver, metrics, shutdown, lease, heartbeat, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let boot_id = boot_id.trim().into();
+        Self {
+            driver,
+            metrics,
+            shutdown,
+            lease,
+            heartbeat,
+            boot_id,
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+        }
     }
 
     /// A place among the open streams, held until the stream ends.

@@ -42,6 +42,7 @@ fn invalid(error: FieldError) -> Status {
 #[tonic::async_trait]
 impl WorkerService for Api {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
         self.driver.request(Input::Join(Box::new(join))).await?;
@@ -49,6 +50,8 @@ impl WorkerService for Api {
         Ok(Response::new(v1::JoinResponse {
             lease: Some(convert::duration_to_wire_std(self.lease)),
             heartbeat_interval: Some(convert::duration_to_wire_std(self.heartbeat)),
+            accepted_at,
+            boot_id: self.boot_id.to_string(),
         }))
     }
 

@@ -4,18 +4,21 @@
 //! elsewhere. But if no coordinator runs, nobody does, and training should go on. What counts as proof: the
 //! coordinator's machine refuses the connection (nothing listens there), or takes it and then nobody answers, on a
 //! connection made for this attempt nor on yet another one (the process hangs; when it goes on it sees that it was away, and
-//! extends every lease). A connection that cannot be made proves nothing, and any word proves that somebody is there: a
+//! extends every lease). Only the address at which it listens itself can prove so much: a proxy refuses for its own reasons.
+//! A connection that cannot be made proves nothing, and any word proves that somebody is there: a
 //! coordinator whose disk is slow may owe an answer for long, and counts leases meanwhile.
 
-use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use muster_core::types::Millis;
+use muster_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
+use super::connection::{Known, Reached, connect};
 use super::{CONNECT_MAX, Event};
 use crate::clock::boot_now;
 
@@ -35,14 +38,16 @@ pub(super) struct Signs {
     pub lease: Millis,
     /// The coordinator that is being tried.
     pub current: usize,
+    urls: Vec<String>,
+    known: Known,
     /// For each coordinator, when it was last found to be gone, unless something else was found later.
     gone: Vec<Option<Millis>>,
     events: mpsc::Sender<Event>,
 }
 
 impl Signs {
-    pub fn new(coordinators: usize, events: mpsc::Sender<Event>) -> Self {
-        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; coordinators], events }
+    pub fn new(urls: Vec<String>, known: Known, events: mpsc::Sender<Event>) -> Self {
+        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; urls.len()], urls, known, events }
     }
 
     /// The lease as a duration.
@@ -93,15 +98,38 @@ impl Signs {
     /// Asks on a connection of its own whether the process is well, which it answers without its store. Anything that
     /// comes back shows that somebody is there.
     async fn ask_anew(&self, endpoint: &Endpoint) -> Answer {
-        let Ok(Ok(channel)) = tokio::time::timeout(self.patience(), endpoint.connect()).await else {
+        let Ok((Ok(channel), reached)) = tokio::time::timeout(self.patience(), connect(endpoint)).await
+        else {
             return Answer::Unreachable;
         };
+        if !reached.peer.is_some_and(|peer| self.testifies(peer)) {
+            return Answer::Unreachable;
+        }
         let mut client = HealthClient::new(channel);
         match tokio::time::timeout(self.patience(), client.check(HealthCheckRequest::default())).await {
             Err(_) => Answer::Silence,
             Ok(Err(status)) if is_broken(&status) => Answer::Unreachable,
             Ok(_) => Answer::Words,
         }
+    }
+
+    /// Whether this is where the coordinator that is being tried listens itself.
+    fn testifies(&self, address: SocketAddr) -> bool {
+        self.urls.get(self.current).is_some_and(|url| self.known.testifies(url, address))
+    }
+
+    /// It could not be reached then, for what that says.
+    pub async fn refused(&mut self, at: Millis, reached: &Reached) {
+        let refused = reached.refused.iter().any(|address| self.testifies(*address));
+        self.note(refused.then_some(at)).await;
+    }
+
+    /// It has answered a Join.
+    pub async fn joined(&mut self, reached: &Reached, joined: &v1::JoinResponse) {
+        if let Some(url) = self.urls.get(self.current) {
+            self.known.joined(url, reached, joined);
+        }
+        self.note(None).await;
     }
 
     /// The coordinator that is being tried was gone then, or was not.
@@ -131,11 +159,6 @@ pub(super) fn root_cause<'a>(
     cause
 }
 
-/// Whether the machine answered that nothing listens there.
-pub(super) fn is_refused(cause: &(dyn std::error::Error + 'static)) -> bool {
-    cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,7 +166,8 @@ mod tests {
     #[tokio::test]
     async fn all_coordinators_must_be_gone_as_of_the_oldest_sign() {
         let (sender, mut events) = mpsc::channel(8);
-        let mut signs = Signs::new(2, sender);
+        let (urls, known) = known(&["http://a:1", "http://b:1"]);
+        let mut signs = Signs::new(urls, known, sender);
         let mut found = Vec::new();
         for (current, gone) in
             [(0, Some(5)), (1, None), (1, Some(9)), (0, None), (1, Some(11)), (0, Some(12))]
@@ -158,18 +182,38 @@ mod tests {
         assert_eq!(found, [None, None, Some(5), None, None, Some(11)]);
     }
 
+    fn known(urls: &[&str]) -> (Vec<String>, Known) {
+        let dir = tempfile::tempdir().unwrap();
+        let known = Known::load(dir.path().to_owned(), "boot".to_owned());
+        (urls.iter().copied().map(str::to_owned).collect(), known)
+    }
+
     #[tokio::test]
     async fn a_port_without_a_listener_refuses_and_one_with_a_silent_one_does_not() {
-        let (sender, _events) = mpsc::channel(8);
-        let mut signs = Signs::new(1, sender);
-        signs.lease = Millis(800);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let endpoint = Endpoint::from_shared(format!("http://127.0.0.1:{port}")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
+        let endpoint = Endpoint::from_shared(url.clone()).unwrap();
+        let (urls, known) = known(&[&url]);
+        let (sender, mut events) = mpsc::channel(8);
+        let mut signs = Signs::new(urls, known, sender);
+        signs.lease = Millis(800);
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable, "something may stand between");
+        let joined = |accepted_at: &str| v1::JoinResponse {
+            accepted_at: accepted_at.to_owned(),
+            boot_id: "boot".to_owned(),
+            ..v1::JoinResponse::default()
+        };
+        let reached = Reached { peer: Some(address), refused: Vec::new() };
+        signs.joined(&reached, &joined(&address.to_string())).await;
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
         drop(listener);
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
-        let error = endpoint.connect().await.unwrap_err();
-        assert!(is_refused(root_cause(&error)), "{error:?}");
+        let (_, refused) = connect(&endpoint).await;
+        signs.refused(Millis(7), &refused).await;
+        assert!(matches!(events.try_recv(), Ok(Event::CoordinatorGone { at: Millis(7) })));
+        signs.joined(&reached, &joined("10.0.0.1:7070")).await;
+        signs.refused(Millis(9), &refused).await;
+        assert!(events.try_recv().is_err(), "a tunnel's end refuses for its own reasons");
     }
 }

@@ -64,6 +64,10 @@ pub(crate) struct Shim {
 impl Shim {
     /// Starts a shim. Everything it observes goes to `events`, at last [`Input::Gone`] or [`Input::Failed`].
     pub fn start(assignment: Assignment, context: Context, events: mpsc::Sender<Input>) -> Self {
+        #[cfg(feature = "simulation")]
+        if turmoil::in_simulation() {
+            return Self::with(|ends| crate::simulation::follow(assignment, ends, context.data_id, events));
+        }
         Self::with(|ends| async move {
             let gang = assignment.gang.clone();
             match begin(assignment, &context).await {
@@ -110,10 +114,10 @@ impl Shim {
 }
 
 /// What the task of a shim gets from its [`Shim`].
-struct Ends {
-    commands: mpsc::Receiver<Command>,
-    fence: watch::Receiver<Option<Fence>>,
-    kill: CancellationToken,
+pub(crate) struct Ends {
+    pub commands: mpsc::Receiver<Command>,
+    pub fence: watch::Receiver<Option<Fence>>,
+    pub kill: CancellationToken,
 }
 
 /// A shim as its files show it, with a connection if it lives.

@@ -15,6 +15,8 @@ mod record;
 mod serve;
 mod told;
 
+#[cfg(feature = "simulation")]
+pub(crate) use client::Ends;
 pub(crate) use client::{Context, Shim};
 pub(crate) use find::find;
 pub(crate) use protocol::Command;

@@ -209,6 +209,8 @@ impl Coordinator {
 #[tonic::async_trait]
 impl WorkerService for Coordinator {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let mut state = self.state();
         if let Some(refusal) = state.refusals.pop_front() {
             return Err(refusal);
@@ -217,6 +219,8 @@ impl WorkerService for Coordinator {
         Ok(Response::new(v1::JoinResponse {
             lease: Some(duration_to_wire_std(self.lease)),
             heartbeat_interval: Some(duration_to_wire_std(Duration::from_millis(50))),
+            accepted_at,
+            boot_id: boot_id.trim().to_owned(),
         }))
     }
 

@@ -159,6 +159,20 @@ fn a_lost_node_is_known_by_its_lease_and_no_sooner() {
 }
 
 #[test]
+fn a_node_that_joins_and_hears_nothing_is_lost_all_the_same() {
+    let mut world = World::with_nodes(&["a", "b"]);
+    let job = world.submit(spec(2, 1));
+    world.disconnect("b");
+    for _ in 0..5 {
+        world.pass(2500);
+        let again = world.join_of("b");
+        world.input(muster_core::Input::Join(Box::new(again)));
+    }
+    assert_eq!(world.core.node("b").unwrap().state, NodeState::Lost, "it has stopped its ranks long ago");
+    assert_eq!(world.state(&job), JobState::Failed);
+}
+
+#[test]
 fn a_pause_of_the_coordinator_loses_no_node() {
     let mut world = World::with_nodes(&["a"]);
     let job = world.submit(spec(1, 1));
@@ -178,6 +192,10 @@ fn a_daemon_started_anew_has_lost_its_ranks() {
     world.connect("b");
     assert_eq!((world.state(&job), world.job(&job).generation), (JobState::Running, Generation(2)));
     assert_eq!(world.job(&job).restarts_used, 1);
+    // What ended the first is not forgotten while the second runs.
+    let past = &world.job(&job).past[0];
+    assert_eq!((past.generation, past.placed <= past.ended), (Generation(1), true));
+    assert!(past.reason.starts_with("node b "), "{}", past.reason);
 }
 
 #[test]

@@ -1,0 +1,187 @@
+//! Makes connections to coordinators, and knows whom they reach.
+//!
+//! What a connection says of the coordinator's process (nothing listens there, or it takes a connection and is silent) it
+//! says of whatever it reached, which may be a proxy, a tunnel or a service address. A coordinator therefore tells at
+//! which address it took the connection of a Join, and only that address can testify.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use hyper_util::rt::TokioIo;
+use muster_proto::v1;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::transport::{Channel, Endpoint, Error, Uri};
+use tracing::warn;
+
+use crate::data_dir;
+
+/// Addresses of a name that are tried.
+const ADDRESSES_MAX: usize = 16;
+
+/// Whom an attempt to connect has reached.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reached {
+    /// The connection's other end.
+    pub peer: Option<SocketAddr>,
+    /// Addresses that said that nothing listens there.
+    pub refused: Vec<SocketAddr>,
+}
+
+impl Reached {
+    /// Notes how an attempt at one address went.
+    pub fn note<T>(&mut self, address: SocketAddr, connected: &io::Result<T>) {
+        match connected {
+            Ok(_) => self.peer = Some(address),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused.push(address),
+            Err(_) => {}
+        }
+    }
+}
+
+/// What a dialler writes down.
+pub(crate) type Notes = Arc<Mutex<Reached>>;
+
+/// Makes a connection, one of its own for each call.
+pub(crate) async fn connect(endpoint: &Endpoint) -> (Result<Channel, Error>, Reached) {
+    #[cfg(feature = "simulation")]
+    if turmoil::in_simulation() {
+        return through(endpoint, crate::simulation::dial).await;
+    }
+    through(endpoint, dial).await
+}
+
+async fn through<F, C>(endpoint: &Endpoint, dial: fn(Uri, Notes) -> F) -> (Result<Channel, Error>, Reached)
+where
+    F: Future<Output = io::Result<C>> + Send + 'static,
+    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let notes = Notes::default();
+    let noted = notes.clone();
+    let connector = tower::service_fn(move |uri| {
+        let dialling = dial(uri, noted.clone());
+        async { Ok::<_, io::Error>(TokioIo::new(dialling.await?)) }
+    });
+    let channel = endpoint.connect_with_connector(connector).await;
+    let reached = notes.lock().map(|reached| reached.clone()).unwrap_or_default();
+    (channel, reached)
+}
+
+async fn dial(uri: Uri, notes: Notes) -> io::Result<tokio::net::TcpStream> {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await?.take(ADDRESSES_MAX) {
+        let connected = tokio::net::TcpStream::connect(address).await;
+        if let Ok(mut reached) = notes.lock() {
+            reached.note(address, &connected);
+        }
+        match connected {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
+/// The addresses at which coordinators said that they listen themselves, by their URLs. Kept on the disk: a daemon that
+/// begins while its coordinator is away has ranks to decide about.
+#[derive(Debug)]
+pub(super) struct Known {
+    data_dir: PathBuf,
+    boot_id: String,
+    addresses: BTreeMap<String, SocketAddr>,
+    /// Those of which it was said that something stands between.
+    indirect: BTreeSet<String>,
+}
+
+impl Known {
+    /// What an earlier daemon has learnt.
+    pub fn load(data_dir: PathBuf, boot_id: String) -> Self {
+        let addresses = data_dir::coordinators(&data_dir);
+        Self { data_dir, boot_id, addresses, indirect: BTreeSet::new() }
+    }
+
+    /// Whether what this address does says something of the coordinator with this URL.
+    pub fn testifies(&self, url: &str, address: SocketAddr) -> bool {
+        self.addresses.get(url) == Some(&address)
+    }
+
+    /// A coordinator has answered a Join over this connection.
+    pub fn joined(&mut self, url: &str, reached: &Reached, joined: &v1::JoinResponse) {
+        let accepted: Option<SocketAddr> = joined.accepted_at.parse().ok();
+        // The loopback address of another machine is the end of a tunnel.
+        let here = |address: SocketAddr| !address.ip().is_loopback() || joined.boot_id == self.boot_id;
+        let direct = accepted.filter(|address| reached.peer == Some(*address) && here(*address));
+        let before = match direct {
+            Some(address) => {
+                self.indirect.remove(url);
+                self.addresses.insert(url.to_owned(), address)
+            }
+            None => self.addresses.remove(url),
+        };
+        if direct.is_none() && self.indirect.insert(url.to_owned()) {
+            warn!(
+                coordinator = %url, peer = ?reached.peer, accepted_at = joined.accepted_at,
+                "something stands between this node and the coordinator; if the coordinator is away for a lease, ranks are \
+                 stopped, because from here that looks as if only this node were cut off"
+            );
+        }
+        if before == direct {
+            return;
+        }
+        if let Err(error) = data_dir::keep_coordinators(&self.data_dir, &self.addresses) {
+            warn!(%error, "the coordinator's address could not be noted for the next daemon");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_known_who_was_reached_and_who_refused() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let endpoint = Endpoint::from_shared(format!("http://localhost:{}", address.port())).unwrap();
+        let (channel, reached) = connect(&endpoint).await;
+        assert!(channel.is_ok());
+        assert_eq!(reached.peer, Some(address));
+        drop(listener);
+        let (channel, reached) = connect(&endpoint).await;
+        assert!(channel.is_err() && reached.refused.contains(&address), "{reached:?}");
+    }
+
+    #[test]
+    fn only_the_address_at_which_the_coordinator_listens_testifies() {
+        let dir = tempfile::tempdir().unwrap();
+        let known = || Known::load(dir.path().to_owned(), "boot".to_owned());
+        let url = "http://c:7070";
+        let cases = [
+            ("10.0.0.1:7070", "10.0.0.1:7070", "other", true),
+            // A service address, or a proxy.
+            ("10.96.0.7:7070", "10.0.0.1:7070", "other", false),
+            ("127.0.0.1:7070", "127.0.0.1:7070", "boot", true),
+            // A tunnel.
+            ("127.0.0.1:7070", "127.0.0.1:7070", "other", false),
+            ("10.0.0.1:7070", "", "", false),
+        ];
+        for (peer, accepted_at, boot_id, testifies) in cases {
+            let address: SocketAddr = peer.parse().unwrap();
+            let reached = Reached { peer: Some(address), refused: Vec::new() };
+            let joined = v1::JoinResponse {
+                accepted_at: accepted_at.to_owned(),
+                boot_id: boot_id.to_owned(),
+                ..v1::JoinResponse::default()
+            };
+            known().joined(url, &reached, &joined);
+            assert_eq!(known().testifies(url, address), testifies, "{peer} {accepted_at} {boot_id}");
+            assert!(!known().testifies("http://d:7070", address));
+        }
+    }
+}
