@@ -229,6 +229,12 @@ impl Driver {
 
     /// Adds a step's effects to the group being filled, in the order of the contract.
     fn take(&mut self, mut effects: Effects, reply: Option<oneshot::Sender<Answer>>) {
+        if cfg!(debug_assertions)
+            && !effects.events.is_empty()
+            && let Err(broken) = self.core.check_invariants()
+        {
+            panic!("the core's state is broken: {broken}");
+        }
         for write in &effects.writes {
             persist::encode(&mut self.filling.batch, write);
         }
