@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{Millis, NodeName, Session};
-use muster_core::{Core, Effects, Event, Input, Job, Node, Refusal, Reply, ToNode};
+use muster_core::{Core, Effects, Event, Input, Job, Join, Node, Refusal, Reply, ToNode};
 use muster_proto::{convert, v1};
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot};
@@ -34,6 +34,10 @@ const INBOX_MAX: usize = 4096;
 const DEFERRED_MAX: usize = 65_536;
 /// Time between attempts to write a group that did not fit on the disk.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// A pause of the whole process counts if it is longer than this part of the lease. A node takes a coordinator for one that
+/// hangs when a new connection is silent for a twelfth, and then trusts in a lease that this pause makes true.
+const STALL_PART: u64 = 16;
 
 /// An effect that waits until the writes before it are durable.
 enum Deferred {
@@ -116,7 +120,7 @@ impl Driver {
         let nodes = self.core.nodes_after(None).count();
         info!(jobs = self.core.jobs_total(), nodes, fence = self.fence.0, "state loaded");
         // Woken at least this often, so that a pause of the whole process is noticed as one.
-        let wake_max = Duration::from_millis(self.lease.0 / 4).max(Duration::from_millis(10));
+        let wake_max = Duration::from_millis(self.lease.0 / (2 * STALL_PART)).max(Duration::from_millis(10));
         let mut woken = self.clock.now();
         loop {
             self.flush();
@@ -136,7 +140,7 @@ impl Driver {
                 () = tokio::time::sleep(idle) => None,
             };
             let now = self.clock.now();
-            if now.since(woken).0 > self.lease.0 / 2 {
+            if now.since(woken).0 > self.lease.0 / STALL_PART {
                 warn!(
                     paused_ms = now.since(woken).0,
                     "the coordinator did not run for a while; leases are extended"
@@ -164,6 +168,7 @@ impl Driver {
                 Some(why) => drop(reply.send(Err(RequestError::StoreUnavailable(why.clone())))),
                 None => self.step(*input, Some(reply)),
             },
+            Command::Join { join, reply } => self.join(*join, reply),
             Command::FromNode(input) => self.step(*input, None),
             Command::Heartbeat { node, session, seq } => self.heartbeat(node, session, seq),
             Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
@@ -197,6 +202,18 @@ impl Driver {
         self.take(effects, None);
     }
 
+    /// A node that comes back as it was waits for nothing: its ranks live by how soon it is heard again.
+    fn join(&mut self, join: Join, reply: oneshot::Sender<Answer>) {
+        let mut effects = self.core.step(self.clock.now(), Input::Join(Box::new(join)));
+        match effects.reply.take_if(|_| effects.writes.is_empty()) {
+            Some(answer) => {
+                reply.send(answer.map_err(RequestError::from)).ok();
+                self.take(effects, None);
+            }
+            None => self.take(effects, Some(reply)),
+        }
+    }
+
     fn open_session(
         &mut self,
         hello: Hello,
@@ -219,7 +236,7 @@ impl Driver {
             Some(Ok(_)) | None => Err(RequestError::Stopping),
         };
         self.take(effects, None);
-        self.filling.deferred.push(Deferred::Run(Box::new(move || drop(reply.send(answer)))));
+        reply.send(answer).ok();
     }
 
     fn step(&mut self, input: Input, reply: Option<oneshot::Sender<Answer>>) {

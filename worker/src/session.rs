@@ -190,7 +190,12 @@ async fn once(
     let session = async {
         let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
         let stream = signs.watch(endpoint, stream).await??.into_inner();
-        pump(stream, urgent, events, heartbeat, lease, hello_sent).await
+        // Whoever opens the session grants the lease. Ranks never run without one.
+        events
+            .send(Event::Renewed { sent: hello_sent, lease })
+            .await
+            .map_err(|_| Status::cancelled("the daemon ends"))?;
+        pump(stream, urgent, events, heartbeat, lease).await
     };
     let result = session.await;
     events.send(Event::Closed).await.ok();
@@ -246,7 +251,6 @@ async fn pump(
     events: &mpsc::Sender<Event>,
     heartbeat: Millis,
     lease: Millis,
-    hello_sent: Millis,
 ) -> Result<(), Status> {
     let ends = |_| Status::cancelled("the daemon ends");
     let mut beat = tokio::time::interval(Duration::from_millis(heartbeat.0));
@@ -261,7 +265,6 @@ async fn pump(
                 heard = Instant::now();
                 let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
                 let renewed = match &message.message {
-                    Some(Down::Welcome(_)) => Some(hello_sent),
                     Some(Down::HeartbeatAck(ack)) => {
                         let known = sent.partition_point(|(seq, _)| *seq <= ack.seq);
                         sent.drain(..known).next_back().map(|(_, at)| at)

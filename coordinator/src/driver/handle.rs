@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use muster_core::types::{GangReport, Incarnation, NodeName, Session};
-use muster_core::{Core, Input, Job, Node, Refusal, Reply};
+use muster_core::{Core, Input, Job, Join, Node, Refusal, Reply};
 use muster_proto::v1;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tonic::Status;
@@ -40,6 +40,10 @@ pub(crate) struct Hello {
 pub(super) enum Command {
     Request {
         input: Box<Input>,
+        reply: oneshot::Sender<Answer>,
+    },
+    Join {
+        join: Box<Join>,
         reply: oneshot::Sender<Answer>,
     },
     FromNode(Box<Input>),
@@ -81,6 +85,12 @@ impl Handle {
         self.ask(|reply| Command::Request { input, reply }).await?
     }
 
+    /// A node registers: answered once what is new about it is durable, which is at once if nothing is.
+    pub async fn join(&self, join: Join) -> Answer {
+        let join = Box::new(join);
+        self.ask(|reply| Command::Join { join, reply }).await?
+    }
+
     /// Something a node says: acted on in order, never answered.
     pub async fn tell(&self, input: Input) -> Result<(), RequestError> {
         let command = Command::FromNode(Box::new(input));
@@ -93,7 +103,8 @@ impl Handle {
         self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
     }
 
-    /// Opens a node's session; `sender` is its stream.
+    /// Opens a node's session; `sender` is its stream. Answered at once: what the node shall do comes on the stream when
+    /// it is durable, and heartbeats need not wait for that.
     pub async fn open_session(
         &self,
         hello: Hello,

@@ -45,7 +45,7 @@ impl WorkerService for Api {
         let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
-        self.driver.request(Input::Join(Box::new(join))).await?;
+        self.driver.join(join).await?;
         info!(node = %name, %address, "node joined");
         Ok(Response::new(v1::JoinResponse {
             lease: Some(convert::duration_to_wire_std(self.lease)),

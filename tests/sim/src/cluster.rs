@@ -93,8 +93,8 @@ impl World {
                 .into_iter()
                 .any(|machine| machine.is_troubled() || recent(machine.troubled) || late(machine))
         });
-        // A network or a disk whose delays are a good part of the lease, while the coordinator is away as well.
-        let slow = self.slow_network + self.coordinator.slow_disk > 0 || recent(self.slowed);
+        // A network whose delays are a good part of the lease, while the coordinator is away as well.
+        let slow = self.slow_network > 0 || recent(self.slowed);
         troubled || (coordinator && (strict || slow))
     }
 

@@ -11,6 +11,8 @@ use muster_core::{
 /// The lease and the heartbeats of the simulated cluster, in the proportion of the defaults.
 pub const LEASE: u64 = 30_000;
 pub const HEARTBEAT: u64 = 3_000;
+/// As in the driver: the shortest pause that a process takes note of.
+const STALL: u64 = LEASE / 16;
 
 /// What is asked of the coordinator.
 #[derive(Clone, Debug)]
@@ -79,9 +81,9 @@ pub struct Process {
     pub core: Core,
     /// Unix time at its start, and true time then.
     base: u64,
-    started: u64,
-    /// True time at which it last ran.
-    ran: u64,
+    pub started: u64,
+    /// For how long it did not run, of which it has not taken note yet.
+    pub away: u64,
     /// The group being written, and what waits for it.
     pub writing: Option<(Vec<Write>, Vec<Leaves>)>,
     filling: (Vec<Write>, Vec<Leaves>),
@@ -95,8 +97,9 @@ pub struct Process {
 pub struct Coordinator {
     pub process: Option<Process>,
     pub store: Store,
-    /// How many pauses hold it.
+    /// How many pauses hold it, and since when.
     pub paused: u32,
+    pub paused_since: u64,
     pub inbox: VecDeque<Asked>,
     /// How far its wall clock is off.
     pub wall: i64,
@@ -121,7 +124,7 @@ impl Coordinator {
             core,
             base,
             started: now,
-            ran: now,
+            away: 0,
             writing: None,
             filling: (Vec::new(), Vec::new()),
             sessions: BTreeMap::new(),
@@ -170,8 +173,7 @@ impl Process {
 
     /// The driver runs; it may have been away.
     pub fn wake(&mut self, now: u64, wall: i64) {
-        let away = now - std::mem::replace(&mut self.ran, now);
-        if away > LEASE / 2 {
+        if std::mem::take(&mut self.away) > STALL {
             let effects = self.core.step(self.clock(now, wall), Input::Stalled);
             self.take(effects, None);
         }
@@ -180,7 +182,7 @@ impl Process {
     /// One step of the core. Gives its answer, where the driver itself needs it.
     pub fn step(&mut self, now: u64, wall: i64, input: Input, caller: Option<u64>) -> Stepped {
         let mut effects = self.core.step(self.clock(now, wall), input);
-        let renewed = effects.renewed;
+        let (renewed, writes) = (effects.renewed, !effects.writes.is_empty());
         let changed: Vec<Job> = effects
             .events
             .iter()
@@ -193,7 +195,7 @@ impl Process {
         let reply = if caller.is_none() { effects.reply.take() } else { None };
         self.take(effects, caller);
         self.filling.1.extend(changed.into_iter().map(|job| Leaves::Changed(Box::new(job))));
-        Stepped { renewed, acted, reply }
+        Stepped { renewed, writes, acted, reply }
     }
 
     /// Something that the driver says itself, in order with the rest.
@@ -236,6 +238,7 @@ impl Process {
 #[derive(Debug)]
 pub struct Stepped {
     pub renewed: bool,
+    pub writes: bool,
     /// Something has changed that others see.
     pub acted: bool,
     pub reply: Option<Result<Reply, Refusal>>,

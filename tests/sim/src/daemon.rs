@@ -217,7 +217,9 @@ impl World {
                 // The second time, it has not answered on another connection either, which takes as long to find out.
                 // Otherwise it is slow.
                 let asked_anew = asked > since && self.reaches(machine);
-                if asked_anew && self.coordinator.process.is_some() && self.coordinator.paused > 0 {
+                let hangs =
+                    self.coordinator.paused > 0 && self.coordinator.paused_since + PATIENCE <= self.now;
+                if asked_anew && hangs && self.coordinator.process.is_some() {
                     self.daemon_input(machine, Input::CoordinatorGone { at: asked });
                 }
                 // A connection that stalls on its way does not answer probes either.
@@ -304,18 +306,20 @@ impl World {
                 // Connections count up as the daemon's hellos do.
                 self.up(machine, conn, &Up::Hello { incarnation, gangs, leaving, number: conn });
             }
-            (Down::Welcome(all), Phase::Opening { since, .. }) => {
+            (Down::Opened, Phase::Opening { since, .. }) => {
                 daemon.phase = Phase::Open;
                 daemon.sent.clear();
+                self.daemon_input(machine, Input::Renewed { sent: since, lease });
+                self.session_turn_now(machine);
+            }
+            (Down::Welcome(all), Phase::Open) => {
                 // What changed since the Hello was made has not been said.
                 let known: Vec<GangId> =
                     daemon.core.reports().into_iter().map(|report| report.gang).collect();
-                self.daemon_input(machine, Input::Renewed { sent: since, lease });
                 self.daemon_input(machine, Input::Welcome(all));
                 for gang in known {
                     self.carry_out(machine, Effect::Report(gang));
                 }
-                self.session_turn_now(machine);
             }
             (Down::Assign(one), Phase::Open) => self.daemon_input(machine, Input::Assign(one)),
             (Down::Ack(seq), Phase::Open) => {

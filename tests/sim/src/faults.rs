@@ -166,12 +166,14 @@ impl World {
             }
             Fault::PauseCoordinator { ms } => {
                 self.coordinator.troubled = self.now;
+                if self.coordinator.paused == 0 {
+                    self.coordinator.paused_since = self.now;
+                }
                 self.coordinator.paused += 1;
                 self.after(ms, Event::Ends(index));
             }
             Fault::SetClock { by } => self.coordinator.wall += by,
             Fault::SlowDisk { ms } => {
-                self.slowed = self.now;
                 self.coordinator.slow_disk += 1;
                 self.after(ms, Event::Ends(index));
             }
@@ -262,6 +264,10 @@ impl World {
         let paused = self.coordinator.paused;
         self.coordinator.paused = if all { 0 } else { paused.saturating_sub(1) };
         if self.coordinator.paused == 0 && paused > 0 {
+            let (now, since) = (self.now, self.coordinator.paused_since);
+            if let Some(process) = &mut self.coordinator.process {
+                process.away = now - since.max(process.started);
+            }
             self.ask(Asked::Tick);
             for asked in std::mem::take(&mut self.coordinator.inbox) {
                 self.ask(asked);

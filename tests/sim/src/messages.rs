@@ -25,6 +25,8 @@ pub enum Up {
 #[derive(Clone, Debug)]
 pub enum Down {
     Joined,
+    /// The session is open; what the node shall do comes when it is durable.
+    Opened,
     Refused,
     Welcome(Vec<Assignment>),
     Assign(Box<Assignment>),

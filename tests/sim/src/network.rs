@@ -7,6 +7,9 @@ use crate::coordinator::Asked;
 use crate::messages::{Down, Up};
 use crate::world::{Event, World};
 
+/// Time after which what was lost is sent again.
+const SENT_AGAIN: u64 = 600;
+
 impl World {
     /// Sends down a connection; it knows its machine by its number.
     pub fn down(&mut self, conn: u64, message: &Down) {
@@ -46,8 +49,9 @@ impl World {
     }
 
     pub fn arrive_at_coordinator(&mut self, machine: usize, conn: u64, message: Up, tries: u32) {
+        let waits = self.waits(conn, false, tries);
         let from = &self.machines[machine];
-        if from.cut_up > 0 {
+        if waits || from.cut_up > 0 {
             return self.again(
                 conn,
                 false,
@@ -64,8 +68,9 @@ impl World {
     }
 
     pub fn arrive_at_machine(&mut self, machine: usize, conn: u64, message: Down, tries: u32) {
+        let waits = self.waits(conn, true, tries);
         let to = &self.machines[machine];
-        if to.cut_down > 0 {
+        if waits || to.cut_down > 0 {
             return self.again(
                 conn,
                 true,
@@ -78,15 +83,29 @@ impl World {
         }
     }
 
-    /// A message that is held up is sent again for a while, as TCP does, and in order. By then its connection is over.
+    /// A message that is held up is sent again for a while, as TCP does, together with all that come after it, and in
+    /// order. By the end of the while its connection is over.
     fn again(&mut self, conn: u64, down: bool, tries: u32, event: Event) {
         if tries < 60 {
-            let wait = 50 + self.up_to(1_000);
+            let at = (self.now / SENT_AGAIN + 1) * SENT_AGAIN + conn % 64;
             let last = self.arrivals.entry((conn, down)).or_default();
-            *last = (*last).max(self.now + wait);
-            let at = *last;
+            *last = (*last).max(at);
+            *self.held.entry((conn, down)).or_default() += 1;
             self.at(at, event);
         }
+    }
+
+    /// Whether a message must wait for earlier ones of its connection. One that has waited no longer does.
+    fn waits(&mut self, conn: u64, down: bool, tries: u32) -> bool {
+        let Some(held) = self.held.get_mut(&(conn, down)) else { return false };
+        if tries == 0 {
+            return true;
+        }
+        *held -= 1;
+        if *held == 0 {
+            self.held.remove(&(conn, down));
+        }
+        false
     }
 
     /// Whether a connection to the coordinator's machine can be made.

@@ -121,6 +121,8 @@ pub struct World {
     pub conns: u64,
     /// When the last message of a connection arrives, in each direction: they arrive in order.
     pub arrivals: BTreeMap<(u64, bool), u64>,
+    /// How many messages of a connection are held up, each way.
+    pub held: BTreeMap<(u64, bool), u32>,
     pub slow_network: u32,
     /// When the network last was slow.
     pub slowed: u64,
@@ -147,6 +149,7 @@ impl World {
             submissions: Vec::new(),
             conns: 0,
             arrivals: BTreeMap::new(),
+            held: BTreeMap::new(),
             slow_network: 0,
             slowed: 0,
             coordinator_due: None,
@@ -338,8 +341,10 @@ impl World {
                     if let Some(known) = process.conns.get_mut(&conn) {
                         known.1 = Some(session);
                     }
-                    // The core's Welcome, before anything that the core sent on it, is on its way.
+                    // The core's Welcome, before anything that the core sent on it, waits for the store.
+                    self.leave(vec![Leaves::ToConn(conn, Down::Opened)]);
                 }
+                Ok(_) if !stepped.writes => self.leave(vec![Leaves::ToConn(conn, Down::Joined)]),
                 Ok(_) => process.say(Leaves::ToConn(conn, Down::Joined)),
                 Err(_) => process.say(Leaves::ToConn(conn, Down::Refused)),
             }
