@@ -12,7 +12,7 @@ mod tools;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-pub use bed::{Beat, Bed};
+pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Cluster, Daemon, Settings};
 pub use netns::{Cut, Netns};
 pub use tools::{Outcome, binary, grpcurl, grpcurl_path, python, skip, trainer};
