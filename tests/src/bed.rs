@@ -1,7 +1,7 @@
 //! One job under faults: its ranks write down when they live, so that what must hold can be read from the file.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use crate::{Cluster, Settings, eventually, processes_with};
 
-/// A rank that says every 20 ms that it lives, until it is told that the work is done.
-const BEATS: &str = r#"
+/// A rank that says every 20 ms that it lives, until it is told that the work is done. BED is where it writes to.
+pub const BEATS: &str = r#"
 while [ ! -e $BED/done ]; do
     read up idle < /proc/uptime; echo "$MUSTER_GENERATION $RANK $$ $up $MUSTER_NODE" >> $BED/beats; echo beat; sleep 0.02
 done"#;
@@ -29,6 +29,22 @@ pub struct Beat {
     pub time: f64,
     /// Its node.
     pub node: String,
+}
+
+/// Everything that ranks with this BED have written.
+pub fn beats(bed: &Path) -> Vec<Beat> {
+    let text = std::fs::read_to_string(bed.join("beats")).unwrap_or_default();
+    let parse = |line: &str| {
+        let mut words = line.split(' ');
+        Some(Beat {
+            generation: words.next()?.parse().ok()?,
+            rank: words.next()?.parse().ok()?,
+            pid: words.next()?.parse().ok()?,
+            time: words.next()?.parse().ok()?,
+            node: words.next()?.to_owned(),
+        })
+    };
+    text.lines().filter_map(parse).collect()
 }
 
 /// A cluster with one job.
@@ -63,18 +79,7 @@ impl Bed {
 
     /// Everything the ranks wrote.
     pub fn beats(&self) -> Vec<Beat> {
-        let text = std::fs::read_to_string(self.dir.join("beats")).unwrap_or_default();
-        let parse = |line: &str| {
-            let mut words = line.split(' ');
-            Some(Beat {
-                generation: words.next()?.parse().ok()?,
-                rank: words.next()?.parse().ok()?,
-                pid: words.next()?.parse().ok()?,
-                time: words.next()?.parse().ok()?,
-                node: words.next()?.to_owned(),
-            })
-        };
-        text.lines().filter_map(parse).collect()
+        beats(&self.dir)
     }
 
     /// Waits until so many ranks of a generation beat, and gives their processes by rank.

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::netns::{Netns, address};
 use crate::tools::{Outcome, binary};
-use crate::{eventually, grpcurl};
+use crate::{eventually, faketime_path, grpcurl};
 
 /// How a cluster differs from the default.
 #[derive(Clone, Debug)]
@@ -21,11 +21,22 @@ pub struct Settings {
     /// Each daemon on a host of its own: the coordinator on the first, n1 on the next and so on. Only where
     /// [`Netns::new`] can.
     pub netns: bool,
+    /// Clocks that [`Cluster::set_clock`] can set. Only where there is [`faketime_path`].
+    pub clocks: Option<Clocks>,
+}
+
+/// Which clocks of a host can be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clocks {
+    /// The one on the wall alone, as by a person or by NTP.
+    Wall,
+    /// All of them, as when a machine wakes up.
+    All,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { workers: 2, lease: "5s", netns: false }
+        Self { workers: 2, lease: "5s", netns: false, clocks: None }
     }
 }
 
@@ -127,7 +138,7 @@ impl Cluster {
     pub fn start(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let netns = settings.netns.then(|| Netns::new(settings.workers + 1).unwrap());
-        let prefix = netns.as_ref().map(|netns| netns.prefix(0)).unwrap_or_default();
+        let prefix = prefix(netns.as_ref(), dir.path(), &settings, 0);
         let listen = if netns.is_some() { format!("{}:0", address(0)) } else { "127.0.0.1:0".to_owned() };
         let coordinator = start_coordinator(&prefix, dir.path(), &listen, &settings);
         let address = eventually("the coordinator's address", || listening(&coordinator));
@@ -164,7 +175,12 @@ impl Cluster {
     }
 
     fn prefix(&self, host: usize) -> Vec<String> {
-        self.netns.as_ref().map(|netns| netns.prefix(host)).unwrap_or_default()
+        prefix(self.netns.as_ref(), self.dir.path(), &self.settings, host)
+    }
+
+    /// Sets the clocks of a host off by so much, such as `-3600`: 0 is the coordinator, 1 the first node.
+    pub fn set_clock(&self, host: usize, seconds: &str) {
+        set_clock(self.dir.path(), host, seconds);
     }
 
     /// Waits until so many nodes are ready.
@@ -227,6 +243,34 @@ impl Cluster {
     pub fn grpcurl(&self, args: &[&str]) -> Outcome {
         grpcurl(&self.address, args)
     }
+}
+
+/// What a daemon of this host is put behind.
+fn prefix(netns: Option<&Netns>, dir: &Path, settings: &Settings, host: usize) -> Vec<String> {
+    let mut prefix = netns.map(|netns| netns.prefix(host)).unwrap_or_default();
+    if let Some(clocks) = settings.clocks {
+        if !clock_file(dir, host).exists() {
+            set_clock(dir, host, "+0");
+        }
+        prefix.push("env".to_owned());
+        prefix.push(format!("LD_PRELOAD={}", faketime_path().unwrap().canonicalize().unwrap().display()));
+        prefix.push(format!("FAKETIME_TIMESTAMP_FILE={}", clock_file(dir, host).display()));
+        // Read at every look at the clock, so that a change takes effect at once.
+        prefix.push("FAKETIME_NO_CACHE=1".to_owned());
+        prefix.extend((clocks == Clocks::Wall).then(|| "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned()));
+    }
+    prefix
+}
+
+fn clock_file(dir: &Path, host: usize) -> PathBuf {
+    dir.join(format!("clock-{host}"))
+}
+
+fn set_clock(dir: &Path, host: usize, seconds: &str) {
+    let (file, new) = (clock_file(dir, host), dir.join(format!("clock-{host}.new")));
+    std::fs::write(&new, format!("{seconds}\n")).unwrap();
+    // Renamed, so that nobody reads half of it.
+    std::fs::rename(new, file).unwrap();
 }
 
 fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Settings) -> Daemon {

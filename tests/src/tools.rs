@@ -73,6 +73,12 @@ pub fn grpcurl_path() -> Option<PathBuf> {
     path.is_file().then_some(path)
 }
 
+/// libfaketime as `cargo xtask test` brings it, if it is there.
+pub fn faketime_path() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/lib/libfaketimeMT.so.1");
+    path.is_file().then_some(path)
+}
+
 /// Calls `method` on `address` with grpcurl. Its exit code is 64 plus gRPC's on an error of the server.
 pub fn grpcurl(address: &str, args: &[&str]) -> Outcome {
     let (options, rest): (Vec<&str>, Vec<&str>) = match args.iter().position(|arg| *arg == "--") {

@@ -216,7 +216,7 @@ impl Core {
         {
             job.state = JobState::Running;
             job.reason = format!("running {} ranks on {} nodes", job.world_size(), job.placements().len());
-            job.started = job.started.or(Some(now));
+            job.begin(now);
             self.note_growable(id);
             fx.store_job(id);
         }
@@ -292,7 +292,7 @@ impl Core {
         match gang.outcome {
             None => {
                 job.exit = None;
-                job.started = job.started.or(Some(now));
+                job.begin(now);
                 self.end(now, id, JobState::Succeeded, fx);
             }
             Some(Outcome::Fail) => self.end(now, id, JobState::Failed, fx),
@@ -323,8 +323,7 @@ impl Core {
     fn end(&mut self, now: Millis, id: &JobId, state: JobState, fx: &mut Effects) {
         let Some(job) = self.jobs.get_mut(id) else { return };
         job.state = state;
-        job.finished = Some(now);
-        self.ended.insert((now, id.clone()));
+        self.ended.insert((job.finish(now), id.clone()));
         fx.store_job(id);
     }
 }

@@ -245,6 +245,18 @@ impl Gang {
 }
 
 impl Job {
+    /// Notes the first start. Not before it was made: a coordinator may come back on a clock that was set back.
+    pub(crate) fn begin(&mut self, now: Millis) {
+        self.started = self.started.or(Some(now.max(self.created)));
+    }
+
+    /// Notes the end, for the same reason not before the start, and gives it.
+    pub(crate) fn finish(&mut self, now: Millis) -> Millis {
+        let finished = now.max(self.started.unwrap_or(self.created));
+        self.finished = Some(finished);
+        finished
+    }
+
     /// The current gang's id.
     pub fn gang_id(&self) -> GangId {
         GangId { job: self.id.clone(), generation: self.generation }

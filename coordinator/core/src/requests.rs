@@ -45,7 +45,7 @@ impl Core {
             created: now,
             started: None,
             finished: None,
-            not_before: now,
+            not_before: Millis(0),
             port_retries: 0,
         };
         self.by_order.insert(job.order, id.clone());

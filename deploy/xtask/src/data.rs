@@ -5,11 +5,10 @@ use crate::deps::{Deps, Part, remove};
 use crate::digits;
 use crate::fetch::Pin;
 use crate::pypi::{self, Release};
-use crate::{machine, sha256};
+use crate::{apt, sha256};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 /// The names that MNIST gave to such files, and the hashes of Fashion-MNIST's.
 const FASHION_MNIST: [(&str, &str); 4] = [
@@ -56,11 +55,7 @@ pub fn bring_fashion_mnist(deps: &Deps) -> Result<String> {
     if verify(&place).is_ok() {
         return Ok("was there already; its four files have the right hashes".into());
     }
-    let work = deps.path("staging/apt");
-    let package = apt_download(&work)?;
-    let tree = work.join("tree");
-    let mut unpack = Command::new("dpkg");
-    quiet(unpack.arg("-x").arg(&package).arg(&tree)).context("failed to unpack it")?;
+    let tree = apt::unpacked(deps, PACKAGE)?;
     let staged = deps.path("staging/fashion-mnist");
     fs::create_dir_all(&staged)?;
     for (name, _) in FASHION_MNIST {
@@ -90,45 +85,6 @@ fn verify(folder: &Path) -> Result<()> {
         if sha256::hex(&sha256::of_file(&folder.join(name))?) != hash {
             bail!("{name} is not the file whose hash is pinned");
         }
-    }
-    Ok(())
-}
-
-/// Has apt download the package: with the system's lists, or with lists of our own where those are
-/// absent or too old. Needs no root and installs nothing.
-fn apt_download(work: &Path) -> Result<PathBuf> {
-    if machine::on_path(Path::new("apt-get")).is_none() {
-        bail!("there is no apt-get here");
-    }
-    let lists = work.join("lists");
-    fs::create_dir_all(lists.join("partial"))?;
-    fs::create_dir_all(work.join("cache/archives/partial"))?;
-    let apt = |private: bool, args: &[&str]| {
-        let mut apt = Command::new("apt-get");
-        apt.current_dir(work).args(["-qq", "-o", "APT::Sandbox::User="]);
-        if private {
-            apt.arg("-o").arg(format!("Dir::State::lists={}/", lists.display()));
-            apt.arg("-o").arg(format!("Dir::Cache={}/", work.join("cache").display()));
-        }
-        quiet(apt.args(args))
-    };
-    if apt(false, &["download", PACKAGE]).is_err() {
-        apt(true, &["update"]).context("apt-get could not fetch its lists")?;
-        apt(true, &["download", PACKAGE]).with_context(|| format!("apt-get has no {PACKAGE}"))?;
-    }
-    let entries = fs::read_dir(work)?.collect::<std::io::Result<Vec<_>>>()?;
-    let package =
-        entries.iter().map(fs::DirEntry::path).find(|path| path.extension().is_some_and(|ext| ext == "deb"));
-    package.context("apt-get downloaded nothing")
-}
-
-/// Runs a command whose words matter only if it fails.
-fn quiet(command: &mut Command) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to start {name}"))?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        bail!("{}", words.lines().last().unwrap_or("it failed without a word").trim());
     }
     Ok(())
 }

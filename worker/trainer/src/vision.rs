@@ -4,15 +4,19 @@
 //! muster-ddp's; nothing here knows about sockets.
 
 mod net;
+mod resume;
+mod sgd;
 
 use crate::data::{self, DataSet};
 use anyhow::Context as _;
 use clap::Args;
 use muster_ddp::{Ddp, DistributedSampler, Loss, Options, ProcessGroup, ReduceOp, Telemetry};
 use net::Net;
+use resume::Position;
+use sgd::Sgd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tch::nn::{self, OptimizerConfig as _};
+use tch::nn;
 use tch::{Device, Kind};
 
 /// Steps between two reports: often enough for a smooth curve, and the one extra all-reduce is not felt.
@@ -42,6 +46,13 @@ pub struct Flags {
     /// Train on the first N images only, for a short demonstration.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
+    /// Directory for checkpoints, best one that every node sees. A start that finds one there goes on from it. Without
+    /// it none are written.
+    #[arg(long, env = "MUSTER_CHECKPOINT_DIR", value_name = "DIR")]
+    checkpoint_dir: Option<PathBuf>,
+    /// Steps between two checkpoints; the end of each pass is one more.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoint_steps: u64,
     /// Fail (exit code 1) if the last test accuracy is below this fraction.
     #[arg(long, value_name = "FRACTION")]
     target_accuracy: Option<f64>,
@@ -71,13 +82,15 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
     tch::manual_seed(flags.seed as i64);
     let vs = nn::VarStore::new(Device::Cpu);
     let net = Net::new(&vs.root(), data.train.size(), data.classes);
-    let mut optimizer = nn::Sgd { momentum: 0.9, wd: 1e-4, nesterov: true, ..nn::Sgd::default() }
-        .build(&vs, flags.learning_rate)?;
+    let mut sgd = Sgd::new(&vs);
+    let (saver, position) = resume::prepare(flags.checkpoint_dir.as_deref(), &group, &vs, &mut sgd)?;
     let mut ddp = Ddp::new(&vs, &group, Options::default()).context("failed to set up training")?;
 
     let sampler = DistributedSampler::new(data.train.len(), group.share(), flags.seed)?;
     let batch_size = (flags.global_batch_size as usize).div_ceil(group.world_size());
-    let steps_total = sampler.steps(batch_size) as u64 * flags.epochs;
+    let steps_per_epoch = sampler.steps(batch_size) as u64;
+    let steps_total = steps_per_epoch * flags.epochs;
+    let resumed = resume::share(position, steps_per_epoch, &group, &mut sgd)?;
     let started = now();
     let mut report = Report {
         group: &group,
@@ -88,23 +101,30 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
         steps: 0,
         since: started,
     };
-    let mut step = 0;
+    let mut step = resumed.total().min(steps_total);
+    let first_step = step + 1;
     let mut accuracy = 0.0;
-    for epoch in 1..=flags.epochs {
-        for batch in sampler.batches(epoch, batch_size) {
+    // One that was trained to the end is evaluated once more.
+    for epoch in (resumed.epochs + 1).min(flags.epochs)..=flags.epochs {
+        let done = step - (epoch - 1) * steps_per_epoch;
+        for batch in sampler.batches(epoch, batch_size).skip(done as usize) {
             let learning_rate = flags.learning_rate * schedule(step, steps_total);
-            optimizer.set_lr(learning_rate);
             let (images, labels) = data.train.batch(&batch.indices);
             ddp.zero_grad()?;
             let loss = ddp
                 .backward(|| net.forward(&images, true).cross_entropy_for_logits(&labels) * batch.weight)
                 .with_context(|| format!("failed in step {}", step + 1))?;
-            optimizer.step();
+            sgd.step(learning_rate);
             step += 1;
             report.add(&loss, batch.indices.len());
             // The first one tells when training really began.
-            if step == 1 || step % REPORT_STEPS == 0 || step == steps_total {
+            if step == first_step || step % REPORT_STEPS == 0 || step == steps_total {
                 report.send(step, epoch, learning_rate)?;
+            }
+            let steps = step - (epoch - 1) * steps_per_epoch;
+            let is_due = step % flags.checkpoint_steps == 0 || steps == steps_per_epoch;
+            if let Some(saver) = saver.as_ref().filter(|_| is_due) {
+                saver.save(Position { epochs: epoch - 1, steps, steps_per_epoch }, &vs, &sgd)?;
             }
         }
         let training_paused = now();

@@ -242,3 +242,21 @@ fn only_the_session_that_holds_the_lease_renews_it() {
         "a node must not trust in a lease that has ended"
     );
 }
+
+#[test]
+fn times_stay_in_order_when_a_coordinator_comes_back_on_a_clock_that_was_set_back() {
+    let mut world = World::with_nodes(&["a"]);
+    world.pass(3_600_000);
+    let running = world.submit(spec(1, 1));
+    let queued = world.submit(spec(1, 1));
+    world.now = Millis(1_000);
+    world.restart_coordinator();
+    world.connect("a");
+    world.exit(0, &running, 0);
+    world.exit(0, &queued, 0);
+    for job in [running, queued] {
+        let job = world.job(&job);
+        let (started, finished) = (job.started.unwrap(), job.finished.unwrap());
+        assert!(job.created <= started && started <= finished, "{job:?}");
+    }
+}
