@@ -47,3 +47,32 @@ fn training_goes_on_from_its_newest_checkpoint() {
     assert!(from >= before && !output.contains("\nstep 1/"), "{output}");
     assert_eq!(newest_step(&checkpoints).to_string(), job["latestStep"], "the last step is saved: {job}");
 }
+
+#[test]
+fn training_that_is_drained_goes_on_where_it_was() {
+    let Some(trainer) = trainer() else {
+        return skip("checkpoints of real training", "muster-trainer is not built; `cargo xtask test` does");
+    };
+    let cluster = Cluster::start(Settings::default());
+    let checkpoints = cluster.dir.path().join("checkpoints");
+    let dir = checkpoints.to_str().unwrap();
+    let flags =
+        ["submit", "--nproc-per-node", "2", "--env", "OMP_NUM_THREADS=1", "--checkpoint-dir", dir, "--"];
+    // None is due before the end.
+    let program = [trainer.to_str().unwrap(), "vision", "--limit", "4000", "--checkpoint-steps", "100000"];
+    let id = cluster.muster(&[&flags[..], &program].concat()).ok().trim().to_owned();
+    let running = eventually("a few steps", || {
+        let job = cluster.job(&id);
+        // 64-bit numbers are strings in JSON.
+        let step = job["latestStep"].as_str().and_then(|step| step.parse::<u64>().ok()).unwrap_or(0);
+        if step >= 10 { Ok(job) } else { Err(job) }
+    });
+    let node = running["placement"][0]["nodeName"].as_str().unwrap().to_owned();
+    cluster.muster(&["drain", &node]).ok();
+    let job = cluster.wait_for(&id, "SUCCEEDED");
+    assert_eq!((&job["generation"], &job["restartsUsed"]), (&2.into(), &0.into()), "{job}");
+    let output = cluster.output(&id, 0);
+    let from = output.lines().find_map(|line| line.strip_prefix("going on from step ")).unwrap_or(&output);
+    let from: u64 = from.split(' ').next().unwrap().parse().unwrap_or(0);
+    assert!(from >= 10 && !output.contains("\nstep 1/"), "{output}");
+}

@@ -6,6 +6,7 @@
 mod net;
 mod resume;
 mod sgd;
+mod stop;
 
 use crate::data::{self, DataSet};
 use anyhow::Context as _;
@@ -16,6 +17,7 @@ use resume::Position;
 use sgd::Sgd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use stop::Stop;
 use tch::nn;
 use tch::{Device, Kind};
 
@@ -47,7 +49,7 @@ pub struct Flags {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Directory for checkpoints, best one that every node sees. A start that finds one there goes on from it. Without
-    /// it none are written.
+    /// it none are written. With it, SIGTERM is answered with one.
     #[arg(long, env = "MUSTER_CHECKPOINT_DIR", value_name = "DIR")]
     checkpoint_dir: Option<PathBuf>,
     /// Steps between two checkpoints; the end of each pass is one more.
@@ -91,8 +93,10 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
     let steps_per_epoch = sampler.steps(batch_size) as u64;
     let steps_total = steps_per_epoch * flags.epochs;
     let resumed = resume::share(position, steps_per_epoch, &group, &mut sgd)?;
+    let stop = if flags.checkpoint_dir.is_some() { Stop::listen()? } else { Stop::default() };
     let started = now();
     let mut report = Report {
+        stop,
         group: &group,
         telemetry: &telemetry,
         steps_total,
@@ -118,13 +122,16 @@ pub fn train(flags: &Flags, cuda_loaded: bool) -> anyhow::Result<()> {
             step += 1;
             report.add(&loss, batch.indices.len());
             // The first one tells when training really began.
-            if step == first_step || step % REPORT_STEPS == 0 || step == steps_total {
-                report.send(step, epoch, learning_rate)?;
-            }
+            let is_reported = step == first_step || step % REPORT_STEPS == 0 || step == steps_total;
+            let is_last = is_reported && report.send(step, epoch, learning_rate)? && step < steps_total;
             let steps = step - (epoch - 1) * steps_per_epoch;
-            let is_due = step % flags.checkpoint_steps == 0 || steps == steps_per_epoch;
+            let is_due = step % flags.checkpoint_steps == 0 || steps == steps_per_epoch || is_last;
             if let Some(saver) = saver.as_ref().filter(|_| is_due) {
                 saver.save(Position { epochs: epoch - 1, steps, steps_per_epoch }, &vs, &sgd)?;
+            }
+            if is_last {
+                eprintln!("asked to end, after step {step}");
+                stop::end();
             }
         }
         let training_paused = now();
@@ -156,6 +163,7 @@ struct Report<'a> {
     images: f64,
     steps: u64,
     since: Instant,
+    stop: Stop,
 }
 
 impl Report<'_> {
@@ -166,8 +174,11 @@ impl Report<'_> {
     }
 
     /// A collective: every rank sends, and every rank knows the global numbers.
-    fn send(&mut self, step: u64, epoch: u64, learning_rate: f64) -> anyhow::Result<()> {
-        let [loss, images] = self.group.all_reduce_values([self.loss, self.images], ReduceOp::Sum)?;
+    /// Gives whether one of them was asked to end.
+    fn send(&mut self, step: u64, epoch: u64, learning_rate: f64) -> anyhow::Result<bool> {
+        let asked = f64::from(u8::from(self.stop.is_asked()));
+        let [loss, images, asked] =
+            self.group.all_reduce_values([self.loss, self.images, asked], ReduceOp::Sum)?;
         let loss = loss / (self.steps * self.group.world_size() as u64) as f64;
         let elapsed = self.since.elapsed().max(Duration::from_micros(1));
         let images_per_second = images / elapsed.as_secs_f64();
@@ -188,7 +199,7 @@ impl Report<'_> {
             );
         }
         (self.loss, self.images, self.steps, self.since) = (0.0, 0.0, 0, now());
-        Ok(())
+        Ok(asked > 0.0)
     }
 }
 
