@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{Millis, NodeName, Session};
-use muster_core::{Core, Effects, Event, Input, Job, Node, Refusal, Reply, ToNode};
+use muster_core::{Core, Effects, Event, Input, Job, Node, NodeState, Refusal, Reply, ToNode};
 use muster_proto::{convert, v1};
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot};
@@ -330,7 +330,12 @@ impl Driver {
                     info!(job_id = %job.id, state = ?job.state, generation = job.generation.0, reason = %job.reason, "job");
                     self.watchers.job_changed(&job);
                 }
-                Deferred::NodeChanged(node) => self.watchers.node_changed(&node),
+                Deferred::NodeChanged(node) => {
+                    if node.state == NodeState::Lost {
+                        warn!(node = %node.name, "node lost: its lease ended");
+                    }
+                    self.watchers.node_changed(&node);
+                }
                 Deferred::JobDeleted(id) => self.metrics.delete(&id),
                 Deferred::Run(later) => later(),
                 Deferred::WatchJob(job, reply) => {

@@ -14,7 +14,7 @@ pub(crate) fn unix_now() -> Millis {
 
 /// Time since the machine was started, suspends included: a node that slept must not take its lease to be younger than
 /// it is. The same for every process of the machine.
-pub(crate) fn boot_now() -> Millis {
+pub fn boot_now() -> Millis {
     // It only fails for a clock that the kernel does not have; this one came with Linux 2.6.39.
     let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME) else { return Millis(0) };
     let millis = now.tv_sec().saturating_mul(1000).saturating_add(now.tv_nsec() / 1_000_000);
