@@ -61,6 +61,9 @@ type Commit = tokio::task::JoinHandle<(Box<dyn Store>, Batch, Result<(), StoreEr
 pub(crate) struct Driver {
     core: Core,
     clock: Clock,
+    /// The core's time: when what is being handled was heard. It is behind the clock while commands wait, so that no
+    /// timer overtakes what was heard before it was due.
+    now: Millis,
     fence: Fence,
     lease: Millis,
     /// None while a commit holds it.
@@ -71,7 +74,7 @@ pub(crate) struct Driver {
     filling: Group,
     /// Why the store cannot be written, while it cannot.
     degraded: Option<String>,
-    inbox: mpsc::Receiver<Command>,
+    inbox: mpsc::Receiver<(Millis, Command)>,
     links: Links,
     metrics: Metrics,
     watchers: Watchers,
@@ -88,13 +91,15 @@ pub(crate) fn start(
     let clock = Clock::start();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
     let lease = config.lease;
-    let (core, effects) = Core::load(clock.now(), config, seed, snapshot);
+    let now = clock.now();
+    let (core, effects) = Core::load(now, config, seed, snapshot);
     let (sender, inbox) = mpsc::channel(INBOX_MAX);
     let links = Links::default();
     let handle = Handle { inbox: sender, links: links.clone(), clock };
     let mut driver = Driver {
         core,
         clock,
+        now,
         fence,
         lease,
         store: Some(store),
@@ -120,8 +125,10 @@ impl Driver {
         let mut woken = self.clock.now();
         loop {
             self.flush();
-            let idle = self.next_wake(wake_max);
             let room = self.filling.deferred.len() < DEFERRED_MAX;
+            let due = if room { self.core.next_deadline() } else { None };
+            let idle =
+                due.map_or(wake_max, |at| Duration::from_millis(at.since(self.clock.now()).0).min(wake_max));
             let input = tokio::select! {
                 biased;
                 done = finished(&mut self.writing) => {
@@ -141,21 +148,24 @@ impl Driver {
                     paused_ms = now.since(woken).0,
                     "the coordinator did not run for a while; leases are extended"
                 );
+                self.now = self.now.max(now);
                 self.step(Input::Stalled, None);
             }
             woken = now;
             match input {
-                Some(command) => self.command(command),
-                None if self.core.next_deadline().is_some_and(|at| at <= now) => self.step(Input::Tick, None),
+                Some((heard, command)) => {
+                    self.now = self.now.max(heard);
+                    self.command(command);
+                }
+                // Whatever waits was heard before now, also where the store holds it up.
+                None if self.inbox.is_empty() && due.is_some_and(|at| at <= now) => {
+                    self.now = self.now.max(now);
+                    self.step(Input::Tick, None);
+                }
                 None => {}
             }
         }
         self.drain().await
-    }
-
-    fn next_wake(&self, wake_max: Duration) -> Duration {
-        let due = self.core.next_deadline().map(|at| Duration::from_millis(at.since(self.clock.now()).0));
-        due.map_or(wake_max, |due| due.min(wake_max))
     }
 
     fn command(&mut self, command: Command) {
@@ -190,7 +200,7 @@ impl Driver {
     /// because a disk is full.
     fn heartbeat(&mut self, node: NodeName, session: Session, seq: u64) {
         let link = self.links.get(&node).filter(|link| link.session == session);
-        let effects = self.core.step(self.clock.now(), Input::Heartbeat { node, session });
+        let effects = self.core.step(self.now, Input::Heartbeat { node, session });
         if let (true, Some(link)) = (effects.renewed, link) {
             link.send(v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq }));
         }
@@ -205,7 +215,7 @@ impl Driver {
     ) {
         let Hello { node, incarnation, gangs, leaving, number } = hello;
         let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving, number };
-        let mut effects = self.core.step(self.clock.now(), hello);
+        let mut effects = self.core.step(self.now, hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {
                 let link = Link::new(session, sender);
@@ -223,7 +233,7 @@ impl Driver {
     }
 
     fn step(&mut self, input: Input, reply: Option<oneshot::Sender<Answer>>) {
-        let effects = self.core.step(self.clock.now(), input);
+        let effects = self.core.step(self.now, input);
         self.take(effects, reply);
     }
 
