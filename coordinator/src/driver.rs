@@ -5,6 +5,7 @@
 //! now (a full disk) turns the coordinator read-only: heartbeats are heard, training goes on, submissions
 //! are refused with what to do, and the waiting group is tried again.
 
+mod durable;
 mod handle;
 mod watch;
 
@@ -12,18 +13,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{Millis, NodeName, Session};
-use muster_core::{Core, Effects, Event, Input, Job, Join, Node, Refusal, Reply, ToNode};
+use muster_core::{Core, Effects, Event, Input, Job, Join, Node, NodeState, Refusal, Reply, ToNode};
 use muster_proto::{convert, v1};
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::clock::Clock;
 use crate::links::{Link, Links};
 use crate::metrics::Metrics;
 use crate::{Error, persist};
+use durable::finished;
 use handle::{Answer, Command, JobWatch, Later, NodeWatch};
 pub(crate) use handle::{Handle, Hello, RequestError};
 use watch::Watchers;
@@ -32,8 +34,6 @@ use watch::Watchers;
 const INBOX_MAX: usize = 4096;
 /// Effects that may wait for the store; beyond it the inbox is not read.
 const DEFERRED_MAX: usize = 65_536;
-/// Time between attempts to write a group that did not fit on the disk.
-const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// A pause of the whole process counts if it is longer than this part of the lease. A node takes a coordinator for one that
 /// hangs when a new connection is silent for a twelfth, and then trusts in a lease that this pause makes true.
@@ -65,6 +65,9 @@ type Commit = tokio::task::JoinHandle<(Box<dyn Store>, Batch, Result<(), StoreEr
 pub(crate) struct Driver {
     core: Core,
     clock: Clock,
+    /// The core's time: when what is being handled was heard. It is behind the clock while commands wait, so that no
+    /// timer overtakes what was heard before it was due.
+    now: Millis,
     fence: Fence,
     lease: Millis,
     /// None while a commit holds it.
@@ -75,7 +78,7 @@ pub(crate) struct Driver {
     filling: Group,
     /// Why the store cannot be written, while it cannot.
     degraded: Option<String>,
-    inbox: mpsc::Receiver<Command>,
+    inbox: mpsc::Receiver<(Millis, Command)>,
     links: Links,
     metrics: Metrics,
     watchers: Watchers,
@@ -92,13 +95,15 @@ pub(crate) fn start(
     let clock = Clock::start();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
     let lease = config.lease;
-    let (core, effects) = Core::load(clock.now(), config, seed, snapshot);
+    let now = clock.now();
+    let (core, effects) = Core::load(now, config, seed, snapshot);
     let (sender, inbox) = mpsc::channel(INBOX_MAX);
     let links = Links::default();
     let handle = Handle { inbox: sender, links: links.clone(), clock };
     let mut driver = Driver {
         core,
         clock,
+        now,
         fence,
         lease,
         store: Some(store),
@@ -124,8 +129,10 @@ impl Driver {
         let mut woken = self.clock.now();
         loop {
             self.flush();
-            let idle = self.next_wake(wake_max);
             let room = self.filling.deferred.len() < DEFERRED_MAX;
+            let due = if room { self.core.next_deadline() } else { None };
+            let idle =
+                due.map_or(wake_max, |at| Duration::from_millis(at.since(self.clock.now()).0).min(wake_max));
             let input = tokio::select! {
                 biased;
                 done = finished(&mut self.writing) => {
@@ -145,21 +152,24 @@ impl Driver {
                     paused_ms = now.since(woken).0,
                     "the coordinator did not run for a while; leases are extended"
                 );
+                self.now = self.now.max(now);
                 self.step(Input::Stalled, None);
             }
             woken = now;
             match input {
-                Some(command) => self.command(command),
-                None if self.core.next_deadline().is_some_and(|at| at <= now) => self.step(Input::Tick, None),
+                Some((heard, command)) => {
+                    self.now = self.now.max(heard);
+                    self.command(command);
+                }
+                // Whatever waits was heard before now, also where the store holds it up.
+                None if self.inbox.is_empty() && due.is_some_and(|at| at <= now) => {
+                    self.now = self.now.max(now);
+                    self.step(Input::Tick, None);
+                }
                 None => {}
             }
         }
         self.drain().await
-    }
-
-    fn next_wake(&self, wake_max: Duration) -> Duration {
-        let due = self.core.next_deadline().map(|at| Duration::from_millis(at.since(self.clock.now()).0));
-        due.map_or(wake_max, |due| due.min(wake_max))
     }
 
     fn command(&mut self, command: Command) {
@@ -195,7 +205,7 @@ impl Driver {
     /// because a disk is full.
     fn heartbeat(&mut self, node: NodeName, session: Session, seq: u64) {
         let link = self.links.get(&node).filter(|link| link.session == session);
-        let effects = self.core.step(self.clock.now(), Input::Heartbeat { node, session });
+        let effects = self.core.step(self.now, Input::Heartbeat { node, session });
         if let (true, Some(link)) = (effects.renewed, link) {
             link.send(v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq }));
         }
@@ -204,7 +214,7 @@ impl Driver {
 
     /// A node that comes back as it was waits for nothing: its ranks live by how soon it is heard again.
     fn join(&mut self, join: Join, reply: oneshot::Sender<Answer>) {
-        let mut effects = self.core.step(self.clock.now(), Input::Join(Box::new(join)));
+        let mut effects = self.core.step(self.now, Input::Join(Box::new(join)));
         match effects.reply.take_if(|_| effects.writes.is_empty()) {
             Some(answer) => {
                 reply.send(answer.map_err(RequestError::from)).ok();
@@ -222,7 +232,7 @@ impl Driver {
     ) {
         let Hello { node, incarnation, gangs, leaving, number } = hello;
         let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving, number };
-        let mut effects = self.core.step(self.clock.now(), hello);
+        let mut effects = self.core.step(self.now, hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {
                 let link = Link::new(session, sender);
@@ -240,7 +250,7 @@ impl Driver {
     }
 
     fn step(&mut self, input: Input, reply: Option<oneshot::Sender<Answer>>) {
-        let effects = self.core.step(self.clock.now(), input);
+        let effects = self.core.step(self.now, input);
         self.take(effects, reply);
     }
 
@@ -279,71 +289,6 @@ impl Driver {
         }
     }
 
-    /// Starts to write the group that has filled, or carries it out if there is nothing to write.
-    fn flush(&mut self) {
-        if self.writing.is_some() || self.store.is_none() {
-            return;
-        }
-        if self.filling.batch.is_empty() {
-            let deferred = std::mem::take(&mut self.filling.deferred);
-            self.carry_out(deferred);
-        } else if let Some(mut store) = self.store.take() {
-            let Group { batch, deferred } = std::mem::take(&mut self.filling);
-            let (fence, wait) = (self.fence, self.degraded.is_some());
-            let commit = tokio::task::spawn_blocking(move || {
-                if wait {
-                    std::thread::sleep(STORE_RETRY);
-                }
-                let result = store.commit(fence, &batch);
-                (store, batch, result)
-            });
-            self.writing = Some((commit, deferred));
-        }
-    }
-
-    fn written(&mut self, done: (Box<dyn Store>, Batch, Result<(), StoreError>)) -> Result<(), Error> {
-        let (store, batch, result) = done;
-        self.store = Some(store);
-        let deferred = self.writing.take().map(|(_, deferred)| deferred).unwrap_or_default();
-        match result {
-            Ok(()) => {
-                if self.degraded.take().is_some() {
-                    info!("the store can be written again");
-                }
-                self.carry_out(deferred);
-                Ok(())
-            }
-            Err(StoreError::Retryable(why)) => {
-                if self.degraded.is_none() {
-                    error!(%why, "the store cannot be written; submissions are refused until it can");
-                }
-                self.degraded = Some(why.clone());
-                self.wait_for_store(batch, deferred, &why);
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Puts a group that could not be written in front of what came after it. Its callers are not left
-    /// waiting: they may repeat the call, which is harmless by its request id.
-    fn wait_for_store(&mut self, mut batch: Batch, deferred: Vec<Deferred>, why: &str) {
-        let later = std::mem::take(&mut self.filling);
-        batch.append(later.batch);
-        let all = deferred.into_iter().chain(later.deferred);
-        let mut kept = Vec::new();
-        for effect in all {
-            match effect {
-                Deferred::Reply(reply, _) => {
-                    reply.send(Err(RequestError::StoreUnavailable(why.to_owned()))).ok();
-                }
-                Deferred::Run(later) => later(),
-                effect => kept.push(effect),
-            }
-        }
-        self.filling = Group { batch, deferred: kept };
-    }
-
     fn carry_out(&mut self, deferred: Vec<Deferred>) {
         for effect in deferred {
             match effect {
@@ -353,7 +298,12 @@ impl Driver {
                     info!(job_id = %job.id, state = ?job.state, generation = job.generation.0, reason = %job.reason, "job");
                     self.watchers.job_changed(&job);
                 }
-                Deferred::NodeChanged(node) => self.watchers.node_changed(&node),
+                Deferred::NodeChanged(node) => {
+                    if node.state == NodeState::Lost {
+                        warn!(node = %node.name, "node lost: its lease ended");
+                    }
+                    self.watchers.node_changed(&node);
+                }
                 Deferred::JobDeleted(id) => self.metrics.delete(&id),
                 Deferred::Run(later) => later(),
                 Deferred::WatchJob(job, reply) => {
@@ -392,32 +342,5 @@ impl Driver {
             link.close(Status::resource_exhausted("too many messages wait for this node; connect again"));
             self.step(Input::Disconnected { node: node.clone(), session }, None);
         }
-    }
-
-    /// Writes what is left. A store that still cannot be written keeps what was durable: nothing that was
-    /// acknowledged is lost.
-    async fn drain(mut self) -> Result<(), Error> {
-        while self.writing.is_some() || !self.filling.batch.is_empty() || !self.filling.deferred.is_empty() {
-            self.flush();
-            if self.writing.is_some() {
-                let done = finished(&mut self.writing).await?;
-                self.written(done)?;
-                if let Some(why) = &self.degraded {
-                    warn!(%why, "stopped before the last decisions could be stored");
-                    break;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The result of the commit under way; pending for ever if there is none.
-async fn finished(
-    writing: &mut Option<(Commit, Vec<Deferred>)>,
-) -> Result<(Box<dyn Store>, Batch, Result<(), StoreError>), Error> {
-    match writing {
-        Some((commit, _)) => Ok(commit.await?),
-        None => std::future::pending().await,
     }
 }

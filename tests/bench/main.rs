@@ -42,7 +42,9 @@ fn main() {
         None => vision(root),
         Some("recovery") => recovery::run(root, &args[1..]),
         Some(other) => {
-            panic!("there is no bench {other}; there are `recovery` and, without a name, training")
+            panic!(
+                "there is no bench {other}; there are `recovery`, `reconnect` and, without a name, training"
+            )
         }
     }
 }

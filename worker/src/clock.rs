@@ -14,7 +14,7 @@ pub(crate) fn unix_now() -> Millis {
 
 /// Time since the machine was started, suspends included: a node that slept must not take its lease to be younger than
 /// it is. The same for every process of the machine.
-pub(crate) fn boot_now() -> Millis {
+pub fn boot_now() -> Millis {
     #[cfg(feature = "simulation")]
     if let Some(now) = crate::simulation::now() {
         return now;

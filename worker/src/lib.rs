@@ -12,6 +12,12 @@ mod devices;
 #[doc(hidden)]
 pub mod fuzz;
 mod launch;
+#[doc(hidden)]
+pub mod load {
+    //! For the load generator of the benches, which runs real sessions with no ranks behind them.
+    pub use crate::clock::boot_now;
+    pub use crate::session::{Event, Identity, Queues, keep, request};
+}
 mod logs;
 mod session;
 mod shim;

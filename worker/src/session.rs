@@ -50,22 +50,37 @@ const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
 /// What the session tells the daemon.
 #[derive(Debug)]
-pub(crate) enum Event {
-    /// A session begins; `hello` takes its first message.
-    Open { coordinator: String, hello: oneshot::Sender<v1::Hello>, queues: Queues },
+pub enum Event {
+    /// A session begins.
+    Open {
+        /// With whom.
+        coordinator: String,
+        /// Takes the first message.
+        hello: oneshot::Sender<v1::Hello>,
+        /// Take the others.
+        queues: Queues,
+    },
     /// The coordinator said something.
     Heard(Box<Down>),
     /// The stream is gone.
     Closed,
     /// A heartbeat that was sent then is acknowledged.
-    Renewed { sent: Millis, lease: Millis },
+    Renewed {
+        /// When it was sent.
+        sent: Millis,
+        /// The lease's length.
+        lease: Millis,
+    },
     /// No coordinator runs.
-    CoordinatorGone { at: Millis },
+    CoordinatorGone {
+        /// When that was tried.
+        at: Millis,
+    },
 }
 
 /// The ends into which the daemon puts what goes up.
 #[derive(Debug)]
-pub(crate) struct Queues {
+pub struct Queues {
     /// Reports and points.
     pub bulk: mpsc::Sender<v1::SessionRequest>,
     /// Output, which goes after everything else.
@@ -74,12 +89,18 @@ pub(crate) struct Queues {
 
 /// Who this node is.
 #[derive(Clone, Debug)]
-pub(crate) struct Identity {
+pub struct Identity {
+    /// The daemon's settings.
     pub config: Config,
+    /// This start of the daemon.
     pub incarnation: String,
+    /// This boot of the machine.
     pub boot_id: String,
+    /// Identity of the data directory.
     pub data_id: String,
+    /// The data directory.
     pub data_dir: PathBuf,
+    /// What the machine has.
     pub inventory: muster_core::Inventory,
 }
 
@@ -109,7 +130,7 @@ fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
 }
 
 /// Keeps a session open. Only returns when no attempt can ever succeed.
-pub(crate) async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
+pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
     let endpoints = match endpoints(&identity.config.coordinators) {
         Ok(endpoints) => endpoints,
         Err(error) => return error,
@@ -295,7 +316,7 @@ async fn pump(
 }
 
 /// Makes a request of a message.
-pub(crate) fn request(message: Up) -> v1::SessionRequest {
+pub fn request(message: Up) -> v1::SessionRequest {
     v1::SessionRequest { message: Some(message) }
 }
 

@@ -1,5 +1,5 @@
 //! The state and its one entry point, [`Core::step`]. Requests are handled in `requests.rs`, nodes in
-//! `lease.rs`, gangs in `gang.rs`.
+//! `lease.rs`, waiting jobs in `waiting.rs`, gangs in `gang.rs`.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +14,7 @@ use crate::node::{Join, Node, NodeState, Reserved};
 use crate::types::{
     GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session,
 };
+use crate::waiting::Room;
 
 /// Settings and bounds of the core.
 #[derive(Clone, Debug)]
@@ -177,9 +178,10 @@ pub(crate) enum Timer {
     StartTimeout(JobId, Generation),
     Requeue(JobId),
     Grow(JobId, Generation),
+    Pass,
 }
 
-type QueueKey = (Reverse<i32>, u64, JobId);
+pub(crate) type QueueKey = (Reverse<i32>, u64, JobId);
 
 /// The state machine. See the crate's documentation for the contract.
 #[derive(Debug)]
@@ -193,8 +195,7 @@ pub struct Core {
     pub(crate) ended: BTreeSet<(Millis, JobId)>,
     pub(crate) nodes: BTreeMap<NodeName, Node>,
     pub(crate) timers: BTreeSet<(Millis, Timer)>,
-    /// Room has appeared: every waiting job may fit now.
-    pub(crate) rescan: bool,
+    pub(crate) room: Room,
     /// Jobs that have just come into the queue: only they need a look.
     pub(crate) fresh: BTreeSet<QueueKey>,
     /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
@@ -215,7 +216,7 @@ impl Core {
             ended: BTreeSet::new(),
             nodes: BTreeMap::new(),
             timers: BTreeSet::new(),
-            rescan: true,
+            room: Room::default(),
             fresh: BTreeSet::new(),
             growable: BTreeSet::new(),
         };
@@ -229,6 +230,7 @@ impl Core {
         for job in snapshot.jobs {
             core.load_job(now, job);
         }
+        core.room.appear();
         let mut fx = Effects { meta_changed: snapshot.meta.is_none(), ..Effects::default() };
         core.finish(&mut fx);
         (core, fx)
@@ -341,6 +343,8 @@ impl Core {
                 Timer::Lease(name) => self.lease_timer(now, &name, fx),
                 Timer::ForgetNode(name) => self.forget_node(now, &name, fx),
                 Timer::StartTimeout(id, generation) => self.start_timeout(now, &id, generation, fx),
+                // The pass comes after all timers.
+                Timer::Pass => {}
                 Timer::Grow(id, generation) => self.grow(now, &id, generation, fx),
                 Timer::Requeue(id) => {
                     if self.jobs.get(&id).is_some_and(|job| job.gang.is_none() && !job.state.is_terminal()) {

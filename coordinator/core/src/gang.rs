@@ -11,55 +11,10 @@ use crate::effects::{Effects, Refusal, ToNode};
 use crate::fault::Cause;
 use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration};
 use crate::node::NodeState;
-use crate::schedule::{Candidate, Plan, solve};
 use crate::types::{DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit};
 
 impl Core {
-    /// Places waiting jobs, in order of priority and submission. A job that does not fit does not hold up
-    /// those behind it.
-    pub(crate) fn schedule(&mut self, now: Millis, fx: &mut Effects) {
-        let fresh = std::mem::take(&mut self.fresh);
-        let looked_at: Vec<JobId> = if std::mem::take(&mut self.rescan) {
-            self.consider_growth(now);
-            self.queue.iter().take(self.config.scan_max).map(|(_, _, id)| id.clone()).collect()
-        } else {
-            fresh.into_iter().map(|(_, _, id)| id).collect()
-        };
-        for id in looked_at {
-            self.place_or_explain(now, &id, fx);
-        }
-    }
-
-    /// Places one job if it fits; else says why not, and gives false.
-    fn place_or_explain(&mut self, now: Millis, id: &JobId, fx: &mut Effects) -> bool {
-        let Some(job) = self.jobs.get(id) else { return false };
-        match solve(&job.spec, self.nodes.values().map(Candidate::from)) {
-            Plan::Place(placements) => {
-                self.place(now, id, Gang::new(placements, now), fx);
-                true
-            }
-            Plan::Wait(reason) => {
-                self.explain(id, reason, fx);
-                false
-            }
-        }
-    }
-
-    fn explain(&mut self, id: &JobId, reason: String, fx: &mut Effects) {
-        let Some(job) = self.jobs.get_mut(id) else { return };
-        // The cause of a restart stays visible while the job waits for nodes.
-        let reason = match (&job.state, job.reason.split_once("; waiting: ")) {
-            (JobState::Restarting, Some((cause, _))) => format!("{cause}; {reason}"),
-            (JobState::Restarting, None) => format!("{}; {reason}", job.reason),
-            _ => reason,
-        };
-        if job.reason != reason {
-            job.reason = reason;
-            fx.show_job(id);
-        }
-    }
-
-    fn place(&mut self, now: Millis, id: &JobId, gang: Gang, fx: &mut Effects) {
+    pub(crate) fn start(&mut self, now: Millis, id: &JobId, gang: Gang, fx: &mut Effects) {
         self.dequeue(id);
         let Some(job) = self.jobs.get_mut(id) else { return };
         if !planted(Bug::GenerationReused) || job.generation == Generation(0) {
@@ -287,7 +242,7 @@ impl Core {
             placed: gang.placed,
             ended: now,
         });
-        self.rescan = true;
+        self.room.appear();
         self.growable.remove(id);
         match gang.outcome {
             None => {

@@ -55,6 +55,6 @@ impl Core {
                 }
             }
         }
-        Ok(())
+        self.check_room()
     }
 }

@@ -56,6 +56,7 @@ impl Core {
                     node.address = join.address;
                     node.inventory = join.inventory;
                     fx.store_node(&name);
+                    self.room.appear();
                 }
             }
         }
@@ -89,6 +90,7 @@ impl Core {
         node.leaving = None;
         self.grant_lease(now, name);
         self.set_node_state(now, name, NodeState::Ready, fx);
+        self.room.appear();
         self.observe_leftovers(now, name, &gangs, fx);
         self.observe_all(now, name, &gangs, fx);
         if let Some(reason) = leaving {
@@ -144,7 +146,6 @@ impl Core {
             node.session = None;
         }
         if node.state != state {
-            self.rescan |= state == NodeState::Ready;
             (node.state, node.changed) = (state, now);
             fx.show_node(name);
         }

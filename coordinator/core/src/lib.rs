@@ -21,9 +21,10 @@ mod read;
 mod requests;
 mod schedule;
 pub mod types;
+mod waiting;
 
 pub use core::{Config, Core, Input, Meta, Snapshot};
 pub use effects::{Effects, Event, Refusal, Reply, ToNode, Write};
 pub use job::{Gang, Job, JobState, PastGeneration, RootCause};
 pub use node::{Device, Drain, Held, Inventory, Join, Node, NodeState, Reserved};
-pub use schedule::{Candidate, Plan, solve};
+pub use schedule::{Plan, solve};

@@ -7,7 +7,7 @@ use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
 use crate::job::JobState;
 use crate::node::{Drain, Node};
-use crate::schedule::{Candidate, Plan, solve};
+use crate::schedule::{Plan, solve};
 use crate::types::{
     Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase,
     StopMode,
@@ -99,7 +99,7 @@ impl Core {
         } else if report.phase == ObservedPhase::Stopped {
             node.release_leftover(&report.gang);
             let session = node.session;
-            self.rescan = true;
+            self.room.appear();
             fx.show_node(name);
             let forget = self.assignment_of_leftover(name, &report.gang, DesiredPhase::Forgotten);
             if let (Some(session), Some(forget)) = (session, forget) {
@@ -122,8 +122,12 @@ impl Core {
             reports.iter().any(|report| report.gang == *gang && report.phase < ObservedPhase::Stopped)
         };
         let gone: Vec<GangId> = node.reserved.leftovers.keys().filter(|gang| !left(gang)).cloned().collect();
+        let mut room = false;
         for gang in gone {
-            self.rescan |= node.release_leftover(&gang);
+            room |= node.release_leftover(&gang);
+        }
+        if room {
+            self.room.appear();
         }
         let left = reports.iter().filter(|report| report.phase < ObservedPhase::Stopped);
         for report in left.filter(|_| !planted(Bug::LeftoversForgotten)) {
@@ -204,7 +208,9 @@ impl Core {
             .collect();
         let others = self.nodes.values().filter(|node| !node.reserved.jobs.contains_key(id));
         let before = job.placements().len();
-        match solve(&job.spec, own.iter().chain(others).map(Candidate::from)) {
+        let plan = solve(&job.spec, own.iter().chain(others));
+        self.charge_visits(now);
+        match plan {
             Plan::Place(more) if more.len() > before => {
                 let why = format!("{} nodes can be had instead of {before}", more.len());
                 self.fault(now, id, Cause::Move(why), fx);

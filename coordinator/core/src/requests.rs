@@ -3,7 +3,7 @@
 use crate::core::Core;
 use crate::effects::{Effects, Refusal, Reply};
 use crate::job::{Job, JobState};
-use crate::schedule::{Candidate, Plan, solve};
+use crate::schedule::{Plan, solve};
 use crate::types::{Generation, JobId, JobSpec, Millis, RequestId};
 
 impl Core {
@@ -78,7 +78,7 @@ impl Core {
     }
 
     pub(crate) fn plan(&self, spec: &JobSpec) -> Plan {
-        solve(spec, self.nodes.values().map(Candidate::from))
+        solve(spec, self.nodes.values())
     }
 
     pub(crate) fn set_cordon(
@@ -93,7 +93,9 @@ impl Core {
         // Giving a node back ends a drain as well.
         let drain = if cordon.is_none() { None } else { node.drain.clone() };
         if node.cordon != cordon || node.drain != drain {
-            self.rescan |= cordon.is_none();
+            if cordon.is_none() {
+                self.room.appear();
+            }
             (node.cordon, node.drain) = (cordon, drain);
             node.changed = now;
             fx.store_node(&name);

@@ -5,67 +5,13 @@
 //! node first, ranks contiguous on each node.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::fmt;
 
 use crate::node::{Node, NodeState};
-use crate::types::{JobSpec, NodeName, NodePlacement, Rank, Resources};
+use crate::types::{JobId, JobSpec, NodePlacement, Rank, Resources};
 
 /// Refusals spelled out in a reason; the rest are counted, so that a reason stays a sentence.
 const REFUSALS_SHOWN_MAX: usize = 3;
-
-/// A node as the scheduler sees it.
-#[derive(Clone, Debug)]
-pub struct Candidate<'a> {
-    /// Name.
-    pub name: &'a NodeName,
-    /// Address, which orders the ranks.
-    pub address: IpAddr,
-    /// What no job holds.
-    pub free: Resources,
-    /// All it has.
-    pub total: Resources,
-    /// GPU indices that no job holds.
-    pub free_gpus: Vec<u32>,
-    /// Labels.
-    pub labels: &'a BTreeMap<String, String>,
-    /// Jobs running there.
-    pub jobs: usize,
-    /// Why it takes no work at all, if it does not.
-    pub closed: Option<String>,
-}
-
-impl<'a> From<&'a Node> for Candidate<'a> {
-    fn from(node: &'a Node) -> Self {
-        let because = |what: &str, why: &str| match why {
-            "" => what.to_owned(),
-            why => format!("{what} ({why})"),
-        };
-        let closed = match node.state {
-            NodeState::Disconnected => Some("not connected".to_owned()),
-            NodeState::Lost => Some("lost".to_owned()),
-            NodeState::Left => Some("left".to_owned()),
-            NodeState::Ready => None,
-        };
-        let closed = closed
-            .or_else(|| Some(because("drained", &node.drain.as_ref()?.reason)))
-            .or_else(|| Some(because("cordoned", node.cordon.as_ref()?)))
-            .or_else(|| Some(because("leaving", node.leaving.as_ref()?)))
-            .or_else(|| {
-                let job = node.reserved.exclusive.as_ref()?;
-                Some(format!("held by job {job}, which names no resources and so has its nodes for itself"))
-            });
-        Self {
-            name: &node.name,
-            address: node.address,
-            free: node.free(),
-            total: node.inventory.total,
-            free_gpus: node.free_gpus().collect(),
-            labels: &node.inventory.labels,
-            jobs: node.reserved.jobs.len() + node.reserved.leftovers.len(),
-            closed,
-        }
-    }
-}
 
 /// Where a gang goes, or why it waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,16 +22,59 @@ pub enum Plan {
     Wait(String),
 }
 
+/// What a job asks of each of its nodes. Jobs that ask for the same fit into the same nodes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Need {
+    /// Nothing stands for a node as a whole: without named resources nothing says how much of it the ranks will use.
+    amount: Resources,
+    selector: BTreeMap<String, String>,
+}
+
+impl From<&JobSpec> for Need {
+    fn from(spec: &JobSpec) -> Self {
+        Self { amount: spec.per_proc.times(spec.procs_per_node), selector: spec.node_selector.clone() }
+    }
+}
+
+/// What a look at every node has shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shortage {
+    /// Nodes that can take their part.
+    pub fitting: usize,
+    /// Why others cannot, in words.
+    refusals: String,
+}
+
+impl Shortage {
+    /// Why a job waits.
+    pub fn reason(&self, spec: &JobSpec) -> String {
+        format!("waiting: {} of {} nodes; {}", self.fitting, spec.min_nodes, self.refusals)
+    }
+}
+
 /// Places one gang: as many nodes as fit, between `min_nodes` and `max_nodes`, in address order.
-pub fn solve<'a>(spec: &JobSpec, nodes: impl IntoIterator<Item = Candidate<'a>>) -> Plan {
+pub fn solve<'a>(spec: &JobSpec, nodes: impl IntoIterator<Item = &'a Node>) -> Plan {
+    match place(spec, nodes) {
+        Ok(placements) => Plan::Place(placements),
+        Err(shortage) => Plan::Wait(shortage.reason(spec)),
+    }
+}
+
+/// As [`solve`], with what was seen.
+pub(crate) fn place<'a>(
+    spec: &JobSpec,
+    nodes: impl IntoIterator<Item = &'a Node>,
+) -> Result<Vec<NodePlacement>, Shortage> {
+    let need = Need::from(spec);
     let mut fitting = Vec::new();
     let mut refusals = Vec::new();
     let mut refused = 0_usize;
     for node in nodes {
-        match refusal(spec, &node) {
+        match misfit(&need, node) {
             None => fitting.push(node),
             Some(why) => {
                 refused += 1;
+                // In words only where somebody reads them: most of ten thousand are but counted.
                 if refusals.len() < REFUSALS_SHOWN_MAX {
                     refusals.push(format!("{} refused: {why}", node.name));
                 }
@@ -93,68 +82,130 @@ pub fn solve<'a>(spec: &JobSpec, nodes: impl IntoIterator<Item = Candidate<'a>>)
         }
     }
     if fitting.len() < spec.min_nodes as usize {
-        return Plan::Wait(reason(spec, fitting.len(), refused, &refusals));
+        match refused - refusals.len() {
+            0 if refused == 0 => refusals.push("no other node has joined".to_owned()),
+            0 => {}
+            more => refusals.push(format!("{more} more refused")),
+        }
+        return Err(Shortage { fitting: fitting.len(), refusals: refusals.join("; ") });
     }
-    fitting.sort_by(|a, b| (a.address, a.name).cmp(&(b.address, b.name)));
+    fitting.sort_by(|a, b| (a.address, &a.name).cmp(&(b.address, &b.name)));
     fitting.truncate(spec.max_nodes as usize);
-    Plan::Place((0_u32..).zip(fitting).map(|(group_rank, node)| place(spec, group_rank, node)).collect())
-}
-
-fn place(spec: &JobSpec, group_rank: u32, node: Candidate<'_>) -> NodePlacement {
-    let gpus = spec.per_proc.gpus as usize * spec.procs_per_node as usize;
-    NodePlacement {
+    let gpus = need.amount.gpus as usize;
+    let placements = (0_u32..).zip(fitting).map(|(group_rank, node)| NodePlacement {
         node: node.name.clone(),
         address: node.address,
         group_rank,
         first_rank: Rank(group_rank * spec.procs_per_node),
         procs: spec.procs_per_node,
-        gpus: node.free_gpus.into_iter().take(gpus).collect(),
-    }
+        gpus: node.free_gpus().take(gpus).collect(),
+    });
+    Ok(placements.collect())
 }
 
-/// Why a node cannot take its part of the gang.
-fn refusal(spec: &JobSpec, node: &Candidate<'_>) -> Option<String> {
-    if let Some(why) = &node.closed {
-        return Some(why.clone());
+/// How many nodes can take their part.
+pub(crate) fn count_fitting<'a>(need: &Need, nodes: impl IntoIterator<Item = &'a Node>) -> usize {
+    nodes.into_iter().filter(|node| misfit(need, node).is_none()).count()
+}
+
+/// Why a node cannot take its part of a gang.
+enum Misfit<'a> {
+    /// It takes no work at all.
+    Closed(&'static str, &'a str),
+    Exclusive(&'a JobId),
+    Label {
+        key: &'a str,
+        is: Option<&'a str>,
+        wanted: &'a str,
+    },
+    Shared {
+        jobs: usize,
+    },
+    Gpus {
+        free: usize,
+        total: u32,
+        need: u32,
+    },
+    Cpu {
+        free: u32,
+        total: u32,
+        need: u32,
+    },
+    Memory {
+        free: u64,
+        total: u64,
+        need: u64,
+    },
+}
+
+fn misfit<'a>(need: &'a Need, node: &'a Node) -> Option<Misfit<'a>> {
+    match node.state {
+        NodeState::Disconnected => return Some(Misfit::Closed("not connected", "")),
+        NodeState::Lost => return Some(Misfit::Closed("lost", "")),
+        NodeState::Left => return Some(Misfit::Closed("left", "")),
+        NodeState::Ready => {}
     }
-    for (key, value) in &spec.node_selector {
-        match node.labels.get(key) {
-            Some(label) if label == value => {}
-            Some(label) => return Some(format!("label {key} is {label:?}, not {value:?}")),
-            None => return Some(format!("has no label {key}")),
+    let closed = [
+        ("drained", node.drain.as_ref().map(|drain| &drain.reason)),
+        ("cordoned", node.cordon.as_ref()),
+        ("leaving", node.leaving.as_ref()),
+    ];
+    if let Some((what, why)) = closed.into_iter().find_map(|(what, why)| Some((what, why?))) {
+        return Some(Misfit::Closed(what, why));
+    }
+    if let Some(job) = &node.reserved.exclusive {
+        return Some(Misfit::Exclusive(job));
+    }
+    for (key, wanted) in &need.selector {
+        let is = node.inventory.labels.get(key).map(String::as_str);
+        if is != Some(wanted) {
+            return Some(Misfit::Label { key, is, wanted });
         }
     }
-    if spec.per_proc.is_zero() {
-        // Without named resources nothing says how much of a node the ranks will use: all of it.
-        return (node.jobs > 0).then(|| {
-            format!("runs {} other jobs, and this one names no resources to share it with them", node.jobs)
-        });
+    let jobs = node.reserved.jobs.len() + node.reserved.leftovers.len();
+    if need.amount.is_zero() {
+        return (jobs > 0).then_some(Misfit::Shared { jobs });
     }
-    let need = spec.per_proc.times(spec.procs_per_node);
-    let (free, total) = (node.free, node.total);
-    if (node.free_gpus.len() as u64) < u64::from(need.gpus) {
-        return Some(format!("{} of {} GPUs free, {} needed", node.free_gpus.len(), total.gpus, need.gpus));
+    let (need, free, total) = (need.amount, node.free(), node.inventory.total);
+    let free_gpus = if need.gpus == 0 { 0 } else { node.free_gpus().count() };
+    if (free_gpus as u64) < u64::from(need.gpus) {
+        return Some(Misfit::Gpus { free: free_gpus, total: total.gpus, need: need.gpus });
     }
     if free.cpu_millis < need.cpu_millis {
-        let cores = |millis: u32| f64::from(millis) / 1000.0;
-        let (free, total, need) = (cores(free.cpu_millis), cores(total.cpu_millis), cores(need.cpu_millis));
-        return Some(format!("{free} of {total} CPU cores free, {need} needed"));
+        let (free, total, need) = (free.cpu_millis, total.cpu_millis, need.cpu_millis);
+        return Some(Misfit::Cpu { free, total, need });
     }
     if free.memory_bytes < need.memory_bytes {
-        let gib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 30));
-        let (free, total, need) = (gib(free.memory_bytes), gib(total.memory_bytes), gib(need.memory_bytes));
-        return Some(format!("{free} of {total} GiB memory free, {need} needed"));
+        let (free, total, need) = (free.memory_bytes, total.memory_bytes, need.memory_bytes);
+        return Some(Misfit::Memory { free, total, need });
     }
     None
 }
 
-fn reason(spec: &JobSpec, fitting: usize, refused: usize, refusals: &[String]) -> String {
-    let mut parts = vec![format!("waiting: {fitting} of {} nodes", spec.min_nodes)];
-    parts.extend_from_slice(refusals);
-    match refused - refusals.len() {
-        0 if refused == 0 => parts.push("no other node has joined".to_owned()),
-        0 => {}
-        more => parts.push(format!("{more} more refused")),
+impl fmt::Display for Misfit<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cores = |millis: u32| f64::from(millis) / 1000.0;
+        let gib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 30));
+        match *self {
+            Self::Closed(what, "") => f.write_str(what),
+            Self::Closed(what, why) => write!(f, "{what} ({why})"),
+            Self::Exclusive(job) => {
+                write!(f, "held by job {job}, which names no resources and so has its nodes for itself")
+            }
+            Self::Label { key, is: Some(label), wanted } => {
+                write!(f, "label {key} is {label:?}, not {wanted:?}")
+            }
+            Self::Label { key, is: None, .. } => write!(f, "has no label {key}"),
+            Self::Shared { jobs } => {
+                write!(f, "runs {jobs} other jobs, and this one names no resources to share it with them")
+            }
+            Self::Gpus { free, total, need } => write!(f, "{free} of {total} GPUs free, {need} needed"),
+            Self::Cpu { free, total, need } => {
+                write!(f, "{} of {} CPU cores free, {} needed", cores(free), cores(total), cores(need))
+            }
+            Self::Memory { free, total, need } => {
+                write!(f, "{} of {} GiB memory free, {} needed", gib(free), gib(total), gib(need))
+            }
+        }
     }
-    parts.join("; ")
 }

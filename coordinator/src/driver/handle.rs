@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use muster_core::types::{GangReport, Incarnation, NodeName, Session};
+use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
 use muster_core::{Core, Input, Job, Join, Node, Refusal, Reply};
 use muster_proto::v1;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -73,7 +73,8 @@ pub(super) type NodeWatch = oneshot::Sender<(Vec<Node>, broadcast::Receiver<Arc<
 /// How handlers reach the driver.
 #[derive(Clone, Debug)]
 pub(crate) struct Handle {
-    pub(super) inbox: mpsc::Sender<Command>,
+    /// With the time at which each was heard.
+    pub(super) inbox: mpsc::Sender<(Millis, Command)>,
     pub(super) links: Links,
     pub(super) clock: Clock,
 }
@@ -93,14 +94,12 @@ impl Handle {
 
     /// Something a node says: acted on in order, never answered.
     pub async fn tell(&self, input: Input) -> Result<(), RequestError> {
-        let command = Command::FromNode(Box::new(input));
-        self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
+        self.send(Command::FromNode(Box::new(input))).await
     }
 
     /// A node's heartbeat, acknowledged on its session if that still holds its lease.
     pub async fn heartbeat(&self, node: NodeName, session: Session, seq: u64) -> Result<(), RequestError> {
-        let command = Command::Heartbeat { node, session, seq };
-        self.inbox.send(command).await.map_err(|_| RequestError::Stopping)
+        self.send(Command::Heartbeat { node, session, seq }).await
     }
 
     /// Opens a node's session; `sender` is its stream. Answered at once: what the node shall do comes on the stream when
@@ -151,7 +150,13 @@ impl Handle {
 
     async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, RequestError> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(make(reply)).await.map_err(|_| RequestError::Stopping)?;
+        self.send(make(reply)).await?;
         answer.await.map_err(|_| RequestError::Stopping)
+    }
+
+    /// The time is that at which it was heard, however long it waits: a heartbeat that came in time counts, whatever
+    /// is in front of it.
+    async fn send(&self, command: Command) -> Result<(), RequestError> {
+        self.inbox.send((self.clock.now(), command)).await.map_err(|_| RequestError::Stopping)
     }
 }

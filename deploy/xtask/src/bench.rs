@@ -20,6 +20,9 @@ fn python() -> Part {
 
 /// Sets up, then becomes the bench program.
 pub fn run(args: &[OsString]) -> Result<()> {
+    if args.first().is_some_and(|name| name == "reconnect") {
+        return reconnect(&args[1..]);
+    }
     setup::run(&cargo::deps_dir(), &Wants { libtorch: true, tools: false, digits: false })?;
     if !python().is_there(&cargo::deps_dir()) {
         bring_python().context("failed to set up the Python to compare with")?;
@@ -29,6 +32,14 @@ pub fn run(args: &[OsString]) -> Result<()> {
     let build = [&["cargo", "build", "--release"][..], &packages].concat();
     cargo::run(&mut cargo::command(&build)).context("failed to build")?;
     let bench = cargo::debug_dir().with_file_name("release").join("bench");
+    cargo::become_command(&mut Command::new(bench), args)
+}
+
+/// Control plane only: neither torch nor the trainer.
+fn reconnect(args: &[OsString]) -> Result<()> {
+    let build = ["cargo", "build", "--release", "--package", "muster-cli", "--package", "muster-reconnect"];
+    cargo::run(&mut cargo::command(&build)).context("failed to build")?;
+    let bench = cargo::debug_dir().with_file_name("release").join("reconnect");
     cargo::become_command(&mut Command::new(bench), args)
 }
 

@@ -58,7 +58,7 @@ enum Command {
     },
     /// What takes longer than a test may: the fuzzer, a minute for each decoder, and half an hour of simulation
     Nightly,
-    /// Set up a Python with torch as well (several GB), and run the benches; further arguments go to them
+    /// Set up a Python with torch as well (several GB) where a bench needs it, and run the benches; further arguments go to them
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,

@@ -61,8 +61,8 @@ pub const RESERVED_ENV: [&str; 15] = [
     "TORCHELASTIC_USE_AGENT_STORE",
 ];
 
-/// An amount of resources.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// An amount of resources. Its order has no meaning beside that there is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Resources {
     /// Whole GPUs.
     pub gpus: u32,
