@@ -320,7 +320,10 @@ impl Core {
                     self.node_gone(now, &node, NodeState::Left, &mut fx);
                 }
             }
-            Input::Stalled => self.renew_all(now),
+            Input::Stalled => {
+                self.renew_all(now);
+                self.put_off_starts(now);
+            }
             Input::Tick => {}
         }
         self.fire_timers(now, &mut fx);

@@ -2,7 +2,7 @@
 //! end of the job.
 
 use crate::bugs::{Bug, planted};
-use crate::core::Core;
+use crate::core::{Core, Timer};
 use crate::effects::Effects;
 use crate::job::{JobState, Observed, Outcome, RootCause};
 use crate::types::{
@@ -74,6 +74,18 @@ impl Core {
         self.growable.remove(id);
         fx.store_job(id);
         self.send_assignments(id, fx);
+    }
+
+    /// Nobody could say meanwhile that ranks were launched: what is due has its whole time again.
+    pub(crate) fn put_off_starts(&mut self, now: Millis) {
+        let due = self.timers.iter().take_while(|(at, _)| *at <= now);
+        let starts = due.filter(|(_, timer)| matches!(timer, Timer::StartTimeout(..)));
+        for (at, timer) in starts.cloned().collect::<Vec<_>>() {
+            let Timer::StartTimeout(id, _) = &timer else { continue };
+            let span = self.jobs.get(id).map_or(Millis(0), |job| job.spec.start_timeout);
+            self.timers.remove(&(at, timer.clone()));
+            self.timers.insert((now.plus(span), timer));
+        }
     }
 
     pub(crate) fn start_timeout(

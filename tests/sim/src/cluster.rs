@@ -98,6 +98,24 @@ impl World {
         troubled || (coordinator && (strict || slow))
     }
 
+    /// A pause of the coordinator is over, or all are.
+    pub fn resume_coordinator(&mut self, all: bool) {
+        self.coordinator.troubled = self.now;
+        let paused = self.coordinator.paused;
+        self.coordinator.paused = if all { 0 } else { paused.saturating_sub(1) };
+        if self.coordinator.paused == 0 && paused > 0 {
+            let (now, since) = (self.now, self.coordinator.paused_since);
+            if let Some(process) = &mut self.coordinator.process {
+                process.away = now - since.max(process.started);
+            }
+            self.ask(Asked::Tick);
+            for asked in std::mem::take(&mut self.coordinator.inbox) {
+                self.ask(asked);
+            }
+            self.ask(Asked::Tick);
+        }
+    }
+
     /// Whether everything has ended that was submitted, and nothing of it is left.
     pub fn is_at_rest(&self) -> bool {
         let Some(process) = &self.coordinator.process else { return false };

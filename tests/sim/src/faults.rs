@@ -259,23 +259,6 @@ impl World {
         this.cut_down = this.cut_down.saturating_sub(u32::from(down));
     }
 
-    pub fn resume_coordinator(&mut self, all: bool) {
-        self.coordinator.troubled = self.now;
-        let paused = self.coordinator.paused;
-        self.coordinator.paused = if all { 0 } else { paused.saturating_sub(1) };
-        if self.coordinator.paused == 0 && paused > 0 {
-            let (now, since) = (self.now, self.coordinator.paused_since);
-            if let Some(process) = &mut self.coordinator.process {
-                process.away = now - since.max(process.started);
-            }
-            self.ask(Asked::Tick);
-            for asked in std::mem::take(&mut self.coordinator.inbox) {
-                self.ask(asked);
-            }
-            self.ask(Asked::Tick);
-        }
-    }
-
     fn kill_daemon(&mut self, machine: usize, ms: u64) {
         self.machines[machine].restarted = self.now;
         // A daemon that is back soon has done no harm to any rank.

@@ -183,6 +183,18 @@ fn a_pause_of_the_coordinator_loses_no_node() {
 }
 
 #[test]
+fn a_pause_of_the_coordinator_fails_no_start() {
+    let mut world = World::with_nodes(&["a"]);
+    world.node("a").frozen = true;
+    let job = world.submit(spec(1, 1));
+    assert_eq!(world.state(&job), JobState::Starting);
+    world.now = world.now.plus(Millis::from_secs(3600));
+    world.input(muster_core::Input::Stalled);
+    world.input(muster_core::Input::Tick);
+    assert_eq!(world.state(&job), JobState::Starting, "{}", world.job(&job).reason);
+}
+
+#[test]
 fn a_daemon_started_anew_has_lost_its_ranks() {
     let mut world = World::with_nodes(&["a", "b"]);
     let mut restartable = spec(2, 1);
