@@ -24,6 +24,10 @@ use muster_store::{MemoryStore, RedbStore, Store};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+/// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
+/// is tried again by its machine after a second or three, and many nodes come back at once.
+const BACKLOG_MAX: u32 = 4096;
+
 /// Settings of a coordinator.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -128,9 +132,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         StoreKind::Redb => Box::new(RedbStore::open(&config.data_dir.join("store.redb"))?),
         StoreKind::Memory => Box::new(MemoryStore::default()),
     };
-    let listener = tokio::net::TcpListener::bind(config.listen)
-        .await
-        .map_err(|source| Error::Bind { address: config.listen, source })?;
+    let listener = listen(config.listen).map_err(|source| Error::Bind { address: config.listen, source })?;
     let address = listener.local_addr().map_err(|source| Error::Bind { address: config.listen, source })?;
 
     let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
@@ -152,6 +154,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     driver_task.await??;
     info!("coordinator stopped");
     served
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<tokio::net::TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    // So that a coordinator that is started again need not wait for the connections of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG_MAX)
 }
 
 fn check(config: &Config) -> Result<(), Error> {

@@ -226,7 +226,9 @@ impl World {
                 if now.since(since).0 >= waits_max {
                     self.close_session(machine);
                 } else {
-                    self.session_later(machine, Turn::Unanswered, PATIENCE);
+                    // Probes become rarer.
+                    let wait = now.since(since).0.clamp(PATIENCE, LEASE / 4);
+                    self.session_later(machine, Turn::Unanswered, wait);
                 }
             }
             (Turn::Beat, Phase::Open) => {
