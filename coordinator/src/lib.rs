@@ -28,6 +28,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::info;
 
+/// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
+/// is tried again by its machine after a second or three, and many nodes come back at once.
+const BACKLOG_MAX: u32 = 4096;
+
 /// Settings of a coordinator.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -127,7 +131,7 @@ pub enum Error {
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     check(&config)?;
     let failed = |source| Error::Bind { address: config.listen, source };
-    let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(failed)?;
+    let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     run_on(config, address, TcpIncoming::from(listener), shutdown).await
 }
@@ -169,6 +173,17 @@ where
     driver_task.await??;
     info!("coordinator stopped");
     served
+}
+
+fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    // So that a coordinator that is started again need not wait for the connections of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG_MAX)
 }
 
 fn check(config: &Config) -> Result<(), Error> {

@@ -27,8 +27,21 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,
     };
+    raise_files();
     // Its message holds its causes already.
     Ok(muster_coordinator::run(config, shutdown).await.map_err(|error| anyhow::anyhow!("{error}"))?)
+}
+
+/// Each node is an open connection, and the limit that most systems begin with is 1024 files: it may be raised to the hard
+/// one, which is meant for that.
+fn raise_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(error) = raised {
+        warn!(%error, "the limit of open files could not be raised; it bounds how many nodes can connect");
+    }
 }
 
 /// `muster worker`.

@@ -40,6 +40,9 @@ struct Options {
     /// Jobs that wait, half of them all alike and half each for a node that there is not
     #[arg(long, default_value_t = 1000)]
     waiting: usize,
+    /// Seconds over which the nodes are started
+    #[arg(long, default_value_t = 0)]
+    ramp: u64,
     /// Seconds measured before the coordinator is killed
     #[arg(long, default_value_t = 10)]
     steady: u64,
@@ -79,7 +82,12 @@ async fn bench(options: &Options, files: u64) -> Value {
 
     stats.begin(boot_now());
     for index in 0..options.nodes {
-        tokio::spawn(node::run(index, node::identity(index, &url), stats.clone()));
+        let (identity, stats) = (node::identity(index, &url, dir.path()), stats.clone());
+        let after = Duration::from_secs(options.ramp) * index as u32 / options.nodes as u32;
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            node::run(index, identity, stats).await;
+        });
     }
     let joined = until("the nodes join", || stats.welcomes() == options.nodes).await;
     say("joined", joined, &stats.summary());
@@ -131,7 +139,7 @@ async fn bench(options: &Options, files: u64) -> Value {
     let load1 = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     json!({
         "bench": "reconnect", "nodes": options.nodes, "connections": options.nodes, "gangs": gangs,
-        "waiting": options.waiting, "files_max": files, "down_s": options.down, "joined_ms": joined.0, "placed_ms": placed.0,
+        "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down, "joined_ms": joined.0, "placed_ms": placed.0,
         "queued_ms": queued.0, "steady": steady, "reconnected_ms": reconnected.0, "reconnect": reconnect,
         "a_lease_later": afterwards, "false_losses": false_losses, "nodes_lost": lost["nodes_lost"],
         "jobs_restarted": lost["jobs_restarted"], "parts_stopped": stopped, "parts_fenced": fenced,
@@ -153,7 +161,8 @@ fn spec(nodes: usize, rack: Option<usize>) -> v1::JobSpec {
 
 /// Jobs that do not fit: into the `free` nodes, or anywhere.
 fn waiting(options: &Options, free: usize) -> Vec<v1::JobSpec> {
-    let one = |index: usize| if index % 2 == 0 { spec(free + 1, None) } else { spec(1, Some(index)) };
+    let one =
+        |index: usize| if index.is_multiple_of(2) { spec(free + 1, None) } else { spec(1, Some(index)) };
     (0..options.waiting).map(one).collect()
 }
 

@@ -11,6 +11,8 @@ use muster_proto::v1::session_response::Message as Down;
 use muster_proto::{convert, v1};
 use muster_worker::load::{Event, Identity, Queues, boot_now, keep, request};
 use muster_worker_core::{Core, Effect, Input};
+use std::path::Path;
+
 use tokio::sync::mpsc;
 
 use crate::stats::Stats;
@@ -33,7 +35,9 @@ pub struct Node {
 }
 
 /// Who the node of this number is.
-pub fn identity(index: usize, coordinator: &str) -> Identity {
+///
+/// All are on this machine, which the coordinator is asked about when it is gone, and share a directory for what it tells.
+pub fn identity(index: usize, coordinator: &str, data_dir: &Path) -> Identity {
     let name = NodeName::new(format!("node-{index:05}")).expect("a valid name");
     let mut config =
         muster_worker::Config::new(vec![coordinator.to_owned()], name, std::path::PathBuf::from("unused"));
@@ -41,8 +45,12 @@ pub fn identity(index: usize, coordinator: &str) -> Identity {
     config.address = Some([10, 0, high, low].into());
     Identity {
         incarnation: format!("incarnation-{index}"),
-        boot_id: format!("boot-{index}"),
+        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
         data_id: format!("data-{index}"),
+        data_dir: data_dir.to_owned(),
         inventory: muster_core::Inventory {
             total: muster_core::types::Resources { gpus: 0, cpu_millis: 64_000, memory_bytes: 1 << 38 },
             ..muster_core::Inventory::default()

@@ -220,7 +220,8 @@ impl World {
                 let hangs =
                     self.coordinator.paused > 0 && self.coordinator.paused_since + PATIENCE <= self.now;
                 if asked_anew && hangs && self.coordinator.process.is_some() {
-                    self.daemon_input(machine, Input::CoordinatorGone { at: asked });
+                    let at = Millis(now.0 - PATIENCE);
+                    self.daemon_input(machine, Input::CoordinatorGone { at });
                 }
                 // A connection that stalls on its way does not answer probes either.
                 let stalls = self.arrivals.get(&(conn, false)).is_some_and(|until| *until > self.now);
@@ -228,7 +229,9 @@ impl World {
                 if now.since(since).0 >= waits_max {
                     self.close_session(machine);
                 } else {
-                    self.session_later(machine, Turn::Unanswered, PATIENCE);
+                    // Probes become rarer.
+                    let wait = if asked > since { LEASE / 8 + PATIENCE } else { PATIENCE };
+                    self.session_later(machine, Turn::Unanswered, wait);
                 }
             }
             (Turn::Beat, Phase::Open) => {

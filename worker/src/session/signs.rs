@@ -79,19 +79,26 @@ impl Signs {
     ) -> Result<Result<T, Status>, Status> {
         let call = tokio::time::timeout(self.answer_max(), call);
         tokio::pin!(call);
+        let mut wait = self.patience();
         loop {
-            let asked = boot_now();
-            tokio::select! {
+            // It took the connection and says nothing; or it is slow, or this one connection has stalled on its way.
+            // The probes tell these two apart.
+            let probe = async {
+                tokio::time::sleep(wait).await;
+                let asked = boot_now();
+                (asked, self.ask_anew(endpoint).await)
+            };
+            let (asked, found) = tokio::select! {
                 answer = &mut call => {
                     return answer.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"));
                 }
-                // It took the connection and says nothing; or it is slow, or this one connection has stalled on its
-                // way. The probes tell these two apart.
-                () = tokio::time::sleep(self.patience()) => match self.ask_anew(endpoint).await {
-                    Answer::Silence => self.note(Some(asked)).await,
-                    Answer::Unreachable | Answer::Words => self.note(None).await,
-                },
-            }
+                found = probe => found,
+            };
+            self.note((found == Answer::Silence).then_some(asked)).await;
+            // A sign is good for a lease. Ten thousand nodes that ask more often keep a coordinator that is merely slow
+            // from answering any of them. But it must be young enough, should this connection break, to last until there
+            // is another.
+            wait = (wait * 2).min(self.lease() / 8);
         }
     }
 
