@@ -139,7 +139,8 @@ async fn bench(options: &Options, files: u64) -> Value {
     let load1 = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     json!({
         "bench": "reconnect", "nodes": options.nodes, "connections": options.nodes, "gangs": gangs,
-        "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down, "joined_ms": joined.0, "placed_ms": placed.0,
+        "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down,
+        "joined_ms": joined.0, "placed_ms": placed.0,
         "queued_ms": queued.0, "steady": steady, "reconnected_ms": reconnected.0, "reconnect": reconnect,
         "a_lease_later": afterwards, "false_losses": false_losses, "nodes_lost": lost["nodes_lost"],
         "jobs_restarted": lost["jobs_restarted"], "parts_stopped": stopped, "parts_fenced": fenced,
