@@ -137,7 +137,8 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         let began = Instant::now();
         signs.current = index;
         let endpoint = signs.probed(endpoint);
-        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs).await {
+        let mut opened = None;
+        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs, &mut opened).await {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
             warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
@@ -146,8 +147,8 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
                 return Error::Refused(status.message().to_owned());
             }
         }
-        // A session that lasted was a success; the next attempt is quick again.
-        if began.elapsed() > BACKOFF.1 {
+        // A session that lasted was a success; the next attempt is quick again. To have waited long for one is none.
+        if opened.is_some_and(|opened: Instant| opened.elapsed() > BACKOFF.1) {
             pause = BACKOFF.0;
         }
         let jittered = rand::rng().random_range(BACKOFF.0 / 2..=pause);
@@ -180,12 +181,14 @@ pub(crate) fn times(joined: &v1::JoinResponse) -> (Millis, Millis) {
 }
 
 /// One session, from connecting to its end.
+/// `opened` says since when there is one.
 async fn once(
     identity: &Identity,
     url: &str,
     endpoint: &Endpoint,
     events: &mpsc::Sender<Event>,
     signs: &mut Signs,
+    opened: &mut Option<Instant>,
 ) -> Result<(), Failure> {
     let (mut client, joined) = join(identity, url, endpoint, signs).await?;
     let (heartbeat, lease) = times(&joined);
@@ -196,8 +199,8 @@ async fn once(
     let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
     let ends = || Failure::Session(Status::cancelled("the daemon ends"));
     let (reply, hello) = oneshot::channel();
-    let opened = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
-    events.send(opened).await.map_err(|_| ends())?;
+    let open = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
+    events.send(open).await.map_err(|_| ends())?;
     let hello = hello.await.map_err(|_| ends())?;
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
     urgent.try_send(request(Up::Hello(hello))).ok();
@@ -205,6 +208,7 @@ async fn once(
     let session = async {
         let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
         let stream = signs.watch(endpoint, stream).await??.into_inner();
+        *opened = Some(Instant::now());
         pump(stream, urgent, events, heartbeat, lease, hello_sent).await
     };
     let result = session.await;
@@ -271,6 +275,9 @@ async fn pump(
     let (mut seq, mut heard) = (0, Instant::now());
     loop {
         tokio::select! {
+            // What has come is heard before its absence is held against the coordinator: it may be this machine that
+            // was slow.
+            biased;
             message = stream.message() => {
                 heard = Instant::now();
                 let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
@@ -289,9 +296,6 @@ async fn pump(
                     events.send(Event::Heard(Box::new(message))).await.map_err(ends)?;
                 }
             }
-            () = tokio::time::sleep_until(heard + silence_max) => {
-                return Err(Status::unavailable("the coordinator says nothing"));
-            }
             _ = beat.tick() => {
                 seq += 1;
                 let at = boot_now();
@@ -300,6 +304,9 @@ async fn pump(
                     sent.push_back((seq, at));
                 }
                 sent.truncate(UNACKNOWLEDGED_MAX);
+            }
+            () = tokio::time::sleep_until(heard + silence_max) => {
+                return Err(Status::unavailable("the coordinator says nothing"));
             }
         }
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use muster_core::Refusal;
 use muster_proto::convert;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
@@ -23,6 +23,11 @@ use crate::metrics::Metrics;
 /// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
 /// cannot take all memory.
 const STREAMS_MAX: usize = 10_000;
+/// Nodes that join or open their session at once; the others wait in the order in which they came. What the nodes
+/// that are here say has the driver's inbox nearly to itself: heartbeats behind ten thousand arrivals would be
+/// answered so late that their nodes gave up, and came back to make the queue longer. Still enough of them for a
+/// group that is written for tens of milliseconds.
+const ARRIVALS_MAX: usize = 256;
 /// Messages of a stream that wait for its client.
 const STREAM_QUEUE: usize = 16;
 
@@ -39,6 +44,7 @@ pub(crate) struct Api {
     pub lease: Duration,
     pub heartbeat: Duration,
     streams: Arc<Semaphore>,
+    arrivals: Arc<Semaphore>,
 }
 
 impl Api {
@@ -49,7 +55,14 @@ impl Api {
         shutdown: CancellationToken,
     ) -> Self {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
-        Self { driver, metrics, shutdown, lease, heartbeat, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+        let streams = Arc::new(Semaphore::new(STREAMS_MAX));
+        let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
+        Self { driver, metrics, shutdown, lease, heartbeat, streams, arrivals }
+    }
+
+    /// A node's turn to arrive.
+    async fn arrival(&self) -> Result<SemaphorePermit<'_>, Status> {
+        self.arrivals.acquire().await.map_err(|_| Status::unavailable("the coordinator is shutting down"))
     }
 
     /// A place among the open streams, held until the stream ends.
