@@ -143,7 +143,8 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         let began = Instant::now();
         signs.current = index;
         let endpoint = signs.probed(endpoint);
-        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs).await {
+        let mut opened = None;
+        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs, &mut opened).await {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
             warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
@@ -152,8 +153,8 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
                 return Error::Refused(status.message().to_owned());
             }
         }
-        // A session that lasted was a success; the next attempt is quick again.
-        if began.elapsed() > BACKOFF.1 {
+        // A session that lasted was a success; the next attempt is quick again. To have waited long for one is none.
+        if opened.is_some_and(|opened: Instant| opened.elapsed() > BACKOFF.1) {
             pause = BACKOFF.0;
         }
         let jittered = rand::rng().random_range(BACKOFF.0 / 2..=pause);
@@ -185,13 +186,14 @@ pub(crate) fn times(joined: &v1::JoinResponse) -> (Millis, Millis) {
     (heartbeat, span("lease", joined.lease.as_ref(), Millis::from_secs(10)))
 }
 
-/// One session, from connecting to its end.
+/// One session, from connecting to its end. `opened` says since when there is one.
 async fn once(
     identity: &Identity,
     url: &str,
     endpoint: &Endpoint,
     events: &mpsc::Sender<Event>,
     signs: &mut Signs,
+    opened: &mut Option<Instant>,
 ) -> Result<(), Failure> {
     let (mut client, joined) = join(identity, url, endpoint, signs).await?;
     let (heartbeat, lease) = times(&joined);
@@ -202,8 +204,8 @@ async fn once(
     let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
     let ends = || Failure::Session(Status::cancelled("the daemon ends"));
     let (reply, hello) = oneshot::channel();
-    let opened = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
-    events.send(opened).await.map_err(|_| ends())?;
+    let open = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
+    events.send(open).await.map_err(|_| ends())?;
     let hello = hello.await.map_err(|_| ends())?;
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
     urgent.try_send(request(Up::Hello(hello))).ok();
@@ -216,6 +218,7 @@ async fn once(
             .send(Event::Renewed { sent: hello_sent, lease })
             .await
             .map_err(|_| Status::cancelled("the daemon ends"))?;
+        *opened = Some(Instant::now());
         pump(stream, urgent, events, heartbeat, lease).await
     };
     let result = session.await;
@@ -282,6 +285,18 @@ async fn pump(
     let (mut seq, mut heard) = (0, Instant::now());
     loop {
         tokio::select! {
+            biased;
+            _ = beat.tick() => {
+                seq += 1;
+                let at = boot_now();
+                // A queue that is full holds heartbeats enough.
+                if urgent.try_send(request(Up::Heartbeat(v1::Heartbeat { seq }))).is_ok() {
+                    sent.push_back((seq, at));
+                }
+                sent.truncate(UNACKNOWLEDGED_MAX);
+            }
+            // What has come is heard before its absence is held against the coordinator: it may be this machine that
+            // was slow.
             message = stream.message() => {
                 heard = Instant::now();
                 let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
@@ -301,15 +316,6 @@ async fn pump(
             }
             () = tokio::time::sleep_until(heard + silence_max) => {
                 return Err(Status::unavailable("the coordinator says nothing"));
-            }
-            _ = beat.tick() => {
-                seq += 1;
-                let at = boot_now();
-                // A queue that is full holds heartbeats enough.
-                if urgent.try_send(request(Up::Heartbeat(v1::Heartbeat { seq }))).is_ok() {
-                    sent.push_back((seq, at));
-                }
-                sent.truncate(UNACKNOWLEDGED_MAX);
             }
         }
     }

@@ -89,8 +89,14 @@ pub(crate) fn place<'a>(
         }
         return Err(Shortage { fitting: fitting.len(), refusals: refusals.join("; ") });
     }
-    fitting.sort_by(|a, b| (a.address, &a.name).cmp(&(b.address, &b.name)));
-    fitting.truncate(spec.max_nodes as usize);
+    let by_address = |a: &&Node, b: &&Node| (a.address, &a.name).cmp(&(b.address, &b.name));
+    let wanted = spec.max_nodes as usize;
+    // A small job in a large cluster need not have all of it sorted.
+    if wanted < fitting.len() {
+        fitting.select_nth_unstable_by(wanted, by_address);
+        fitting.truncate(wanted);
+    }
+    fitting.sort_by(by_address);
     let gpus = need.amount.gpus as usize;
     let placements = (0_u32..).zip(fitting).map(|(group_rank, node)| NodePlacement {
         node: node.name.clone(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use muster_core::Refusal;
 use muster_proto::convert;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
@@ -23,6 +23,11 @@ use crate::metrics::Metrics;
 /// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
 /// cannot take all memory.
 const STREAMS_MAX: usize = 10_000;
+/// Nodes that join or open their session at once; the others wait in the order in which they came. What the nodes
+/// that are here say has the driver's inbox nearly to itself: heartbeats behind ten thousand arrivals would be
+/// answered so late that their nodes gave up, and came back to make the queue longer. Still enough of them for a
+/// group that is written for tens of milliseconds.
+const ARRIVALS_MAX: usize = 256;
 /// Messages of a stream that wait for its client.
 const STREAM_QUEUE: usize = 16;
 
@@ -41,6 +46,7 @@ pub(crate) struct Api {
     /// The kernel's id of this boot; empty where there is none.
     pub boot_id: Arc<str>,
     streams: Arc<Semaphore>,
+    arrivals: Arc<Semaphore>,
 }
 
 impl Api {
@@ -53,15 +59,14 @@ impl Api {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let boot_id = boot_id.trim().into();
-        Self {
-            driver,
-            metrics,
-            shutdown,
-            lease,
-            heartbeat,
-            boot_id,
-            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
-        }
+        let streams = Arc::new(Semaphore::new(STREAMS_MAX));
+        let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
+        Self { driver, metrics, shutdown, lease, heartbeat, boot_id, streams, arrivals }
+    }
+
+    /// A node's turn to arrive.
+    async fn arrival(&self) -> Result<SemaphorePermit<'_>, Status> {
+        self.arrivals.acquire().await.map_err(|_| Status::unavailable("the coordinator is shutting down"))
     }
 
     /// A place among the open streams, held until the stream ends.

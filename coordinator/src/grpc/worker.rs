@@ -45,7 +45,9 @@ impl WorkerService for Api {
         let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
+        let turn = self.arrival().await?;
         self.driver.join(join).await?;
+        drop(turn);
         info!(node = %name, %address, "node joined");
         Ok(Response::new(v1::JoinResponse {
             lease: Some(convert::duration_to_wire_std(self.lease)),
@@ -72,7 +74,9 @@ impl WorkerService for Api {
         let hello = checked_hello(hello).map_err(invalid)?;
         let node = hello.node.clone();
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
+        let turn = self.arrival().await?;
         let link = self.driver.open_session(hello, sender).await?;
+        drop(turn);
         tokio::spawn(self.clone().listen(node, link, incoming));
         Ok(Response::new(Stream::new(receiver)))
     }
