@@ -6,6 +6,8 @@
 //! are refused with what to do, and the waiting group is tried again.
 
 mod handle;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::sync::Arc;

@@ -139,7 +139,8 @@ async fn bench(options: &Options, files: u64) -> Value {
     let load1 = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     json!({
         "bench": "reconnect", "nodes": options.nodes, "connections": options.nodes, "gangs": gangs,
-        "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down, "joined_ms": joined.0, "placed_ms": placed.0,
+        "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down,
+        "joined_ms": joined.0, "placed_ms": placed.0,
         "queued_ms": queued.0, "steady": steady, "reconnected_ms": reconnected.0, "reconnect": reconnect,
         "a_lease_later": afterwards, "false_losses": false_losses, "nodes_lost": lost["nodes_lost"],
         "jobs_restarted": lost["jobs_restarted"], "parts_stopped": stopped, "parts_fenced": fenced,
@@ -161,7 +162,8 @@ fn spec(nodes: usize, rack: Option<usize>) -> v1::JobSpec {
 
 /// Jobs that do not fit: into the `free` nodes, or anywhere.
 fn waiting(options: &Options, free: usize) -> Vec<v1::JobSpec> {
-    let one = |index: usize| if index % 2 == 0 { spec(free + 1, None) } else { spec(1, Some(index)) };
+    let one =
+        |index: usize| if index.is_multiple_of(2) { spec(free + 1, None) } else { spec(1, Some(index)) };
     (0..options.waiting).map(one).collect()
 }
 
