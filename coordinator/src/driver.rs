@@ -7,6 +7,8 @@
 
 mod durable;
 mod handle;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::sync::Arc;

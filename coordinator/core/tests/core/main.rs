@@ -3,4 +3,5 @@
 mod life;
 mod properties;
 mod recovery;
+mod scale;
 mod world;
