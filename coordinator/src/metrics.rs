@@ -19,8 +19,10 @@ use crate::driver::{Handle, RequestError};
 
 pub(crate) use series::{Latest, Point, Series};
 
-/// Series held in memory. Beyond it those that nobody uses go and are read again from their file when needed.
+/// Series held in memory, and the bytes of them all. Beyond it those that nobody uses go, the longest unused first, and
+/// are read again from their file when needed.
 const SERIES_MAX: usize = 1024;
+const SERIES_BYTES_MAX: usize = 1 << 30;
 
 /// Every job's series.
 #[derive(Clone, Debug)]
@@ -107,12 +109,12 @@ impl Metrics {
 }
 
 fn evict(all: &mut HashMap<JobId, Entry>) {
-    if all.len() < SERIES_MAX {
-        return;
-    }
-    // Everything in a series is in its file too, so one that nobody holds can go.
-    let idle = all.iter().filter(|(_, entry)| Arc::strong_count(&entry.series) == 1);
-    if let Some(oldest) = idle.min_by_key(|(_, entry)| entry.used).map(|(job, _)| job.clone()) {
-        all.remove(&oldest);
+    let mut bytes: usize = all.values().map(|entry| entry.series.bytes()).sum();
+    while all.len() >= SERIES_MAX || bytes >= SERIES_BYTES_MAX {
+        // Everything in a series is in its file too, so one that nobody holds can go.
+        let idle = all.iter().filter(|(_, entry)| Arc::strong_count(&entry.series) == 1);
+        let oldest = idle.min_by_key(|(_, entry)| entry.used).map(|(job, _)| job.clone());
+        let Some(gone) = oldest.and_then(|job| all.remove(&job)) else { return };
+        bytes = bytes.saturating_sub(gone.series.bytes());
     }
 }

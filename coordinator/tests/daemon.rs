@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +13,7 @@ use muster_coordinator::{Config, Error};
 use muster_proto::v1;
 use muster_proto::v1::cluster_service_client::ClusterServiceClient;
 use muster_proto::v1::job_service_client::JobServiceClient;
+use muster_proto::v1::node_service_client::NodeServiceClient;
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_proto::v1::worker_service_client::WorkerServiceClient;
@@ -269,7 +271,7 @@ async fn concurrent_submissions_are_all_durable() {
             }
         });
     let tasks: tokio::task::JoinSet<_> = submissions.collect();
-    let ids: std::collections::BTreeSet<_> = tasks.join_all().await.into_iter().collect();
+    let ids: BTreeSet<_> = tasks.join_all().await.into_iter().collect();
     assert_eq!(ids.len(), 200);
     coordinator.stop().await;
     let coordinator = Coordinator::start(dir.path()).await;
@@ -293,5 +295,85 @@ async fn only_one_coordinator_on_a_directory_and_only_on_loopback() {
     assert!(error.to_string().contains("failed to listen"), "{error}");
     let error = run(Config { listen: "0.0.0.0:0".parse().unwrap(), ..config }).await.unwrap_err();
     assert!(error.to_string().contains("--insecure"), "{error}");
+    coordinator.stop().await;
+}
+
+#[tokio::test]
+async fn a_watcher_that_is_too_slow_is_told_and_others_miss_nothing() {
+    // More than may wait for a watcher, and all that the connection holds.
+    const CHANGES: usize = 9000;
+    let dir = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::start(dir.path()).await;
+    let mut session = Session::open(&coordinator, vec![]).await.unwrap();
+    assert!(matches!(session.hear().await, Down::Welcome(_)));
+    let watch = async || {
+        let mut nodes = NodeServiceClient::new(coordinator.channel().await);
+        nodes.watch_nodes(v1::WatchNodesRequest {}).await.unwrap().into_inner()
+    };
+    let (mut slow, fast) = (watch().await, watch().await);
+    let reader = tokio::spawn(async move {
+        let changes: Vec<_> = fast.skip(1).take(CHANGES).collect().await;
+        let reasons = changes.into_iter().map(|change| change.unwrap().node.unwrap().cordon_reason);
+        reasons.collect::<BTreeSet<_>>()
+    });
+    let nodes = NodeServiceClient::new(coordinator.channel().await);
+    let reasons: BTreeSet<_> = (0..CHANGES).map(|i| format!("{i:0>1000}")).collect();
+    let mut cordons = tokio::task::JoinSet::new();
+    for reason in reasons.clone() {
+        let mut nodes = nodes.clone();
+        if cordons.len() == 64 {
+            cordons.join_next().await.unwrap().unwrap();
+        }
+        cordons.spawn(async move {
+            nodes.cordon_node(v1::CordonNodeRequest { node_name: "n1".into(), reason }).await.unwrap();
+        });
+    }
+    cordons.join_all().await;
+    assert_eq!(reader.await.unwrap(), reasons);
+    let told = loop {
+        let next = tokio::time::timeout(Duration::from_secs(10), slow.next()).await.unwrap();
+        if let Err(status) = next.unwrap() {
+            break status;
+        }
+    };
+    assert_eq!(told.code(), Code::ResourceExhausted);
+    assert!(told.message().contains("call again"), "{}", told.message());
+    coordinator.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_of_points_takes_its_time_and_goes_on_where_it_was() {
+    const POINTS: u64 = 20_000;
+    let dir = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::start(dir.path()).await;
+    let mut session = Session::open(&coordinator, vec![]).await.unwrap();
+    let mut jobs = coordinator.jobs().await;
+    let job = jobs.submit_job(submission("r1")).await.unwrap().into_inner().job.unwrap();
+    assert!(matches!(session.hear().await, Down::Welcome(_)));
+    let prepare = session.assignment().await;
+    session.say(report(&prepare, v1::ObservedPhase::Prepared, vec![])).await;
+    let run = session.assignment().await;
+    session.say(report(&run, v1::ObservedPhase::Running, vec![])).await;
+    let follow = v1::StreamMetricsRequest { job_id: job.id.clone(), follow: true, ..Default::default() };
+    let mut slow = jobs.stream_metrics(follow.clone()).await.unwrap().into_inner();
+    for first in (1..POINTS).step_by(500) {
+        session.say(points(&run, first..=first + 499)).await;
+        assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == first + 499));
+    }
+    let seq = |response: Result<v1::StreamMetricsResponse, _>| {
+        let response: v1::StreamMetricsResponse = response.unwrap();
+        (response.point.unwrap().seq, response.index)
+    };
+    let mut half = vec![];
+    while (half.len() as u64) < POINTS / 2 {
+        half.push(seq(slow.next().await.unwrap()));
+    }
+    drop(slow);
+    let after_index = half.last().unwrap().1;
+    let rest =
+        jobs.stream_metrics(v1::StreamMetricsRequest { after_index, ..follow }).await.unwrap().into_inner();
+    let rest: Vec<_> = rest.take(POINTS as usize / 2).map(seq).collect().await;
+    let seqs: Vec<u64> = half.into_iter().chain(rest).map(|(seq, _)| seq).collect();
+    assert_eq!(seqs, (1..=POINTS).collect::<Vec<_>>());
     coordinator.stop().await;
 }

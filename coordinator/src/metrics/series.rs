@@ -1,18 +1,26 @@
 //! One job's points in memory.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use muster_core::types::{Generation, Millis, Rank};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tracing::warn;
 
 use super::file::PointFile;
 
-/// Points of one job in memory, about 10 MB. When full, every second one of the older half goes: a long run
-/// keeps its whole shape, and its end in full.
+/// Points of one job in memory. When full, every second one of the older half goes: a long run keeps its whole
+/// shape, and its end in full.
 const POINTS_MAX: usize = 50_000;
+/// Bytes of one job's points in memory, for jobs that report many values: 50,000 points of one value take half of it.
+const BYTES_MAX: usize = 16 << 20;
+/// Different names of values of one job. A program that makes up names, one for each step, loses those beyond.
+const NAMES_MAX: usize = 1000;
+/// What a point takes beside its values, and a value beside its name: the nodes of the maps, and what allocation adds.
+const POINT_BYTES: usize = 128;
+const VALUE_BYTES: usize = 48;
 
 /// One report of a rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,6 +63,11 @@ struct Points {
     /// Highest seq by rank, of the newest two generations: late points of the one before still count.
     seqs: BTreeMap<(Generation, Rank), u64>,
     latest: Option<Newest>,
+    /// What `kept` takes.
+    bytes: usize,
+    names: BTreeSet<String>,
+    /// Values whose names were too many.
+    refused: u64,
 }
 
 #[derive(Debug)]
@@ -98,8 +111,9 @@ impl Series {
         let of = points.last().map(|point| (point.generation, point.rank))?;
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh: Vec<Point> = {
-            let kept = self.points();
-            points.into_iter().filter(|point| kept.is_fresh(point)).collect()
+            let mut kept = self.points();
+            let one = |point| kept.is_fresh(&point).then(|| kept.known(point));
+            points.into_iter().filter_map(one).collect()
         };
         file.write(&fresh);
         let mut kept = self.points();
@@ -135,6 +149,11 @@ impl Series {
         })
     }
 
+    /// What the points take in memory.
+    pub fn bytes(&self) -> usize {
+        self.points().bytes
+    }
+
     fn points(&self) -> MutexGuard<'_, Points> {
         self.points.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -147,17 +166,37 @@ impl Points {
         point.seq > known && point.generation.0.saturating_add(1) >= newest.0
     }
 
+    /// The point without values whose names are too many.
+    fn known(&mut self, mut point: Point) -> Point {
+        let before = point.values.len();
+        point.values.retain(|name, _| {
+            let known = self.names.contains(name);
+            if !known && self.names.len() < NAMES_MAX {
+                return self.names.insert(name.clone());
+            }
+            known
+        });
+        let refused = (before - point.values.len()) as u64;
+        if refused > 0 && self.refused == 0 {
+            warn!(rank = %point.rank, "a job reports more than {NAMES_MAX} different values; further names are dropped");
+        }
+        self.refused += refused;
+        point
+    }
+
     fn add(&mut self, point: Point) {
         if !self.is_fresh(&point) {
             return;
         }
+        let point = self.known(point);
         self.note_latest(&point);
         self.seqs.insert((point.generation, point.rank), point.seq);
         self.last_index += 1;
-        if self.kept.len() >= POINTS_MAX {
+        self.bytes += bytes(&point);
+        self.kept.push_back((self.last_index, Arc::new(point)));
+        while self.kept.len() > POINTS_MAX || self.bytes > BYTES_MAX {
             self.thin();
         }
-        self.kept.push_back((self.last_index, Arc::new(point)));
     }
 
     fn note_latest(&mut self, point: &Point) {
@@ -183,7 +222,12 @@ impl Points {
         let newer = self.kept.split_off(half);
         let older = std::mem::take(&mut self.kept);
         self.kept = older.into_iter().step_by(2).chain(newer).collect();
+        self.bytes = self.kept.iter().map(|(_, point)| bytes(point)).sum();
     }
+}
+
+fn bytes(point: &Point) -> usize {
+    POINT_BYTES + point.values.keys().map(|name| VALUE_BYTES + name.len()).sum::<usize>()
 }
 
 #[cfg(test)]
@@ -241,6 +285,40 @@ mod tests {
         assert!(kept.len() <= POINTS_MAX);
         assert!(kept.windows(2).all(|pair| pair[0].0 < pair[1].0));
         assert_eq!(kept.last().unwrap().0, POINTS_MAX as u64 * 3);
+        assert!(kept[0].1.seq < 100, "the beginning of the curve is kept");
+    }
+
+    #[test]
+    fn a_flood_of_names_is_bounded_and_costs_no_other_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let series = Series::read(dir.path().join("job.jsonl"));
+        for seq in 1..=3000 {
+            let mut point = point(1, 0, seq, 1.0 / seq as f64);
+            point.values.extend((0..63).map(|i| (format!("{:0>128}", seq * 63 + i), 1.0)));
+            series.append(vec![point]);
+            assert!(series.bytes() <= BYTES_MAX);
+        }
+        let kept = series.after(0, usize::MAX);
+        let names: BTreeSet<_> = kept.iter().flat_map(|(_, point)| point.values.keys().cloned()).collect();
+        assert!(names.len() <= NAMES_MAX, "{}", names.len());
+        assert!(
+            kept.iter().all(|(_, point)| point.values.contains_key("loss")),
+            "the loss is in every point"
+        );
+        assert_eq!(series.latest(Generation(1)), Latest { step: Some(30_000), loss: Some(1.0 / 3000.0) });
+    }
+
+    #[test]
+    fn points_with_many_values_are_bounded_by_their_bytes() {
+        let series = Series::read(PathBuf::new());
+        for seq in 1..=10_000 {
+            let mut point = point(1, 0, seq, 1.0);
+            point.values.extend((0..63).map(|i| (format!("{i:0>128}"), 1.0)));
+            series.append(vec![point]);
+        }
+        assert!((BYTES_MAX / 2..=BYTES_MAX).contains(&series.bytes()), "{}", series.bytes());
+        let kept = series.after(0, usize::MAX);
+        assert_eq!(kept.last().unwrap().1.seq, 10_000);
         assert!(kept[0].1.seq < 100, "the beginning of the curve is kept");
     }
 }

@@ -58,7 +58,7 @@ fn stages(quick: bool) -> Vec<Stage> {
         stage("test", &on("cargo test --workspace")),
         stage(
             "simulation",
-            if quick { "cargo xtask sim --seeds 1000" } else { "cargo xtask sim --seeds 20000" },
+            if quick { "cargo xtask sim --seeds 1000" } else { "cargo xtask sim --seeds 40000" },
         ),
     ]
 }

@@ -18,6 +18,9 @@ pub struct Launch {
     /// The launcher hosts the store, and rank 0 is a client like the others.
     pub agent_store: bool,
     pub interface: Option<String>,
+    /// The job and its generation, where Muster is the launcher: a rank of another one finds none of our keys, should it
+    /// come to the port that once was its own.
+    pub gang: Option<String>,
 }
 
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -43,6 +46,7 @@ pub fn launch(lookup: Lookup<'_>) -> Result<Option<Launch>, Error> {
         interface: lookup("GLOO_SOCKET_IFNAME")
             .and_then(|list| list.split(',').next().map(|name| name.trim().to_owned()))
             .filter(|name| !name.is_empty()),
+        gang: lookup("MUSTER_JOB_ID").zip(lookup("MUSTER_GENERATION")).map(|(job, of)| format!("{job}.{of}")),
     };
     let bad = |name, expected| Error::BadVariable { name, value: lookup(name).unwrap_or_default(), expected };
     if launch.world_size == 0 || i32::try_from(launch.world_size).is_err() {

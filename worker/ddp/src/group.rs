@@ -81,11 +81,10 @@ impl ProcessGroup {
         }
         .during(Operation::Rendezvous)?;
         let nth = GROUPS.fetch_add(1, Ordering::Relaxed);
-        let keys = store
-            // Not by TORCHELASTIC_RESTART_COUNT: torchrun's nodes may disagree on it, and a restart has
-            // a store of its own anyway.
-            .with_prefix(&format!("muster_ddp/group_{nth}"))
-            .during(Operation::Rendezvous)?;
+        // Not by TORCHELASTIC_RESTART_COUNT: torchrun's nodes may disagree on it.
+        let gang = launch.gang.as_deref().unwrap_or("any");
+        let keys =
+            store.with_prefix(&format!("muster_ddp/{gang}/group_{nth}")).during(Operation::Rendezvous)?;
         let (rank, size) = (launch.rank as i32, launch.world_size as i32);
         let inner = Group::new(&keys, rank, size, &device, timeout).during(Operation::Connect)?;
         Ok(Self {

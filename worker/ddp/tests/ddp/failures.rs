@@ -1,6 +1,6 @@
 //! What goes wrong becomes an error on every rank, of the right kind, in time.
 
-use crate::harness::{now, ready, report_of, run, start};
+use crate::harness::{eventually, now, ready, report_of, run, start, start_on, store};
 use crate::models::{loss, mlp, samples};
 use muster_ddp::{Ddp, Error, Options, ProcessGroup};
 use serde_json::{Value, json};
@@ -151,4 +151,17 @@ fn a_hung_peer_is_an_error_at_the_timeout() {
     assert_eq!(report["timeout"], true, "{report}");
     let seconds = report["seconds"].as_f64().unwrap();
     assert!((1.5..6.0).contains(&seconds), "{report}");
+}
+
+#[test]
+fn a_rank_of_an_earlier_generation_takes_no_part() {
+    let (soon, late) = (Duration::from_secs(3), Duration::from_secs(30));
+    let store = store(late);
+    // It has come to the store, and said there where it is, well before the others.
+    let mut earlier = start_on(&store, 1, "again", (1..2, 2), soon);
+    let own = "muster_ddp/job.1/group_0/cpu/0/1";
+    eventually("it has said where it is", || store.check(own).unwrap());
+    let mut ranks = start_on(&store, 2, "again", (0..2, 2), late);
+    assert_eq!(ranks.finish(0), ranks.finish(1));
+    assert!(!earlier.end(1).success(), "it waits for its own peers, in vain");
 }

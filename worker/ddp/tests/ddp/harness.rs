@@ -3,8 +3,11 @@
 use c10d_sys::Store;
 use muster_ddp::{Error, ProcessGroup};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CASE: &str = "MUSTER_DDP_TEST_CASE";
@@ -14,36 +17,49 @@ const DEADLINE: Duration = Duration::from_mins(2);
 
 /// The ranks of one case. Dropping it kills those that still run.
 pub struct Ranks {
-    children: Vec<Child>,
+    children: BTreeMap<usize, Child>,
     dir: tempfile::TempDir,
-    // The launcher's part: it hosts the store, so no port can be lost between choosing and binding it.
-    _store: Store,
+    _store: Arc<Store>,
 }
 
 impl Drop for Ranks {
     fn drop(&mut self) {
-        for child in &mut self.children {
+        for child in self.children.values_mut() {
             let _already_gone = child.kill();
             let _status = child.wait();
         }
     }
 }
 
+/// The launcher's part: it hosts the store, so no port can be lost between choosing and binding it.
+pub fn store(timeout: Duration) -> Arc<Store> {
+    Arc::new(Store::tcp_server("127.0.0.1", 0, 0, timeout).unwrap())
+}
+
 /// Starts `world_size` ranks of a case, with a process group timeout.
 pub fn start(case: &str, world_size: usize, timeout: Duration) -> Ranks {
-    let store = Store::tcp_server("127.0.0.1", 0, 0, timeout).unwrap();
+    start_on(&store(timeout), 1, case, (0..world_size, world_size), timeout)
+}
+
+/// Starts some ranks of a generation of a case, out of a world of so many.
+pub fn start_on(
+    store: &Arc<Store>,
+    generation: u32,
+    case: &str,
+    (ranks, world_size): (Range<usize>, usize),
+    timeout: Duration,
+) -> Ranks {
     let port = store.port().unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let children = (0..world_size)
-        .map(|rank| {
-            let mut command = child_command(case, rank, world_size, port);
-            command.env("TORCHELASTIC_USE_AGENT_STORE", "True");
-            command.env("MUSTER_TIMEOUT_SECONDS", timeout.as_secs_f64().to_string());
-            command.env(OUT, dir.path().join(format!("rank-{rank}.json")));
-            command.spawn().unwrap()
-        })
-        .collect();
-    Ranks { children, dir, _store: store }
+    let start = |rank| {
+        let mut command = child_command(case, rank, world_size, port);
+        command.env("TORCHELASTIC_USE_AGENT_STORE", "True");
+        command.env("MUSTER_JOB_ID", "job").env("MUSTER_GENERATION", generation.to_string());
+        command.env("MUSTER_TIMEOUT_SECONDS", timeout.as_secs_f64().to_string());
+        command.env(OUT, dir.path().join(format!("rank-{rank}.json")));
+        (rank, command.spawn().unwrap())
+    };
+    Ranks { children: ranks.map(start).collect(), dir, _store: store.clone() }
 }
 
 /// A command for one rank, with the torchrun environment.
@@ -72,15 +88,20 @@ pub fn run(case: &str, world_size: usize) -> Vec<Value> {
 }
 
 impl Ranks {
-    /// Waits for a rank's orderly end and returns its report.
-    pub fn finish(&mut self, rank: usize) -> Value {
-        let child = &mut self.children[rank];
+    /// Waits for a rank's end.
+    pub fn end(&mut self, rank: usize) -> ExitStatus {
+        let child = self.children.get_mut(&rank).unwrap();
         let mut status = None;
         eventually("the rank ends", || {
             status = child.try_wait().unwrap();
             status.is_some()
         });
-        let status = status.unwrap();
+        status.unwrap()
+    }
+
+    /// Waits for a rank's orderly end and returns its report.
+    pub fn finish(&mut self, rank: usize) -> Value {
+        let status = self.end(rank);
         assert!(status.success(), "rank {rank}: {status}");
         let report = std::fs::read(self.report_path(rank)).unwrap();
         serde_json::from_slice(&report).unwrap()
@@ -94,7 +115,7 @@ impl Ranks {
 
     /// SIGKILL.
     pub fn kill(&mut self, rank: usize) {
-        self.children[rank].kill().unwrap();
+        self.children.get_mut(&rank).unwrap().kill().unwrap();
     }
 
     fn report_path(&self, rank: usize) -> PathBuf {
