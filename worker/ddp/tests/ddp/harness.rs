@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 const CASE: &str = "MUSTER_DDP_TEST_CASE";
@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_mins(2);
 pub struct Ranks {
     children: BTreeMap<usize, Child>,
     dir: tempfile::TempDir,
-    _store: Arc<Store>,
+    _store: Rc<Store>,
 }
 
 impl Drop for Ranks {
@@ -32,8 +32,8 @@ impl Drop for Ranks {
 }
 
 /// The launcher's part: it hosts the store, so no port can be lost between choosing and binding it.
-pub fn store(timeout: Duration) -> Arc<Store> {
-    Arc::new(Store::tcp_server("127.0.0.1", 0, 0, timeout).unwrap())
+pub fn store(timeout: Duration) -> Rc<Store> {
+    Rc::new(Store::tcp_server("127.0.0.1", 0, 0, timeout).unwrap())
 }
 
 /// Starts `world_size` ranks of a case, with a process group timeout.
@@ -43,7 +43,7 @@ pub fn start(case: &str, world_size: usize, timeout: Duration) -> Ranks {
 
 /// Starts some ranks of a generation of a case, out of a world of so many.
 pub fn start_on(
-    store: &Arc<Store>,
+    store: &Rc<Store>,
     generation: u32,
     case: &str,
     (ranks, world_size): (Range<usize>, usize),
