@@ -37,6 +37,7 @@ fn shim_message(bytes: &[u8]) {
     again::<News>(bytes);
     again::<State>(bytes);
     again::<Record>(bytes);
+    again::<BTreeMap<String, std::net::SocketAddr>>(bytes);
 }
 
 fn shim_samples() -> Vec<Vec<u8>> {

@@ -145,8 +145,7 @@ impl World {
             return;
         }
         state.executes = false;
-        let (stderr_tail, time) = (String::new(), Millis(self.now));
-        let exit = RankExit { rank, code, signal, time, stderr_tail, out_of_memory: false, error: None };
+        let exit = exit_of(rank, code, signal, Millis(self.now));
         state.exit = Some(exit.clone());
         self.truth.stops(gang);
         self.truth.exits(gang, &exit);
@@ -238,16 +237,7 @@ impl World {
                 state.held = true;
                 continue;
             }
-            let (rank, signal, stderr_tail) = (Rank(rank), Some(9), String::new());
-            let exit = RankExit {
-                rank,
-                code: None,
-                signal,
-                time: now,
-                stderr_tail,
-                out_of_memory: false,
-                error: None,
-            };
+            let exit = exit_of(Rank(rank), None, Some(9), now);
             state.exit = Some(exit.clone());
             exits.push(exit);
         }
@@ -283,16 +273,7 @@ impl World {
         let first = shim.assignment.placement.first_rank.0;
         let mut exits = Vec::new();
         for (rank, state) in (first..).zip(&mut shim.ranks).filter(|(_, state)| state.held) {
-            let (rank, signal, stderr_tail) = (Rank(rank), Some(9), String::new());
-            let exit = RankExit {
-                rank,
-                code: None,
-                signal,
-                time: now,
-                stderr_tail,
-                out_of_memory: false,
-                error: None,
-            };
+            let exit = exit_of(Rank(rank), None, Some(9), now);
             (state.held, state.exit) = (false, Some(exit.clone()));
             exits.push(exit);
         }
@@ -378,4 +359,8 @@ impl World {
             self.daemon_input(machine, Input::Quiet(gang.clone(), ranks));
         }
     }
+}
+
+fn exit_of(rank: Rank, code: Option<i32>, signal: Option<i32>, time: Millis) -> RankExit {
+    RankExit { rank, code, signal, time, stderr_tail: String::new(), out_of_memory: false, error: None }
 }

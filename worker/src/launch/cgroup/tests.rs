@@ -11,7 +11,7 @@ use super::*;
 use crate::launch::oom::{Counts, OutOfMemory, judge};
 use crate::launch::procfs::Process;
 use crate::launch::sweep::Gang;
-use crate::launch::sweep::tests::Hopper;
+use crate::launch::sweep::tests::{Hopper, eventually};
 
 const BOUND: Duration = Duration::from_secs(20);
 
@@ -46,16 +46,6 @@ impl Drop for Scratch {
         Gang { cgroup: Some(&self.0), ..Gang::default() }.kill_all(BOUND);
         eventually("it is removed", || self.0.remove().is_ok());
     }
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    for _ in 0..2000 {
-        if holds() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{what}");
 }
 
 #[test]
