@@ -13,6 +13,11 @@ use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, P
 use crate::node::NodeState;
 use crate::types::{DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit};
 
+/// So many of them, in words.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 impl Core {
     pub(crate) fn start(&mut self, now: Millis, id: &JobId, gang: Gang, fx: &mut Effects) {
         self.dequeue(id);
@@ -21,7 +26,7 @@ impl Core {
             job.generation = Generation(job.generation.0 + 1);
         }
         job.state = JobState::Starting;
-        job.reason = format!("starting on {} nodes", gang.placements.len());
+        job.reason = format!("starting on {}", counted(gang.placements.len(), "node"));
         for placement in &gang.placements {
             if let Some(node) = self.nodes.get_mut(&placement.node) {
                 node.reserve(id, &job.spec, placement);
@@ -170,7 +175,10 @@ impl Core {
             && job.state == JobState::Starting
         {
             job.state = JobState::Running;
-            job.reason = format!("running {} ranks on {} nodes", job.world_size(), job.placements().len());
+            job.reason = {
+                let (ranks, nodes) = (job.world_size() as usize, job.placements().len());
+                format!("running {} on {}", counted(ranks, "rank"), counted(nodes, "node"))
+            };
             job.begin(now);
             self.note_growable(id);
             fx.store_job(id);
