@@ -8,12 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::connection::Connection;
 use crate::store::{Store, Waiting, shown};
-use crate::wire::Request;
 
 /// At this key every client counts itself when it connects, if it was told the size of its world.
 const JOINED_KEY: &[u8] = b"init/";
@@ -130,42 +127,6 @@ impl WaitView {
     }
 }
 
-/// What is known of a connection.
-#[derive(Debug)]
-pub(crate) struct Known {
-    pub connection: Arc<Connection>,
-    since: Duration,
-    process: Option<u32>,
-    rank: Option<u32>,
-    requests: u64,
-}
-
-impl Known {
-    pub fn new(connection: Arc<Connection>, since: Duration) -> Self {
-        Self { connection, since, process: None, rank: None, requests: 0 }
-    }
-
-    pub fn note(&mut self, request: &Request) {
-        self.requests += 1;
-        match request {
-            Request::Ping(process) if self.process.is_none() => self.process = Some(*process),
-            Request::Set(key, _) if self.rank.is_none() => self.rank = rank_in(key),
-            _ => {}
-        }
-    }
-
-    pub fn view(&self, now: Duration, wait: Option<WaitView>) -> ClientView {
-        ClientView {
-            peer: self.connection.peer,
-            process: self.process,
-            rank: self.rank,
-            connected: now.saturating_sub(self.since),
-            requests: self.requests,
-            wait,
-        }
-    }
-}
-
 /// How often a rank has joined.
 pub(crate) fn joined(store: &Store) -> u64 {
     let value = store.get(JOINED_KEY);
@@ -175,7 +136,7 @@ pub(crate) fn joined(store: &Store) -> u64 {
 /// The rank of the world group that a key is of. Gloo's ranks leave their addresses at
 /// `default_pg/0//cpu//<communicator>/<rank>` in Python, and at `muster_ddp/group_<n>/cpu/<communicator>/<rank>` in
 /// muster-ddp. The ranks of other groups are counted from 0 too and say nothing.
-fn rank_in(key: &[u8]) -> Option<u32> {
+pub(crate) fn rank_in(key: &[u8]) -> Option<u32> {
     let key = std::str::from_utf8(key).ok()?;
     let mut parts = key.split('/').filter(|part| !part.is_empty());
     match (parts.next()?, parts.next()?) {

@@ -96,6 +96,14 @@ impl Outbox {
         Ok(())
     }
 
+    /// What to send next where that is all in one piece, as most replies are.
+    pub(crate) fn slice(&self) -> Option<&[u8]> {
+        match self.pieces.front() {
+            Some(Piece::Own(bytes)) if self.pieces.len() == 1 => bytes.get(self.sent..),
+            Some(_) | None => None,
+        }
+    }
+
     /// What to send next, as slices.
     pub fn slices(&self) -> Vec<IoSlice<'_>> {
         let bytes = self.pieces.iter().take(SLICES_MAX).map(|piece| match piece {

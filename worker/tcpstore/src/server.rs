@@ -17,9 +17,8 @@ use tracing::{debug, warn};
 
 use crate::connection::{Connection, End};
 use crate::limits::{Budget, Limits};
-use crate::observe::{ClientView, Known, Snapshot, WaitView};
+use crate::observe::{ClientView, Snapshot, WaitView};
 use crate::refusal::Refusal;
-use crate::reply::Outbox;
 use crate::store::{Client, Replies, Store};
 use crate::wire::Request;
 
@@ -128,7 +127,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 struct State {
     store: Store,
-    known: HashMap<Client, Known>,
+    known: HashMap<Client, Arc<Connection>>,
 }
 
 /// What a panic left is taken as it is: every change is one call of the store's.
@@ -178,12 +177,11 @@ impl Shared {
         stream.set_nodelay(true).ok();
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE.0).with_interval(KEEPALIVE.1);
         SockRef::from(&stream).set_tcp_keepalive(&keepalive).ok();
-        let outbox = match Outbox::new(&self.budget) {
-            Ok(outbox) => outbox,
+        let (connection, read) = match Connection::new(id, peer, stream, &self.budget, self.now()) {
+            Ok(connection) => connection,
             Err(refusal) => return self.refuse(peer, &refusal.to_string()),
         };
-        let (connection, read) = Connection::new(id, peer, stream, outbox);
-        locked(&self.state).known.insert(id, Known::new(connection.clone(), self.now()));
+        locked(&self.state).known.insert(id, connection.clone());
         let ended = connection.run(&self, read).await;
         {
             let mut state = locked(&self.state);
@@ -211,17 +209,14 @@ impl Shared {
         {
             let mut state = locked(&self.state);
             let State { store, known } = &mut *state;
-            if let Some(known) = known.get_mut(&from.id) {
-                known.note(&request);
-            }
             result = store.step(self.now(), from.id, request, &mut replies);
             for (client, reply) in &replies {
                 if *client == from.id {
                     result = result.and(from.push(reply));
-                } else if let Some(known) = known.get(client)
-                    && known.connection.push(reply).is_ok()
+                } else if let Some(other) = known.get(client)
+                    && other.push(reply).is_ok()
                 {
-                    woken.push(known.connection.clone());
+                    woken.push(other.clone());
                 }
             }
         }
