@@ -47,6 +47,17 @@ impl Subject {
         Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().unwrap())), child }
     }
 
+    /// Time on a CPU since its start, in microseconds: with the clients on the same cores, what a request costs the
+    /// server itself.
+    fn cpu_us(&self) -> f64 {
+        const TICKS_PER_SECOND: f64 = 100.0;
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        // Of user and system, after the state and ten others.
+        let ticks = fields[11..13].iter().map(|field| field.parse::<f64>().unwrap()).sum::<f64>();
+        ticks * 1e6 / TICKS_PER_SECOND
+    }
+
     /// Resident memory, in MiB.
     fn mib(&self) -> f64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -123,7 +134,10 @@ fn measure(command: impl Fn() -> Command, python: &Path, root: &Path) -> BTreeMa
     }
     let subject = Subject::start(command());
     for (name, request) in REQUEST_KINDS {
+        let before = subject.cpu_us();
         note(&format!("{name}/s, 8 connections"), per_second(subject.address, request));
+        let requests = (CONNECTIONS * REQUESTS) as f64;
+        note(&format!("{name}, us of CPU"), (subject.cpu_us() - before) / requests);
     }
     measured
 }
