@@ -1,11 +1,12 @@
 //! `cargo xtask bench`: the training program beside the same in Python under torchrun, on the same libtorch,
 //! in one run, in turn. Prints JSON lines, then a table of ratios of medians. `cargo xtask bench recovery` measures
-//! how long faults take to heal instead.
+//! how long faults take to heal instead, and `cargo xtask bench store` the store at which ranks meet.
 
 #![expect(clippy::unwrap_used, reason = "a bench fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
 mod recovery;
+mod store;
 mod subject;
 
 use std::path::{Path, PathBuf};
@@ -41,9 +42,10 @@ fn main() {
     match args.first().map(String::as_str) {
         None => vision(root),
         Some("recovery") => recovery::run(root, &args[1..]),
+        Some("store") => store::run(root),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `recovery`, `reconnect` and, without a name, training"
+                "there is no bench {other}; there are `recovery`, `reconnect`, `store` and, without a name, training"
             )
         }
     }

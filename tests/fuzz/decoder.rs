@@ -22,6 +22,7 @@ fn decoders() -> impl Iterator<Item = Decoder> {
     (muster_proto::fuzz::DECODERS.into_iter())
         .chain(muster_coordinator::fuzz::DECODERS)
         .chain(muster_worker::fuzz::DECODERS)
+        .chain(muster_tcpstore::fuzz::DECODERS)
         .chain(muster_cli::fuzz::DECODERS)
 }
 

@@ -54,6 +54,15 @@ fn only_those_import_who_may() {
         let allowed = ["c10d-sys", "muster-ddp", "muster-trainer"];
         assert!(users(library).iter().all(|user| allowed.contains(user)), "{library}: {:?}", users(library));
     }
+    let store = closure(&all, "muster-tcpstore");
+    let of_ours: Vec<&String> = store.iter().filter(|name| name.starts_with("muster-")).collect();
+    // The list of its decoders is in no build that is shipped.
+    assert_eq!(
+        of_ours,
+        ["muster-decoders", "muster-tcpstore"],
+        "the store of the ranks knows nothing of Muster"
+    );
+    assert!(!store.contains("tch") && !store.contains("tonic"), "it speaks torch's protocol, without torch");
     for forbidden in ["tokio", "tonic", "prost", "muster-proto"] {
         assert!(!closure(&all, "muster-core").contains(forbidden), "the core knows no {forbidden}");
     }

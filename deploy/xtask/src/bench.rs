@@ -28,8 +28,9 @@ pub fn run(args: &[OsString]) -> Result<()> {
         bring_python().context("failed to set up the Python to compare with")?;
     }
     // What it measures is built beside it.
-    let packages = ["--package", "muster-cli", "--package", "muster-trainer", "--package", "muster-tests"];
-    let build = [&["cargo", "build", "--release"][..], &packages].concat();
+    let packages = ["muster-cli", "muster-trainer", "muster-tests", "muster-tcpstore"];
+    let packages = packages.map(|package| ["--package", package]).concat();
+    let build = [&["cargo", "build", "--release", "--bins", "--examples"][..], &packages].concat();
     cargo::run(&mut cargo::command(&build)).context("failed to build")?;
     let bench = cargo::debug_dir().with_file_name("release").join("bench");
     cargo::become_command(&mut Command::new(bench), args)

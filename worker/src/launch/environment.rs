@@ -71,8 +71,8 @@ pub(crate) fn of_rank(
     set("TORCHELASTIC_RESTART_COUNT", assignment.restart_count.to_string());
     set("TORCHELASTIC_MAX_RESTARTS", spec.max_restarts.to_string());
     set("TORCHELASTIC_RUN_ID", assignment.gang.job.to_string());
-    // Rank 0 serves the store itself.
-    set("TORCHELASTIC_USE_AGENT_STORE", "False".to_owned());
+    // The shim on the gang's first node serves the store, and rank 0 is a client of it like the others.
+    set("TORCHELASTIC_USE_AGENT_STORE", "True".to_owned());
     set("TORCHELASTIC_ERROR_FILE", paths.log_dir.join("error.json").display().to_string());
     set("MUSTER_JOB_ID", assignment.gang.job.to_string());
     set("MUSTER_GENERATION", assignment.gang.generation.to_string());

@@ -6,11 +6,12 @@
 pub(crate) mod cgroup;
 pub(crate) mod environment;
 pub(crate) mod error_file;
+mod files;
 pub(crate) mod oom;
-pub(crate) mod port;
 pub(crate) mod prepare;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod stacks;
+pub(crate) mod store;
 pub(crate) mod sweep;
 pub(crate) mod timer;

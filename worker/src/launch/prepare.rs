@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use muster_core::types::{Assignment, GangId};
 use nix::unistd::{AccessFlags, access};
 
-use super::port::MasterPort;
+use super::store::RankStore;
 
 /// What a gang needs on this node, checked and made.
 #[derive(Debug)]
@@ -16,8 +16,8 @@ pub(crate) struct Prepared {
     pub program: PathBuf,
     /// One directory per local rank.
     pub log_dirs: Vec<PathBuf>,
-    /// On the gang's first node: the port for rank 0, held for as long as this is.
-    pub master: Option<MasterPort>,
+    /// On the gang's first node: the store of its ranks, which serves for as long as this is held.
+    pub store: Option<RankStore>,
 }
 
 /// Directory of a gang's output. Every generation has its own, so nothing is ever written over.
@@ -49,7 +49,7 @@ fn launched_before(gang: &GangId) -> String {
     format!("generation {} of job {} was launched on this node before", gang.generation, gang.job)
 }
 
-/// Checks program and directory, makes the log directories and, on the first node, takes the master port. The
+/// Checks program and directory, makes the log directories and, on the first node, starts the ranks' store. The
 /// error is for the user: what is wrong on this node, and what to do.
 pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
     let spec = &assignment.spec;
@@ -72,17 +72,15 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
     if mark_of_launch(data_dir, gang).exists() {
         return Err(launched_before(gang));
     }
-    let master = (assignment.placement.group_rank == 0)
+    let store = (assignment.placement.group_rank == 0)
         .then(|| {
-            MasterPort::take(assignment.placement.address).map_err(|error| {
-                let address = assignment.placement.address;
-                format!(
-                    "no port for rank 0 could be taken on {address}: {error}; is it an address of this node?"
-                )
+            let address = assignment.placement.address;
+            RankStore::host(address).map_err(|error| {
+                format!("the ranks' store cannot serve on {address}: {error}; is it an address of this node?")
             })
         })
         .transpose()?;
-    Ok(Prepared { program, log_dirs, master })
+    Ok(Prepared { program, log_dirs, store })
 }
 
 /// Makes a directory for output.

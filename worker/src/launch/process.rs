@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::cgroup::Entrance;
+use super::files;
 use muster_core::types::Rank;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
@@ -69,6 +70,7 @@ pub(crate) fn start(
                 entrance.enter()?;
             }
             setsid()?;
+            files::as_before()?;
             set_pdeathsig(Signal::SIGKILL)?;
             // The shim may have died before the line above.
             if getppid() == shim { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }

@@ -277,6 +277,9 @@ impl Shim {
         if stop.dump_stacks && self.kill_at.is_none() {
             // They are asked to end once it is written down what they do.
             at = at.plus(DUMP_MAX);
+            if let Some(store) = self.prepared.as_ref().and_then(|prepared| prepared.store.as_ref()) {
+                store.log_waits();
+            }
             let hung = self.ranks.hung();
             self.dumping = Some(tokio::task::spawn_blocking(move || dump(&hung)));
         } else if self.dumping.is_none() {

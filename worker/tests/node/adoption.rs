@@ -1,7 +1,11 @@
 //! Ranks outlive their daemon: their shim holds them, and the next daemon goes on from where the last one was.
 
+use std::net::Ipv4Addr;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use super::telemetry::{REPORTER, connect, report};
 use super::*;
@@ -49,6 +53,22 @@ fn record(world: &World, job: &str) -> (PathBuf, serde_json::Value) {
     (path, record)
 }
 
+/// Connects to the ranks' store, and validates as torch's clients do.
+async fn client_of_store(port: u32) -> TcpStream {
+    let port = u16::try_from(port).unwrap();
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+    client.write_all(b"\x00\xce\xf7\x85\x3c").await.unwrap();
+    client
+}
+
+/// The store answers.
+async fn pings(client: &mut TcpStream) {
+    client.write_all(b"\x0dping").await.unwrap();
+    let mut answer = [0; 4];
+    client.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"ping");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_next_daemon_goes_on_where_the_last_one_was() {
     let mut world = World::start().await;
@@ -62,7 +82,11 @@ async fn the_next_daemon_goes_on_where_the_last_one_was() {
     }
     let mut rank = connect(&world, 2).await;
     report(&mut rank, 1..=3).await;
+    let store = world.coordinator.report(&gang).unwrap().master_port;
+    let mut early = client_of_store(store).await;
     world.kill_daemon().await;
+    pings(&mut early).await;
+    pings(&mut client_of_store(store).await).await;
 
     // One rank ends while nobody looks, and another reports.
     report(&mut rank, 4..=9).await;
@@ -70,7 +94,8 @@ async fn the_next_daemon_goes_on_where_the_last_one_was() {
     gone(pids[1]).await;
     let hello = world.start_daemon().await;
     assert_eq!((hello.gangs.len(), hello.gangs[0].phase()), (1, ObservedPhase::Running));
-    assert!(hello.gangs[0].master_port > 0);
+    assert_eq!(hello.gangs[0].master_port, store);
+    pings(&mut early).await;
     assert!(is_running(pids[0]) && is_running(pids[2]), "they are the same");
     eventually("the exit", || {
         let exits = world.coordinator.report(&gang).unwrap().exits;
@@ -78,7 +103,7 @@ async fn the_next_daemon_goes_on_where_the_last_one_was() {
     })
     .await;
 
-    // All end while nobody looks, and with them their shim.
+    // All end while nobody looks, and with them their shim and its store.
     let shim = only_shim(&world);
     world.kill_daemon().await;
     report(&mut rank, 10..=12).await;
@@ -87,6 +112,7 @@ async fn the_next_daemon_goes_on_where_the_last_one_was() {
         std::fs::write(world.path(&format!("done{rank}")), "").unwrap();
     }
     gone(shim).await;
+    assert!(early.read(&mut [0]).await.is_ok_and(|length| length == 0), "its store ends with it");
     let hello = world.start_daemon().await;
     assert_eq!(hello.gangs[0].phase(), ObservedPhase::Stopped, "{hello:?}");
     assert_eq!(hello.gangs[0].error, "");

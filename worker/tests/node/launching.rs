@@ -43,7 +43,7 @@ async fn ranks_get_their_place_their_gpus_and_their_files() {
             ("MASTER_ADDR", "127.0.0.1"),
             ("MASTER_PORT", &port),
             ("TORCHELASTIC_RESTART_COUNT", "2"),
-            ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+            ("TORCHELASTIC_USE_AGENT_STORE", "True"),
             ("TORCHELASTIC_ERROR_FILE", error_file.to_str().unwrap()),
             ("CUDA_VISIBLE_DEVICES", gpus),
             ("MUSTER_JOB_ID", "j1"),
@@ -118,10 +118,7 @@ async fn what_cannot_start_says_why_and_what_to_do() {
             "/no/such/dir cannot be used: No such",
         ),
         (|g| g.spec.as_mut().unwrap().working_dir = "/etc/passwd".into(), "/etc/passwd is not a directory"),
-        (
-            |g| g.placement.as_mut().unwrap().address = "192.0.2.1".into(),
-            "could be taken on 192.0.2.1: Cannot",
-        ),
+        (|g| g.placement.as_mut().unwrap().address = "192.0.2.1".into(), "cannot serve on 192.0.2.1: Cannot"),
     ];
     for (number, (change, expected)) in table.into_iter().enumerate() {
         let mut gang = gang(&world, &format!("j{number}"), "true");

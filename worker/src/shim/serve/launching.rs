@@ -12,9 +12,9 @@ use super::super::record::Order;
 use super::{Progress, Shim};
 use crate::clock::boot_now;
 use crate::launch::cgroup::{Cgroups, GangCgroup};
-use crate::launch::port::MasterPort;
 use crate::launch::prepare::{Prepared, mark_launched};
 use crate::launch::stacks;
+use crate::launch::store::RankStore;
 
 impl Shim {
     pub(super) fn prepared(&mut self, prepared: Result<Prepared, String>) {
@@ -23,7 +23,7 @@ impl Shim {
         }
         match prepared {
             Ok(prepared) => {
-                let port = prepared.master.as_ref().map(MasterPort::number);
+                let port = prepared.store.as_ref().map(RankStore::port);
                 self.record.master_port = port;
                 self.prepared = Some(prepared);
                 self.state.send_modify(|state| (state.phase, state.master_port) = (Phase::Prepared, port));
