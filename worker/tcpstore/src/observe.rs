@@ -134,14 +134,14 @@ pub(crate) fn joined(store: &Store) -> u64 {
 }
 
 /// The rank of the world group that a key is of. Gloo's ranks leave their addresses at
-/// `default_pg/0//cpu//<communicator>/<rank>` in Python, and at `muster_ddp/group_<n>/cpu/<communicator>/<rank>` in
+/// `default_pg/0//cpu//<communicator>/<rank>` in Python, and at `muster_ddp/<job>.<generation>/group_<n>/cpu/<communicator>/<rank>` in
 /// muster-ddp. The ranks of other groups are counted from 0 too and say nothing.
 pub(crate) fn rank_in(key: &[u8]) -> Option<u32> {
     let key = std::str::from_utf8(key).ok()?;
     let mut parts = key.split('/').filter(|part| !part.is_empty());
     match (parts.next()?, parts.next()?) {
         ("default_pg", "0") => {}
-        ("muster_ddp", group) if group.starts_with("group_") => {}
+        ("muster_ddp", _gang) if parts.next()?.starts_with("group_") => {}
         _ => return None,
     }
     let (kind, communicator, rank) = (parts.next()?, parts.next()?, parts.next()?);
@@ -158,7 +158,7 @@ mod tests {
         let table = [
             ("/default_pg/0//cpu//0/2", Some(2)),
             ("/default_pg/0//cpu//0/511", Some(511)),
-            ("/muster_ddp/group_0/cpu/0/3", Some(3)),
+            ("/muster_ddp/job.2/group_0/cpu/0/3", Some(3)),
             // Another group, another kind, and what only looks like it.
             ("/default_pg/0//1//cpu//0/1", None),
             ("/default_pg/0//cuda//0", None),

@@ -18,6 +18,13 @@ def client(timeout=PATIENCE):
     return dist.TCPStore("127.0.0.1", PORT, None, False, timeout, wait_for_workers=False)
 
 
+def hasty():
+    """A client that soon has enough, but takes its time to connect."""
+    hasty = client()
+    hasty.set_timeout(SHORT)
+    return hasty
+
+
 def plain(value):
     if isinstance(value, bytes):
         return value.decode("latin-1") if len(value) < 100 else [len(value), hash_of(value)]
@@ -82,9 +89,9 @@ step("num_keys", lambda: b.num_keys())
 if hasattr(a, "list_keys"):
     step("list_keys", lambda: sorted(b.list_keys(), key=str)[-7:])
 
-step("wait", lambda: [a.wait(["key", "n"]), a.wait([]), a.wait(["key"], SHORT)])
+step("wait", lambda: [a.wait(["key", "n"]), a.wait([]), a.wait(["key"], PATIENCE)])
 step("wait, late", lambda: a.wait(["never"], SHORT))
-step("get, late", lambda: client(SHORT).get("never"))
+step("get, late", lambda: hasty().get("never"))
 step("after a cancelled wait", lambda: [a.get("key"), a.check(["never"])])
 woken = in_background(lambda: b.wait(["w1", "w2", "w1"]))
 step("wake", lambda: [a.set("w1", "1"), a.add("w2", 1), woken()])
@@ -103,7 +110,7 @@ if hasattr(a, "queue_push"):
     step("queue and keys", lambda: [a.check(["q"]), a.wait(["q"]), a.num_keys() == b.num_keys()])
     step("queue_pop", lambda: [b.queue_pop("q"), a.queue_pop("q"), a.queue_len("q")])
     step("queue_pop, empty", lambda: b.queue_pop("q", False))
-    step("queue_pop, late", lambda: client(SHORT).queue_pop("q"))
+    step("queue_pop, late", lambda: hasty().queue_pop("q"))
     popped = in_background(lambda: b.queue_pop("q2"))
     step("queue_pop waits", lambda: [a.queue_push("q2", "v"), popped(), a.queue_len("q2")])
     pops = [in_background(lambda c=c: c.queue_pop("q3")) for c in others[:5]]
