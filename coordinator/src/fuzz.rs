@@ -155,7 +155,7 @@ fn submit_request(bytes: &[u8]) {
         };
         assert_eq!(again.id, job.id, "the same request makes one job");
     }
-    cluster.feed(Input::Cancel { job: job.id.to_string(), reason: String::new() });
+    cluster.feed(Input::Cancel { job: job.id.to_string(), reason: String::new(), signal: None });
     cluster.check();
 }
 
@@ -169,8 +169,9 @@ fn plan_request(bytes: &[u8]) {
 fn cancel_request(bytes: &[u8]) {
     let Some(wire) = message::<v1::CancelJobRequest>(bytes) else { return };
     let Some(reason) = accepted(jobs::checked_reason(wire.reason)) else { return };
+    let Some(signal) = convert::optional_stop_signal("stop_signal", &wire.stop_signal).ok() else { return };
     let mut cluster = Cluster::new();
-    cluster.feed(Input::Cancel { job: wire.job_id, reason });
+    cluster.feed(Input::Cancel { job: wire.job_id, reason, signal });
     cluster.check();
 }
 

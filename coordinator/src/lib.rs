@@ -133,14 +133,18 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    run_on(config, address, TcpIncoming::from(listener), shutdown).await
+    let ready = || {
+        // Nobody may be there to read it.
+        writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
+    };
+    run_on(config, TcpIncoming::from(listener), ready, shutdown).await
 }
 
-/// The same on connections that come from elsewhere; `address` is where they come in.
+/// The same on connections that come from elsewhere. `ready` is called once the state is loaded.
 pub async fn run_on<I, C>(
     config: Config,
-    address: SocketAddr,
     connections: I,
+    ready: impl FnOnce(),
     shutdown: CancellationToken,
 ) -> Result<(), Error>
 where
@@ -157,9 +161,8 @@ where
     let core_config = muster_core::Config { lease: millis(config.lease), ..muster_core::Config::default() };
     let (handle, driver) = driver::start(store, core_config, metrics.clone())?;
 
-    // Nobody may be there to read it.
-    writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
-    info!(%address, data_dir = %config.data_dir.display(), version = env!("CARGO_PKG_VERSION"), "coordinator ready");
+    ready();
+    info!(data_dir = %config.data_dir.display(), version = env!("CARGO_PKG_VERSION"), "coordinator ready");
 
     // The driver outlives the server: requests that are under way still get their answers.
     let driver_stop = CancellationToken::new();

@@ -229,6 +229,7 @@ fn sample_assignment() -> v1::Assignment {
         restart_count: 1,
         dump_stacks: true,
         stop_grace: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+        stop_signal: "SIGINT".into(),
     }
 }
 

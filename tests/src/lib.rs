@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use netns::{Cut, Netns};
-pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, trainer};
+pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.
 pub const PATIENCE: Duration = Duration::from_mins(1);

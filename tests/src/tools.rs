@@ -94,6 +94,12 @@ pub fn python() -> &'static str {
     "python3"
 }
 
+/// A Python with torch, if there is one here: `cargo xtask bench` brings one.
+pub fn torch_python() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/python/bin/python3");
+    path.is_file().then_some(path)
+}
+
 /// Says visibly that something is not tested here, and why.
 pub fn skip(what: &str, why: &str) {
     // Written to the stream itself, past the test runner's capture, so that it is seen.

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::time::Duration;
 
-use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode};
+use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode, StopSignal};
 use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
@@ -58,13 +58,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = data_dir::lock(&data_dir)?;
     let root = Path::new("/");
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(root),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
-        inventory: devices::inventory(root, visible.as_deref(), config.labels.clone()),
+        inventory: devices::here(config.labels.clone()),
         config,
     };
     let total = &identity.inventory.total;
@@ -76,6 +75,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         data_id: identity.data_id.clone(),
         boot_id: identity.boot_id.clone(),
         command: identity.config.shim.clone(),
+        attached: identity.config.attached.clone(),
         outbox: outbox.clone(),
     };
     let daemon = Daemon {
@@ -148,7 +148,11 @@ impl Daemon {
         let grace = Duration::from_millis(SHUTDOWN_GRACE_MAX);
         if !self.is_idle_within(grace, &mut session).await {
             for shim in self.shims.values() {
-                shim.tell(Command::Stop(StopMode { grace: Millis(0), dump_stacks: false }));
+                shim.tell(Command::Stop(StopMode {
+                    signal: StopSignal::default(),
+                    grace: Millis(0),
+                    dump_stacks: false,
+                }));
             }
             if !self.is_idle_within(KILLED_MAX, &mut session).await {
                 warn!("a shim does not stop its ranks; it is killed, and they with it");

@@ -21,6 +21,11 @@ pub(crate) fn inventory(root: &Path, visible: Option<&str>, labels: BTreeMap<Str
     Inventory { total, gpus, labels, hostname: hostname.unwrap_or_default(), version }
 }
 
+/// What this machine has, as far as this process may use it.
+pub(crate) fn here(labels: BTreeMap<String, String>) -> Inventory {
+    inventory(Path::new("/"), std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(), labels)
+}
+
 /// The kernel's id of this boot.
 pub(crate) fn boot_id(root: &Path) -> String {
     let id = fs::read_to_string(root.join("proc/sys/kernel/random/boot_id")).unwrap_or_default();

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use muster_core::types::{DesiredPhase, Millis, Rank, StopMode, limits};
+use muster_core::types::{DesiredPhase, Millis, Rank, StopMode, StopSignal, limits};
 use muster_decoders::Decoder;
 use muster_proto::convert;
 use muster_proto::v1::{self, session_response::Message as Down};
@@ -42,7 +42,7 @@ fn shim_message(bytes: &[u8]) {
 
 fn shim_samples() -> Vec<Vec<u8>> {
     let state = State { pid: 7, error: Some("no such program".to_owned()), ..State::default() };
-    let stop = Command::Stop(StopMode { grace: Millis(5), dump_stacks: true });
+    let stop = Command::Stop(StopMode { signal: StopSignal::SigInt, grace: Millis(5), dump_stacks: true });
     let commands = [stop, Command::Release].map(|command| serde_json::to_vec(&command));
     let news = [News::State(state.clone()), News::Points { ranks: vec![Rank(3)] }];
     let news = news.map(|news| serde_json::to_vec(&news));
@@ -162,6 +162,7 @@ fn session_samples() -> Vec<Vec<u8>> {
         group_world_size: 1,
         master_addr: "10.0.0.1".into(),
         master_port: 29_500,
+        stop_signal: "SIGINT".into(),
         restart_count: 0,
         dump_stacks: true,
         stop_grace: Some(convert::duration_to_wire(Millis(500))),

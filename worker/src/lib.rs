@@ -4,6 +4,7 @@
 //! A small pure core (`muster-worker-core`) holds what is desired against what runs; one task owns it. The ranks of
 //! each gang belong to a process of their own, its `shim`, and run on when the daemon does not.
 
+mod attached;
 mod clock;
 mod daemon;
 mod data_dir;
@@ -33,7 +34,10 @@ use std::path::PathBuf;
 
 use muster_core::types::NodeName;
 
+pub use attached::{Attached, Streams};
 pub use daemon::run;
+#[doc(hidden)]
+pub use launch::environment::SHIM_LOG;
 pub use shim::main as shim;
 
 /// Settings of a node daemon.
@@ -51,18 +55,34 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// What is run as the shim of a gang, program and arguments: something that calls [`shim`].
     pub shim: Vec<OsString>,
+    /// The ranks are those of `muster run`: they end with this process.
+    pub attached: Option<Attached>,
 }
 
 impl Config {
     /// Default settings for a node.
     pub fn new(coordinators: Vec<String>, name: NodeName, data_dir: PathBuf) -> Self {
-        Self { coordinators, name, data_dir, address: None, labels: BTreeMap::new(), shim: own_shim() }
+        Self {
+            coordinators,
+            name,
+            data_dir,
+            address: None,
+            labels: BTreeMap::new(),
+            shim: own_shim(),
+            attached: None,
+        }
     }
 }
 
 /// This very program with the argument `shim`, also when it was replaced on disk meanwhile.
 pub fn own_shim() -> Vec<OsString> {
     vec!["/proc/self/exe".into(), "shim".into()]
+}
+
+/// CPU cores and GPUs that ranks on this machine may use.
+pub fn cores_and_gpus() -> (u32, u32) {
+    let total = devices::here(BTreeMap::new()).total;
+    ((total.cpu_millis / 1000).max(1), total.gpus)
 }
 
 /// Why a node daemon could not start or had to stop.

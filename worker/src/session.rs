@@ -6,7 +6,7 @@ mod queues;
 mod signs;
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use tracing::warn;
 
 use crate::clock::boot_now;
 use crate::{Config, Error};
-use connection::{Known, connect};
+use connection::{Known, connect, is_socket};
 use queues::Prioritised;
 use signs::{Signs, is_broken, root_cause};
 
@@ -169,6 +169,9 @@ fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
     let endpoint = |url: &String| {
         let bad = |why: String| Error::Url { url: url.clone(), why };
         let endpoint = Endpoint::from_shared(url.clone()).map_err(|error| bad(error.to_string()))?;
+        if is_socket(&endpoint) {
+            return Ok((url.clone(), endpoint));
+        }
         if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
             return Err(bad("it needs http:// and a host".to_owned()));
         }
@@ -353,6 +356,9 @@ fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
 /// The address from which this machine reaches the coordinator. Connecting a UDP socket sends nothing; it asks
 /// the kernel for the route.
 async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
+    if is_socket(endpoint) {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
     let uri = endpoint.uri();
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let failed =

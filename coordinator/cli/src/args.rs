@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::run::args::RunArgs;
 use crate::units::{Bytes, KeyValue, NodeRange, Span};
 
 const EXIT_CODES: &str = "\
@@ -17,6 +18,12 @@ Exit codes:
   5    the coordinator refuses the request and says why
   6    the job was cancelled
   130  interrupted";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  muster run --standalone --nproc-per-node 4 train.py --lr 0.1
+  muster run --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-1:29400 train.py
+  alias torchrun='muster run'";
 
 const SUBMIT_EXAMPLES: &str = "\
 Examples:
@@ -79,6 +86,9 @@ pub(crate) enum Command {
     /// Hold the ranks of one gang; the node daemon starts it.
     #[command(hide = true)]
     Shim,
+    /// Run a program as torchrun does, with torchrun's command line.
+    #[command(after_help = RUN_EXAMPLES, infer_long_args = true)]
+    Run(Box<RunArgs>),
     /// Submit a job; prints its id.
     #[command(after_help = SUBMIT_EXAMPLES)]
     Submit(Box<SubmitArgs>),

@@ -33,7 +33,8 @@ impl Client {
             let endpoint = Endpoint::from_shared(url.clone())
                 .ok()
                 .filter(|endpoint| {
-                    endpoint.uri().scheme_str() == Some("http") && endpoint.uri().host().is_some()
+                    let (scheme, host) = (endpoint.uri().scheme_str(), endpoint.uri().host());
+                    url.starts_with("unix:") || (scheme == Some("http") && host.is_some())
                 })
                 .ok_or_else(|| Failure::Usage(format!("{url:?} is no URL such as http://10.0.0.1:7070")))?;
             match endpoint.connect_timeout(CONNECT_MAX).connect().await {

@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, Store, WorkerArgs};
 use crate::exit::Failure;
@@ -62,6 +63,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         address: args.address,
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
         shim: muster_worker::own_shim(),
+        attached: None,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {
@@ -75,10 +77,17 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
     }
 }
 
-/// The log of a shim, on standard error, which its daemon has pointed at a file.
+/// The log of a shim: on standard error, which its daemon has pointed at a file, or in the file that the shim of
+/// `muster run` is told of, whose standard error is the ranks'.
 pub(crate) fn start_shim_log() {
+    let file = std::env::var_os(muster_worker::SHIM_LOG)
+        .and_then(|path| std::fs::OpenOptions::new().create(true).append(true).open(path).ok());
+    let writer = match file {
+        Some(file) => BoxMakeWriter::new(std::sync::Arc::new(file)),
+        None => BoxMakeWriter::new(std::io::stderr),
+    };
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(false)
         // It would panic where standard error is a file on a disk that is full.
         .log_internal_errors(false)

@@ -122,7 +122,11 @@ pub(crate) fn verdict(job: &v1::Job) -> Result<(), Failure> {
 async fn interrupted(client: &Client, job_id: &str, options: Options) -> Failure {
     if options.cancel_on_interrupt {
         let reason = "interrupted".to_owned();
-        client.jobs().cancel_job(v1::CancelJobRequest { job_id: job_id.to_owned(), reason }).await.ok();
+        client
+            .jobs()
+            .cancel_job(v1::CancelJobRequest { job_id: job_id.to_owned(), reason, ..Default::default() })
+            .await
+            .ok();
     } else {
         eprintln!(
             "job {job_id} runs on; stop it with `muster cancel {job_id}`, follow it with `muster logs -f {job_id}`"

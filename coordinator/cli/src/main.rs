@@ -10,6 +10,7 @@ mod json;
 mod nodes;
 mod plot;
 mod progress;
+mod run;
 mod show;
 mod spec;
 mod stream;
@@ -30,7 +31,12 @@ fn main() -> ExitCode {
         daemons::start_shim_log();
         return muster_worker::shim();
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut runtime = match args.command {
+        // It shares the machine with the ranks, and has little to do.
+        Command::Run(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(anyhow::Error::from(error).context("failed to start")).report(),
     };
@@ -49,6 +55,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Coordinator(args) => daemons::coordinator(args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
         Command::Shim => Ok(()),
+        Command::Run(args) => run::run(*args).await,
         Command::Submit(args) => submit::run(*args, &global).await,
         Command::Jobs(args) => show::jobs(&args, &global).await,
         Command::Job(args) => show::job(&args, &global).await,

@@ -78,7 +78,7 @@ async fn plan(client: &Client, spec: v1::JobSpec, global: &Global) -> Result<(),
 /// `muster cancel`.
 pub(crate) async fn cancel(args: CancelArgs, global: &Global) -> Result<(), Failure> {
     let client = Client::connect(global).await?;
-    let request = v1::CancelJobRequest { job_id: args.job.job_id, reason: args.reason };
+    let request = v1::CancelJobRequest { job_id: args.job.job_id, reason: args.reason, ..Default::default() };
     let job = client.jobs().cancel_job(request).await?.into_inner().job.unwrap_or_default();
     match global.output {
         Output::Json => json::print("Job", &job)?,

@@ -12,7 +12,7 @@ use crate::job::{Job, Observed};
 use crate::lease::Hello;
 use crate::node::{Join, Node, NodeState, Reserved};
 use crate::types::{
-    GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session,
+    GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session, StopSignal,
 };
 use crate::waiting::Room;
 
@@ -93,6 +93,8 @@ pub enum Input {
         job: String,
         /// In words.
         reason: String,
+        /// Asks the ranks to end; none stands for the job's own.
+        signal: Option<StopSignal>,
     },
     /// A user takes a node out of scheduling or gives it back.
     SetCordon {
@@ -281,8 +283,8 @@ impl Core {
                 fx.reply = Some(self.submit(now, request_id, *spec, &mut fx).map(Reply::from));
             }
             Input::PlanJob(spec) => fx.reply = Some(Ok(Reply::Plan(self.plan(&spec)))),
-            Input::Cancel { job, reason } => {
-                fx.reply = Some(self.cancel(now, &job, &reason, &mut fx).map(Reply::from));
+            Input::Cancel { job, reason, signal } => {
+                fx.reply = Some(self.cancel(now, &job, &reason, signal, &mut fx).map(Reply::from));
             }
             Input::SetCordon { node, cordon } => {
                 fx.reply = Some(self.set_cordon(now, &node, cordon, &mut fx));

@@ -11,7 +11,9 @@ use crate::effects::{Effects, Refusal, ToNode};
 use crate::fault::Cause;
 use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration};
 use crate::node::NodeState;
-use crate::types::{DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit};
+use crate::types::{
+    DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit, StopSignal,
+};
 
 /// So many of them, in words.
 fn counted(count: usize, what: &str) -> String {
@@ -191,6 +193,7 @@ impl Core {
         now: Millis,
         id: &str,
         reason: &str,
+        signal: Option<StopSignal>,
         fx: &mut Effects,
     ) -> Result<&Job, Refusal> {
         let id = self.job(id)?.id.clone();
@@ -202,6 +205,7 @@ impl Core {
             match job.gang.as_mut() {
                 Some(gang) if gang.outcome != Some(Outcome::Cancel) => {
                     gang.outcome = Some(Outcome::Cancel);
+                    gang.stop_signal = signal.or(gang.stop_signal);
                     gang.desired = DesiredPhase::Stopped;
                     job.state = JobState::Stopping;
                     fx.store_job(&id);

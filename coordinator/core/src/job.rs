@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::bugs::{Bug, planted};
 use crate::types::{
     Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
-    RankProgress, RequestId,
+    RankProgress, RequestId, StopSignal,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -136,6 +136,9 @@ pub struct Gang {
     /// Time to stop in, if it is not the spec's.
     #[serde(default)]
     pub(crate) stop_grace: Option<Millis>,
+    /// Asks them to end, if it is not what the spec says: whoever cancelled the job said so.
+    #[serde(default)]
+    pub(crate) stop_signal: Option<StopSignal>,
     /// It hangs: stacks are written before it is stopped.
     #[serde(default)]
     pub(crate) dump_stacks: bool,
@@ -182,6 +185,7 @@ impl Gang {
             outcome: None,
             placed: now,
             stop_grace: None,
+            stop_signal: None,
             dump_stacks: false,
             observed,
             counts: Counts::default(),

@@ -225,6 +225,7 @@ impl crate::job::Job {
     pub(crate) fn stop_mode(&self, gang: Option<&crate::job::Gang>) -> StopMode {
         let own = gang.and_then(|gang| gang.stop_grace);
         let grace = own.unwrap_or(self.spec.stop_grace);
-        StopMode { grace, dump_stacks: gang.is_some_and(|gang| gang.dump_stacks) }
+        let signal = gang.and_then(|gang| gang.stop_signal).unwrap_or(self.spec.stop_signal);
+        StopMode { signal, grace, dump_stacks: gang.is_some_and(|gang| gang.dump_stacks) }
     }
 }

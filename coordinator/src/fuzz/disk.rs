@@ -91,7 +91,7 @@ fn run(snapshot: Snapshot) {
 pub(super) fn samples(prefix: &str) -> Vec<Vec<u8>> {
     let mut cluster = Cluster::new();
     let running = RECORDS.1.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, value)| value.clone());
-    cluster.feed(Input::Cancel { job: cluster.job.to_string(), reason: "by hand".into() });
+    cluster.feed(Input::Cancel { job: cluster.job.to_string(), reason: "by hand".into(), signal: None });
     let (node, session) = (cluster.node.clone(), cluster.session);
     cluster.feed(Input::Goodbye { node, session });
     let ended = cluster.store.load().expect("memory can be read").into_iter();

@@ -135,7 +135,11 @@ pub(super) fn plans() -> Vec<Vec<u8>> {
 }
 
 pub(super) fn cancels() -> Vec<Vec<u8>> {
-    encoded([v1::CancelJobRequest { job_id: job_id(), reason: "by hand".into() }])
+    encoded([v1::CancelJobRequest {
+        job_id: job_id(),
+        reason: "by hand".into(),
+        stop_signal: "SIGINT".into(),
+    }])
 }
 
 pub(super) fn drains() -> Vec<Vec<u8>> {

@@ -151,9 +151,11 @@ impl JobService for Api {
         &self,
         request: Request<v1::CancelJobRequest>,
     ) -> Result<Response<v1::CancelJobResponse>, Status> {
-        let v1::CancelJobRequest { job_id, reason } = request.into_inner();
+        let v1::CancelJobRequest { job_id, reason, stop_signal } = request.into_inner();
         let reason = checked_reason(reason)?;
-        let job = job_reply(self.driver.request(Input::Cancel { job: job_id, reason }).await?)?;
+        let signal = convert::optional_stop_signal("stop_signal", &stop_signal);
+        let signal = signal.map_err(|error| convert::invalid_argument(&[error]))?;
+        let job = job_reply(self.driver.request(Input::Cancel { job: job_id, reason, signal }).await?)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::CancelJobResponse { job }))
     }

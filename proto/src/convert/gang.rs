@@ -7,6 +7,7 @@ use muster_core::types::{
     ObservedPhase, Rank, RankExit, RankProgress, StopMode, limits,
 };
 
+use super::job::optional_stop_signal;
 use super::job::{spec_from_wire, spec_to_wire};
 use super::time::{duration_to_wire, millis_from_timestamp, span_from_wire, timestamp_to_wire};
 use super::{FieldError, field_error, required};
@@ -82,6 +83,7 @@ pub fn assignment_from_wire(wire: v1::Assignment) -> Result<Assignment, FieldErr
         return Err(field_error("placement.gpus", "does not hold per_proc.gpus for each process"));
     }
     let grace = span_from_wire("stop_grace", wire.stop_grace.as_ref(), spec.stop_grace)?;
+    let signal = optional_stop_signal("stop_signal", &wire.stop_signal)?.unwrap_or(spec.stop_signal);
     Ok(Assignment {
         gang: gang_id(wire.job_id, wire.generation)?,
         phase,
@@ -92,7 +94,7 @@ pub fn assignment_from_wire(wire: v1::Assignment) -> Result<Assignment, FieldErr
         master_addr: address("master_addr", &wire.master_addr)?,
         master_port: port("master_port", wire.master_port)?,
         restart_count: wire.restart_count,
-        stop: StopMode { grace: grace.min(limits::SPAN_MAX), dump_stacks: wire.dump_stacks },
+        stop: StopMode { signal, grace: grace.min(limits::SPAN_MAX), dump_stacks: wire.dump_stacks },
     })
 }
 
@@ -117,6 +119,7 @@ pub fn assignment_to_wire(assignment: &Assignment) -> v1::Assignment {
         restart_count: assignment.restart_count,
         dump_stacks: assignment.stop.dump_stacks,
         stop_grace: Some(duration_to_wire(assignment.stop.grace)),
+        stop_signal: assignment.stop.signal.name().to_owned(),
     }
 }
 

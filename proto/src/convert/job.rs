@@ -28,10 +28,11 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
             CoordinatorLoss::Run
         }
     };
-    let stop_signal = stop_signal_from_wire(&wire.stop_signal).unwrap_or_else(|error| {
+    let stop_signal = optional_stop_signal("stop_signal", &wire.stop_signal).unwrap_or_else(|error| {
         errors.push(error);
-        StopSignal::default()
+        None
     });
+    let stop_signal = stop_signal.unwrap_or_default();
     let checked = JobSpec {
         name: wire.name,
         command: wire.command,
@@ -86,16 +87,16 @@ pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
     }
 }
 
-/// A signal by its name; the default if there is none.
-fn stop_signal_from_wire(name: &str) -> Result<StopSignal, FieldError> {
+/// A signal by its name; none if it is empty.
+pub fn optional_stop_signal(field: &str, name: &str) -> Result<Option<StopSignal>, FieldError> {
     if name.is_empty() {
-        return Ok(StopSignal::default());
+        return Ok(None);
     }
     let found = StopSignal::ALL.into_iter().find(|signal| signal.name() == name);
-    found.ok_or_else(|| {
+    found.map(Some).ok_or_else(|| {
         let all = StopSignal::ALL.map(StopSignal::name).join(", ");
         let name: String = name.chars().take(32).collect();
-        field_error("stop_signal", format!("is {name:?}; use one of {all}"))
+        field_error(field, format!("is {name:?}; use one of {all}"))
     })
 }
 

@@ -11,7 +11,7 @@ pub use gang::{
     assignment_from_wire, assignment_to_wire, gang_report_from_wire, gang_report_to_wire,
     placement_from_wire, placement_to_wire, rank_exit_from_wire, rank_exit_to_wire,
 };
-pub use job::{resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire};
+pub use job::{optional_stop_signal, resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire};
 pub use status::{invalid_argument, precondition, refusal, unavailable};
 pub use time::{
     duration_to_wire, duration_to_wire_std, millis_from_timestamp, span_from_wire, timestamp_to_wire,

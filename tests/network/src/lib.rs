@@ -101,7 +101,7 @@ async fn coordinator(data_dir: PathBuf, is_dead: bool) -> turmoil::Result {
     let listener = turmoil::net::TcpListener::bind(address).await?;
     let config = muster_coordinator::Config::new(data_dir);
     let shutdown = CancellationToken::new();
-    muster_coordinator::run_on(config, address, connection::incoming(listener), shutdown).await?;
+    muster_coordinator::run_on(config, connection::incoming(listener), || (), shutdown).await?;
     Ok(())
 }
 

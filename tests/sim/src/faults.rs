@@ -35,7 +35,7 @@ impl World {
             }
             Fault::Cancel(job) => {
                 if let Some(id) = self.job(job) {
-                    let input = Input::Cancel { job: id.to_string(), reason: String::new() };
+                    let input = Input::Cancel { job: id.to_string(), reason: String::new(), signal: None };
                     self.ask(Asked::User { caller: u64::MAX, input });
                 }
             }

@@ -20,7 +20,7 @@ fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
     let (world_size, group_world_size) = (1, 1);
     let master_addr = [127, 0, 0, 1].into();
     let (master_port, restart_count) = (None, 0);
-    let stop = StopMode { grace: spec.stop_grace, dump_stacks: false };
+    let stop = StopMode { signal: spec.stop_signal, grace: spec.stop_grace, dump_stacks: false };
     let gang = gang(generation);
     Assignment {
         gang,

@@ -1,17 +1,28 @@
 //! The environment of a rank: the shim's, which is the daemon's, then torchrun's contract and MUSTER_*, then the job's.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use muster_core::types::{Assignment, Rank};
 
+use crate::attached::Attached;
+
 /// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
 /// it started where ours may not set it anew.
-const DROPPED: [&str; 6] =
-    ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "MUSTER_CHECKPOINT_DIR", SHIM_DIR];
+const DROPPED: [&str; 7] = [
+    "NOTIFY_SOCKET",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "WATCHDOG_USEC",
+    "MUSTER_CHECKPOINT_DIR",
+    SHIM_DIR,
+    SHIM_LOG,
+];
 /// Tells a shim where its state directory is.
 pub(crate) const SHIM_DIR: &str = "MUSTER_SHIM_DIR";
+/// Tells it where its log goes, if not to its standard error.
+pub const SHIM_LOG: &str = "MUSTER_SHIM_LOG";
 /// Names the gang in the environment of each of its processes, by which they are found when their shim is dead.
 pub(crate) const MARK: &str = "MUSTER_GANG";
 /// torchrun's default of --signals-to-handle.
@@ -20,10 +31,11 @@ const SIGNALS_TO_HANDLE: &str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT";
 /// Where a rank writes, and how it is found.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RankContext<'a> {
-    pub log_dir: &'a Path,
+    pub error_file: &'a Path,
     pub telemetry: &'a Path,
     /// The value of [`MARK`].
     pub mark: &'a str,
+    pub attached: Option<&'a Attached>,
 }
 
 /// Every variable of one rank. `inherited` is the daemon's environment.
@@ -73,7 +85,7 @@ pub(crate) fn of_rank(
     set("TORCHELASTIC_RUN_ID", assignment.gang.job.to_string());
     // The shim on the gang's first node serves the store, and rank 0 is a client of it like the others.
     set("TORCHELASTIC_USE_AGENT_STORE", "True".to_owned());
-    set("TORCHELASTIC_ERROR_FILE", paths.log_dir.join("error.json").display().to_string());
+    set("TORCHELASTIC_ERROR_FILE", paths.error_file.display().to_string());
     set("MUSTER_JOB_ID", assignment.gang.job.to_string());
     set("MUSTER_GENERATION", assignment.gang.generation.to_string());
     set(MARK, paths.mark.to_owned());
@@ -88,7 +100,26 @@ pub(crate) fn of_rank(
         let list: Vec<String> = mine.iter().map(ToString::to_string).collect();
         set("CUDA_VISIBLE_DEVICES", list.join(","));
     }
+    if let Some(attached) = paths.attached {
+        of_attached(attached, local_rank, &mut env);
+    }
     env
+}
+
+/// What `muster run` was told.
+fn of_attached(attached: &Attached, local_rank: u32, env: &mut BTreeMap<OsString, OsString>) {
+    env.insert("TORCHELASTIC_RUN_ID".into(), attached.run_id.clone().into());
+    env.insert("TORCHELASTIC_SIGNALS_TO_HANDLE".into(), attached.signals.clone().into());
+    env.insert("ROLE_NAME".into(), attached.role.clone().into());
+    if attached.virtual_local_rank {
+        env.insert("LOCAL_RANK".into(), "0".into());
+        let visible = env.get(OsStr::new("CUDA_VISIBLE_DEVICES")).and_then(|list| list.to_str());
+        let own = match visible {
+            Some(list) => list.split(',').nth(local_rank as usize).unwrap_or_default().to_owned(),
+            None => local_rank.to_string(),
+        };
+        env.insert("CUDA_VISIBLE_DEVICES".into(), own.into());
+    }
 }
 
 #[cfg(test)]
@@ -96,7 +127,7 @@ mod tests {
     use super::*;
     use muster_core::types::{
         DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources,
-        StopMode,
+        StopMode, StopSignal,
     };
 
     fn assignment() -> Assignment {
@@ -125,15 +156,16 @@ mod tests {
             master_addr: [10, 0, 0, 1].into(),
             master_port: Some(29500),
             restart_count: 1,
-            stop: StopMode { grace: Millis(0), dump_stacks: false },
+            stop: StopMode { signal: StopSignal::default(), grace: Millis(0), dump_stacks: false },
         }
     }
 
     fn env(local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
         let paths = RankContext {
-            log_dir: Path::new("/logs"),
+            error_file: Path::new("/logs/error.json"),
             telemetry: Path::new("/run/1.sock"),
             mark: "k3v9x2ma/2@d",
+            attached: None,
         };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();

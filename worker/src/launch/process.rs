@@ -7,11 +7,12 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::cgroup::Entrance;
 use super::files;
+use crate::attached::{Output, Sink};
 use muster_core::types::Rank;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
@@ -25,7 +26,6 @@ const STDERR_TAIL_BYTES: u64 = 2048;
 pub(crate) struct RankProcess {
     pub rank: Rank,
     pub pid: i32,
-    pub stderr: PathBuf,
 }
 
 /// What is run as each rank.
@@ -41,26 +41,32 @@ pub(crate) struct Program<'a> {
 pub(crate) fn start(
     rank: Rank,
     program: Program<'_>,
-    log_dir: &Path,
+    output: &Output,
     env: BTreeMap<OsString, OsString>,
     entrance: Option<Entrance>,
 ) -> Result<RankProcess, String> {
-    let stderr = log_dir.join("stderr.log");
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
     // what is there is never lost.
-    let open = |path: &Path| -> Result<File, String> {
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        file.map_err(|error| format!("failed to open {}: {error}", path.display()))
+    let open = |sink: &Sink| -> Result<Stdio, String> {
+        match sink {
+            Sink::File(path) => {
+                let file = OpenOptions::new().create(true).append(true).open(path);
+                Ok(file.map_err(|error| format!("failed to open {}: {error}", path.display()))?.into())
+            }
+            Sink::Inherited => Ok(Stdio::inherit()),
+            Sink::Nothing => Ok(Stdio::null()),
+        }
     };
+    let stdin = if output.reads_input { Stdio::inherit() } else { Stdio::null() };
     let mut process = Command::new(program.path);
     process
         .args(&program.command[1..])
         .env_clear()
         .envs(env)
         .current_dir(program.working_dir)
-        .stdin(Stdio::null())
-        .stdout(open(&log_dir.join("stdout.log"))?)
-        .stderr(open(&stderr)?);
+        .stdin(stdin)
+        .stdout(open(&output.stdout)?)
+        .stderr(open(&output.stderr)?);
     let shim = Pid::this();
     // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
     // allocated: each function of nix used here is a plain wrapper of its system call, and entering a group is a write.
@@ -79,7 +85,7 @@ pub(crate) fn start(
     let child = process.spawn();
     let child = child.map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
     // Whoever reaps the shim's children reaps it; dropping the handle does not touch it.
-    Ok(RankProcess { rank, pid: child.id() as i32, stderr })
+    Ok(RankProcess { rank, pid: child.id() as i32 })
 }
 
 impl RankProcess {

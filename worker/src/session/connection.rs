@@ -44,8 +44,16 @@ impl Reached {
 /// What a dialler writes down.
 pub(crate) type Notes = Arc<Mutex<Reached>>;
 
+/// Whether it is a Unix socket (`unix:/path`). tonic keeps the path to itself and shows this host in its place.
+pub(super) fn is_socket(endpoint: &Endpoint) -> bool {
+    endpoint.uri().host() == Some("tonic")
+}
+
 /// Makes a connection, one of its own for each call.
 pub(crate) async fn connect(endpoint: &Endpoint) -> (Result<Channel, Error>, Reached) {
+    if is_socket(endpoint) {
+        return (endpoint.connect().await, Reached::default());
+    }
     #[cfg(feature = "simulation")]
     if turmoil::in_simulation() {
         return through(endpoint, crate::simulation::dial).await;
@@ -155,6 +163,17 @@ mod tests {
         drop(listener);
         let (channel, reached) = connect(&endpoint).await;
         assert!(channel.is_err() && reached.refused.contains(&address), "{reached:?}");
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_a_way_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.sock");
+        let _listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let endpoint = Endpoint::from_shared(format!("unix:{}", path.display())).unwrap();
+        assert!(is_socket(&endpoint));
+        let (channel, reached) = connect(&endpoint).await;
+        assert!(channel.is_ok() && reached.peer.is_none());
     }
 
     #[test]

@@ -20,7 +20,8 @@ use tracing::{info, warn};
 use super::protocol::{Command, Lines, News, Phase, State, send};
 use super::record::{Order, Record, StateDir, is_running, kill};
 use super::told::Told;
-use crate::launch::environment::SHIM_DIR;
+use crate::attached::Attached;
+use crate::launch::environment::{SHIM_DIR, SHIM_LOG};
 use crate::launch::prepare::{gang_log_dir, make_log_dir};
 use crate::launch::sweep;
 use crate::telemetry::Outbox;
@@ -49,6 +50,7 @@ pub(crate) struct Context {
     pub boot_id: String,
     /// What is run as a shim.
     pub command: Vec<OsString>,
+    pub attached: Option<Attached>,
     pub outbox: Outbox,
 }
 
@@ -176,7 +178,8 @@ async fn connect(dir: &StateDir) -> io::Result<(Lines, OwnedWriteHalf)> {
 }
 
 async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String> {
-    let order = Order { assignment, data_dir: context.data_dir.clone(), data_id: context.data_id.clone() };
+    let (data_dir, data_id) = (context.data_dir.clone(), context.data_id.clone());
+    let order = Order { assignment, data_dir, data_id, attached: context.attached.clone() };
     let log = gang_log_dir(&order.data_dir, &order.assignment.gang).join("shim.log");
     let command = context.command.clone();
     let outbox = context.outbox.clone();
@@ -218,18 +221,20 @@ fn spawn(
     let dir = StateDir::create(&path).and_then(|dir| dir.write_order(order).map(|()| dir));
     let dir = dir.map_err(|error| format!("failed to make {}: {error}", path.display()))?;
     let failed = |error: io::Error| format!("failed to start a shim: {error}");
-    let log = OpenOptions::new().create(true).append(true).open(log_dir.join("shim.log")).map_err(failed)?;
     let Some((program, args)) = command.split_first() else {
         return Err("no command for shims is set".to_owned());
     };
-    let child = tokio::process::Command::new(program)
-        .args(args)
-        .env(SHIM_DIR, dir.path())
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().map_err(failed)?)
-        .stderr(log)
-        .spawn();
+    let mut process = tokio::process::Command::new(program);
+    process.args(args).env(SHIM_DIR, dir.path()).current_dir("/");
+    let log = log_dir.join("shim.log");
+    if order.attached.is_some() {
+        // It hands on to the ranks what this process has; what it has to say itself goes to its log.
+        process.env(SHIM_LOG, log);
+    } else {
+        let log = OpenOptions::new().create(true).append(true).open(log).map_err(failed)?;
+        process.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
+    }
+    let child = process.spawn();
     Ok((dir, child.map_err(failed)?))
 }
 

@@ -10,11 +10,12 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use super::record::Order;
+use crate::attached::Output;
 use crate::clock::unix_now;
 use crate::launch::cgroup::GangCgroup;
 use crate::launch::environment::{self, RankContext};
 use crate::launch::oom::{self, Counts, OutOfMemory};
-use crate::launch::prepare::Prepared;
+use crate::launch::prepare::{Prepared, make_log_dir};
 use crate::launch::process::{self, Program, RankProcess};
 use crate::launch::procfs::Process;
 use crate::launch::{error_file, sweep};
@@ -47,7 +48,7 @@ pub(super) struct Ranks {
 struct Running {
     process: RankProcess,
     socket: RankSocket,
-    log_dir: PathBuf,
+    output: Output,
     local_rank: u32,
     /// What the kernel had killed for want of memory before it was started.
     before: Counts,
@@ -84,7 +85,16 @@ impl Ranks {
             let local_rank = rank.0 - assignment.placement.first_rank.0;
             let socket = sockets.open(*rank, log_dir);
             let socket = socket.map_err(|error| format!("failed to make a telemetry socket: {error}"))?;
-            let context = RankContext { log_dir, telemetry: socket.path(), mark: &mark };
+            let output = order.output(local_rank, log_dir);
+            if order.attached.is_some() {
+                make_log_dir(output.error_file.parent().unwrap_or(log_dir))?;
+            }
+            let context = RankContext {
+                error_file: &output.error_file,
+                telemetry: socket.path(),
+                mark: &mark,
+                attached: order.attached.as_ref(),
+            };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
             let working_dir = assignment.spec.working_dir.as_ref().map_or(log_dir.clone(), PathBuf::from);
             let program = Program {
@@ -95,10 +105,9 @@ impl Ranks {
             let entrance = self.cgroup.as_ref().map(|group| group.entrance(local_rank)).transpose();
             let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;
             let before = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
-            let process = process::start(*rank, program, log_dir, env, entrance)?;
+            let process = process::start(*rank, program, &output, env, entrance)?;
             self.has_children = true;
-            let log_dir = log_dir.clone();
-            self.running.insert(process.pid, Running { process, socket, log_dir, local_rank, before });
+            self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }
         Ok(())
     }
@@ -112,9 +121,11 @@ impl Ranks {
 
     /// The processes of the ranks that run, and where their standard error goes.
     pub fn hung(&self) -> Vec<(Rank, i32, PathBuf)> {
-        let of =
-            |running: &Running| (running.process.rank, running.process.pid, running.process.stderr.clone());
-        self.running.values().map(of).collect()
+        let of = |running: &Running| {
+            let stderr = running.output.stderr_file()?.to_owned();
+            Some((running.process.rank, running.process.pid, stderr))
+        };
+        self.running.values().filter_map(of).collect()
     }
 
     /// Kills everything there is. What is forked meanwhile takes another time.
@@ -138,7 +149,7 @@ impl Ranks {
 
     fn ended(&mut self, pid: i32, status: WaitStatus) {
         // Other children are what ranks have left behind.
-        let Some(Running { process, socket, log_dir, local_rank, before }) = self.running.remove(&pid) else {
+        let Some(Running { process, socket, output, local_rank, before }) = self.running.remove(&pid) else {
             return;
         };
         process.signal(Signal::SIGKILL);
@@ -159,8 +170,11 @@ impl Ranks {
             // Whatever the rank reported before it ended goes ahead of the news that it ended.
             socket.drain().await;
             let words = tokio::task::spawn_blocking(move || Words {
-                stderr_tail: process::tail(&process.stderr).unwrap_or_default(),
-                error: error_file::message(&log_dir.join("error.json")),
+                stderr_tail: output
+                    .stderr_file()
+                    .and_then(|path| process::tail(path).ok())
+                    .unwrap_or_default(),
+                error: error_file::message(&output.error_file),
             });
             words.await.unwrap_or_default()
         });

@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::State;
+use crate::attached::{Attached, Output};
 use crate::launch::cgroup::GangCgroup;
 use crate::launch::procfs;
 
@@ -32,12 +33,23 @@ pub(crate) struct Order {
     pub data_dir: PathBuf,
     /// Tells this data directory's ranks from those of any other on the machine.
     pub data_id: String,
+    /// The ranks end with the daemon, and have its terminal.
+    #[serde(default)]
+    pub attached: Option<Attached>,
 }
 
 impl Order {
     /// What every process of the gang has in its environment, unless it took it out.
     pub fn mark(&self) -> String {
         format!("{}@{}", self.assignment.gang, self.data_id)
+    }
+
+    /// Where one rank writes.
+    pub fn output(&self, local_rank: u32, log_dir: &Path) -> Output {
+        match &self.attached {
+            Some(attached) => Output::attached(attached, self.assignment.gang.generation, local_rank),
+            None => Output::in_dir(log_dir),
+        }
     }
 }
 

@@ -218,8 +218,8 @@ impl Shim {
             }
             Woken::Asked => {
                 warn!("this shim was asked to end, and ends its ranks");
-                let grace = self.record.order.assignment.spec.stop_grace;
-                self.stop(StopMode { grace, dump_stacks: false });
+                let spec = &self.record.order.assignment.spec;
+                self.stop(StopMode { signal: spec.stop_signal, grace: spec.stop_grace, dump_stacks: false });
             }
             Woken::Control(Event::Connected(number)) => {
                 // One that never launched anything serves only the daemon that started it.
@@ -230,6 +230,10 @@ impl Shim {
                 if self.daemon == Some(number) {
                     self.daemon = None;
                     self.released |= !self.record.launched;
+                    // Whoever ran the command has gone, and no other will ask for these ranks.
+                    if self.record.order.attached.is_some() {
+                        self.kill_at = Some(boot_now());
+                    }
                 }
             }
             Woken::Control(Event::Said(command)) => self.follow(command),
@@ -283,14 +287,10 @@ impl Shim {
             let hung = self.ranks.hung();
             self.dumping = Some(tokio::task::spawn_blocking(move || dump(&hung)));
         } else if self.dumping.is_none() {
-            self.ranks.signal(self.stop_signal());
+            self.ranks.signal(Signal::try_from(stop.signal as i32).unwrap_or(Signal::SIGTERM));
         }
         // It may be hastened, and not put off.
         self.kill_at = Some(self.kill_at.map_or(at, |before| before.min(at)));
-    }
-
-    fn stop_signal(&self) -> Signal {
-        Signal::try_from(self.record.order.assignment.spec.stop_signal as i32).unwrap_or(Signal::SIGTERM)
     }
 
     /// Does what is due.
@@ -373,6 +373,12 @@ impl Shim {
     fn end(self) -> io::Result<()> {
         if let Some(Err(error)) = self.record.cgroup.as_ref().map(GangCgroup::remove_soon) {
             warn!(%error, "control groups are left behind");
+        }
+        if let Some(attached) = self.record.order.attached.as_ref().filter(|_| self.daemon.is_none()) {
+            // The command has gone, and nobody is left to do it.
+            let removed = std::fs::remove_dir_all(&attached.scratch);
+            return removed
+                .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) });
         }
         if self.released || !self.record.launched {
             self.dir.remove();

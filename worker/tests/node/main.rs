@@ -236,6 +236,7 @@ fn gang(world: &World, job: &str, script: &str) -> v1::Assignment {
         group_world_size: 1,
         master_addr: "127.0.0.1".into(),
         master_port: 0,
+        stop_signal: String::new(),
         restart_count: 0,
         dump_stacks: false,
         stop_grace: None,

@@ -49,6 +49,9 @@ pub enum CoordinatorLoss {
 /// How ranks are stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopMode {
+    /// Asks them to end.
+    #[serde(default)]
+    pub signal: StopSignal,
     /// Time between the stop signal and SIGKILL.
     pub grace: Millis,
     /// Whether each rank's stacks are written to its standard error first, because it hangs.

@@ -97,7 +97,9 @@ impl World {
     }
 
     pub fn cancel(&mut self, job: &str) {
-        self.input(Input::Cancel { job: job.to_owned(), reason: String::new() }).unwrap().unwrap();
+        self.input(Input::Cancel { job: job.to_owned(), reason: String::new(), signal: None })
+            .unwrap()
+            .unwrap();
     }
 
     pub fn job(&self, id: &str) -> &Job {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 
-use muster_core::types::{Assignment, Millis, Rank, StopMode};
+use muster_core::types::{Assignment, Millis, Rank, StopMode, StopSignal};
 use muster_worker_core::Fence;
 use tracing::{info, warn};
 
@@ -87,7 +87,7 @@ impl Shim {
         warn!(error = %why, "the gang cannot be launched");
         self.state.send_modify(|state| state.error = Some(why));
         self.failed = true;
-        self.stop(StopMode { grace: Millis(0), dump_stacks: false });
+        self.stop(StopMode { signal: StopSignal::default(), grace: Millis(0), dump_stacks: false });
     }
 }
 

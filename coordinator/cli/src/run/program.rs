@@ -1,0 +1,76 @@
+//! What is run as each rank.
+
+use std::path::Path;
+
+use crate::exit::Failure;
+
+use super::args::RunArgs;
+
+/// Runs a script as torchrun's --run-path does.
+const RUN_PATH: &str =
+    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')";
+
+/// The command, and a name for listings.
+pub(super) fn command(args: &RunArgs, dir: &Path) -> Result<(Vec<String>, String), Failure> {
+    let [script, rest @ ..] = args.command.as_slice() else {
+        return Err(Failure::Usage("no script is named".to_owned()));
+    };
+    if args.no_python && args.module {
+        return Err(Failure::Usage("--no-python and --module exclude each other".to_owned()));
+    }
+    let mut command = Vec::new();
+    if args.run_path {
+        command.extend([python(), "-c".to_owned(), RUN_PATH.to_owned()]);
+        command.push(dir.join(script).display().to_string());
+    } else if args.no_python {
+        command.push(script.clone());
+    } else {
+        command.extend([python(), "-u".to_owned()]);
+        if args.module {
+            command.push("-m".to_owned());
+        } else if !dir.join(script).exists() {
+            return Err(Failure::Usage(format!(
+                "there is no {script} in {}; a module needs -m, a program that is no Python script --no-python",
+                dir.display()
+            )));
+        }
+        command.push(script.clone());
+    }
+    command.extend_from_slice(rest);
+    let base = Path::new(script).file_name().map_or(script.as_str().into(), |name| name.to_string_lossy());
+    let plain = |c: char| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '_' };
+    Ok((command, base.chars().map(plain).take(64).collect()))
+}
+
+/// The interpreter: PYTHON_EXEC, or the first python or python3 of the PATH, which is that of an active environment.
+fn python() -> String {
+    if let Some(python) = std::env::var("PYTHON_EXEC").ok().filter(|python| !python.is_empty()) {
+        return python;
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has = |name: &str| std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
+    if has("python") { "python".to_owned() } else { "python3".to_owned() }
+}
+
+/// Flags that mean nothing here are not swallowed.
+pub(super) fn say_what_has_no_effect(args: &RunArgs) -> Result<(), Failure> {
+    if let Some(name) = &args.logs_specs {
+        let why = "is a Python class, which cannot be loaded here; --log-dir, --redirects and --tee say where logs go";
+        return Err(Failure::Usage(format!("--logs-specs {name} {why}")));
+    }
+    if args.event_log_handler != "null" {
+        let name = &args.event_log_handler;
+        return Err(Failure::Usage(format!(
+            "--event-log-handler {name} is a Python class, which cannot be loaded here"
+        )));
+    }
+    let given = [
+        ("--monitor-interval", args.monitor_interval.is_some(), "the end of a rank is seen at once"),
+        ("--start-method", args.start_method.is_some(), "ranks are programs of their own"),
+        ("--numa-binding", args.numa_binding.is_some(), "ranks are not bound to NUMA nodes yet"),
+    ];
+    for (flag, _, why) in given.into_iter().filter(|(_, given, _)| *given) {
+        eprintln!("muster run: {flag} has no effect here: {why}");
+    }
+    Ok(())
+}

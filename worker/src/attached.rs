@@ -1,0 +1,96 @@
+//! How the ranks of `muster run` differ from those of a daemon: they belong to whoever runs the command. They write to
+//! its terminal or where it says, as under torchrun, and end when it does.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use muster_core::types::Generation;
+use serde::{Deserialize, Serialize};
+
+/// What `muster run` says of its ranks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Removed by whoever goes last, the command or its shim. Holds the data directory, and nothing of anybody else's.
+    pub scratch: PathBuf,
+    /// Holds `attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`, n counted from 0. Absolute.
+    pub log_dir: PathBuf,
+    /// What TORCHELASTIC_RUN_ID says.
+    pub run_id: String,
+    /// What ROLE_NAME says.
+    pub role: String,
+    /// What TORCHELASTIC_SIGNALS_TO_HANDLE says.
+    pub signals: String,
+    /// Every rank has LOCAL_RANK 0 and sees one GPU.
+    pub virtual_local_rank: bool,
+    /// Standard output.
+    pub stdout: Streams,
+    /// Standard error.
+    pub stderr: Streams,
+}
+
+/// Where one stream of the local ranks goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streams {
+    /// Local ranks whose stream goes to their file.
+    pub to_file: BTreeSet<u32>,
+    /// Of the others, those whose stream goes nowhere. The rest have the command's own.
+    pub to_nothing: BTreeSet<u32>,
+}
+
+impl Attached {
+    /// The directory of one local rank's files.
+    pub fn rank_dir(&self, generation: Generation, local_rank: u32) -> PathBuf {
+        let attempt = generation.0.saturating_sub(1);
+        self.log_dir.join(format!("attempt_{attempt}")).join(local_rank.to_string())
+    }
+}
+
+/// Where one stream of one rank goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Sink {
+    File(PathBuf),
+    /// The same as this process's.
+    Inherited,
+    Nothing,
+}
+
+/// Where one rank writes.
+#[derive(Clone, Debug)]
+pub(crate) struct Output {
+    pub stdout: Sink,
+    pub stderr: Sink,
+    pub error_file: PathBuf,
+    /// Whether it may read what this process may.
+    pub reads_input: bool,
+}
+
+impl Output {
+    /// A daemon's rank writes to its log directory.
+    pub fn in_dir(log_dir: &Path) -> Self {
+        let [stdout, stderr] = ["stdout.log", "stderr.log"].map(|name| Sink::File(log_dir.join(name)));
+        Self { stdout, stderr, error_file: log_dir.join("error.json"), reads_input: false }
+    }
+
+    pub fn attached(attached: &Attached, generation: Generation, local_rank: u32) -> Self {
+        let dir = attached.rank_dir(generation, local_rank);
+        let sink = |streams: &Streams, name: &str| match local_rank {
+            rank if streams.to_file.contains(&rank) => Sink::File(dir.join(name)),
+            rank if streams.to_nothing.contains(&rank) => Sink::Nothing,
+            _ => Sink::Inherited,
+        };
+        Self {
+            stdout: sink(&attached.stdout, "stdout.log"),
+            stderr: sink(&attached.stderr, "stderr.log"),
+            error_file: dir.join("error.json"),
+            reads_input: true,
+        }
+    }
+
+    /// The file of its standard error, if it is one.
+    pub fn stderr_file(&self) -> Option<&Path> {
+        match &self.stderr {
+            Sink::File(path) => Some(path),
+            Sink::Inherited | Sink::Nothing => None,
+        }
+    }
+}
