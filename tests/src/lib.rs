@@ -7,6 +7,7 @@
 mod bed;
 mod cluster;
 mod netns;
+mod place;
 mod tools;
 
 use std::fmt::Debug;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use netns::{Cut, Netns};
+pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

@@ -1,102 +1,16 @@
 //! `muster run`: torchrun's command line, with nothing else running.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
-use muster_tests::{Outcome, binary, eventually, is_running, processes_with, skip, torch_python};
+use muster_tests::{
+    Outcome, Place, binary, eventually, files, is_running, lines, run_dir, skip, torch_python,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-
-/// A directory to run in, and one for what is temporary.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("tmp")).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// A shell script that can be run with --no-python.
-    fn script(&self, text: &str) -> String {
-        use std::os::unix::fs::PermissionsExt;
-        let path = self.path("program");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        "./program".to_owned()
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(binary("muster"));
-        command.arg("run").args(args).current_dir(self.dir.path()).env("TMPDIR", self.path("tmp"));
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Outcome {
-        let outcome = Outcome::of(&mut self.command(args));
-        self.nothing_is_left();
-        outcome
-    }
-
-    fn start(&self, args: &[&str]) -> Child {
-        self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-    }
-
-    /// No process of this place, and nothing temporary.
-    fn nothing_is_left(&self) {
-        let mark = self.dir.path().to_str().unwrap();
-        eventually("the end of all processes", || {
-            let left = processes_with(mark);
-            if left.is_empty() { Ok(()) } else { Err(left) }
-        });
-        eventually("the end of what is temporary", || {
-            let left: Vec<_> =
-                self.path("tmp").read_dir().unwrap().map(|entry| entry.unwrap().path()).collect();
-            if left.is_empty() { Ok(()) } else { Err(left) }
-        });
-    }
-}
-
-fn lines(text: &str) -> Vec<&str> {
-    let mut lines: Vec<&str> = text.lines().collect();
-    lines.sort_unstable();
-    lines
-}
-
-/// Every file below a directory, by its path from there.
-fn files(dir: &Path) -> BTreeMap<String, String> {
-    let mut found = BTreeMap::new();
-    let mut dirs = vec![dir.to_owned()];
-    while let Some(next) = dirs.pop() {
-        for entry in next.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
-            if entry.is_dir() {
-                dirs.push(entry);
-            } else {
-                let name = entry.strip_prefix(dir).unwrap().display().to_string();
-                found.insert(name, std::fs::read_to_string(entry).unwrap());
-            }
-        }
-    }
-    found
-}
-
-/// The one directory that a run has made in its --log-dir.
-fn run_dir(logs: &Path) -> PathBuf {
-    let dirs: Vec<_> = logs.read_dir().unwrap().map(|entry| entry.unwrap().path()).collect();
-    assert_eq!(dirs.len(), 1, "{dirs:?}");
-    dirs[0].clone()
-}
 
 #[test]
 fn ranks_have_the_terminal_of_the_command() {
@@ -104,7 +18,7 @@ fn ranks_have_the_terminal_of_the_command() {
     let script = place.script("echo out $RANK $LOCAL_RANK $WORLD_SIZE $*; echo err $RANK >&2; pwd");
     let outcome = place.run(&["--standalone", "--nproc-per-node", "2", "--no-python", &script, "--x", "y z"]);
     assert_eq!(outcome.code, 0, "{outcome:?}");
-    let dir = place.dir.path().canonicalize().unwrap();
+    let dir = place.path("").canonicalize().unwrap();
     let dir = dir.to_str().unwrap();
     assert_eq!(lines(&outcome.stdout), [dir, dir, "out 0 0 2 --x y z", "out 1 1 2 --x y z"]);
     assert_eq!(lines(&outcome.stderr), ["err 0", "err 1"]);
@@ -128,9 +42,11 @@ fn the_first_failure_is_reported() {
     );
     let outcome = place.run(&["--nproc-per-node", "2", "--no-python", &script]);
     assert_eq!(outcome.code, 1, "{outcome:?}");
-    for words in
-        ["ended with exit code 3: E: x", "  line 7", "first to fail: rank 1 of 2 (local rank 1, attempt 0)"]
-    {
+    for words in [
+        "ended with exit code 3: E: x",
+        "  line 7",
+        "first to fail: rank 1 of 2, here (local rank 1, attempt 0)",
+    ] {
         assert!(outcome.stderr.contains(words), "{words}: {outcome:?}");
     }
     let outcome = place.run(&["--nproc-per-node", "2", "nothing.py"]);
@@ -263,7 +179,7 @@ fn a_rank_sees_what_torchrun_would_show_it() {
                 .args(["-r", "3", "--log-dir", logs.to_str().unwrap()])
                 .args(flags)
                 .args([program, "a", "--b=c"]);
-            command.current_dir(place.dir.path()).env("PATH", &path).env_remove("OMP_NUM_THREADS");
+            command.current_dir(place.path("")).env("PATH", &path).env_remove("OMP_NUM_THREADS");
             let outcome = Outcome::of(command);
             assert_eq!(outcome.code, 0, "{outcome:?}");
             let dir = run_dir(&logs);

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::Generation;
+use muster_core::types::{Assignment, Generation};
 use serde::{Deserialize, Serialize};
 
 /// What `muster run` says of its ranks.
@@ -14,6 +14,10 @@ pub struct Attached {
     pub scratch: PathBuf,
     /// Holds `attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`, n counted from 0. Absolute.
     pub log_dir: PathBuf,
+    /// Program and arguments. What a coordinator says is not run: whoever reaches that of a run could say anything.
+    pub command: Vec<String>,
+    /// Where the ranks start. Absolute.
+    pub working_dir: String,
     /// What TORCHELASTIC_RUN_ID says.
     pub run_id: String,
     /// What ROLE_NAME says.
@@ -38,6 +42,14 @@ pub struct Streams {
 }
 
 impl Attached {
+    /// An assignment as it is carried out here.
+    pub(crate) fn own(&self, mut assignment: Assignment) -> Assignment {
+        assignment.spec.command.clone_from(&self.command);
+        assignment.spec.working_dir = Some(self.working_dir.clone());
+        assignment.spec.env.clear();
+        assignment
+    }
+
     /// The directory of one local rank's files.
     pub fn rank_dir(&self, generation: Generation, local_rank: u32) -> PathBuf {
         let attempt = generation.0.saturating_sub(1);

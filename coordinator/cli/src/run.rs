@@ -4,6 +4,7 @@
 //! kills its ranks when this process ends, however it ends.
 
 pub(crate) mod args;
+mod meeting;
 mod program;
 mod report;
 mod tee;
@@ -12,28 +13,21 @@ use std::fs::DirBuilder;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context;
-use muster_core::types::{Generation, NodeName};
+use muster_core::types::{Generation, RUN_LABEL};
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
 use muster_worker::{Attached, Streams};
-use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 
-use crate::args::{Global, Output};
-use crate::client::Client;
+use crate::client::Retries;
 use crate::exit::Failure;
 use crate::{show, submit};
 use args::{ProcsPerNode, RunArgs};
+use meeting::{Meeting, Node, Place};
 use tee::Tees;
-
-/// The daemon and the coordinator are one process, and neither can lose the other: a lease says nothing.
-const LEASE: Duration = Duration::from_hours(24);
 
 /// `muster run`.
 pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
@@ -45,21 +39,45 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
             .init();
     }
     program::say_what_has_no_effect(&args)?;
-    let mut signals = listen(&args)?;
+    let signals = listen(&args)?;
+    let meeting = Meeting::of(&args)?;
     let procs = procs_per_node(args.nproc_per_node)?;
     let run_id = if args.standalone { uuid::Uuid::new_v4().to_string() } else { args.rdzv_id.clone() };
     let scratch = Scratch::new()?;
-    let attached = attached(&args, procs, &run_id, &scratch)?;
-    let (client, _daemons) = start(&scratch, attached.clone()).await?;
-
-    let job = submit::submit(&client, run_id, spec(&args, procs)?).await?;
-    let mut tees = Tees::new(&args, attached, procs);
-    let job = follow(&client, &job.id, &mut signals, &mut tees).await?;
-    tees.finish().await;
+    let (attached, name) = attached(&args, procs, &run_id, &scratch)?;
+    let tees = Tees::new(&args, attached.clone(), procs);
+    let spec = v1::JobSpec {
+        name: name.clone(),
+        command: vec![name],
+        min_nodes: Some(args.nnodes.min),
+        max_nodes: args.nnodes.max,
+        procs_per_node: Some(procs),
+        max_restarts: Some(args.max_restarts),
+        stop_grace: Some(duration_to_wire_std(args.stop_grace.0)),
+        node_selector: [(RUN_LABEL.to_owned(), run_id.clone())].into(),
+        // Whoever serves the run was the only one to know what becomes of it.
+        on_coordinator_loss: match meeting.place {
+            Place::Coordinator => v1::CoordinatorLossPolicy::Run,
+            Place::Alone | Place::Peers(_) => v1::CoordinatorLossPolicy::Stop,
+        }
+        .into(),
+        ..v1::JobSpec::default()
+    };
+    let mut follower = Follower { signals, tees, restarting: 0, stopping: false };
+    let node = tokio::select! {
+        node = meeting.enter(&args, &run_id, &scratch, attached) => node?,
+        signal = any(&mut follower.signals) => {
+            eprintln!("muster run: {signal} before anything ran");
+            return Err(Failure::JobFailed);
+        }
+    };
+    let job = follower.follow(&node, &run_id, spec).await;
+    follower.tees.finish().await;
+    let job = node.leave(job).await?;
     if job.state() == v1::JobState::Succeeded {
         return Ok(());
     }
-    report::print(&job, tees.attached());
+    report::print(&job, &node.name, follower.tees.attached());
     Err(Failure::JobFailed)
 }
 
@@ -79,95 +97,127 @@ impl Scratch {
     }
 
     fn socket(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/coordinator", self.open.as_raw_fd()))
+        PathBuf::from(format!("/proc/self/fd/{}/socket", self.open.as_raw_fd()))
     }
 }
 
-/// Starts a coordinator and a daemon in this process. They end when the handle is dropped.
-async fn start(scratch: &Scratch, attached: Attached) -> Result<(Client, AbortOnDropHandle<()>), Failure> {
-    let dir = scratch.dir.path();
-    let socket = scratch.socket();
-    let listener =
-        UnixListener::bind(&socket).context("failed to make a socket in the temporary directory")?;
-    let coordinator = muster_coordinator::Config {
-        store: muster_coordinator::StoreKind::Memory,
-        lease: LEASE,
-        heartbeat: LEASE / 4,
-        ..muster_coordinator::Config::new(dir.join("coordinator-data"))
-    };
-    let url = format!("unix:{}", socket.display());
-    let worker = muster_worker::Config {
-        attached: Some(attached),
-        ..muster_worker::Config::new(vec![url.clone()], node_name(), dir.join("node"))
-    };
-    let serve = async move {
-        let connections = UnixListenerStream::new(listener);
-        let coordinator =
-            muster_coordinator::run_on(coordinator, connections, || (), CancellationToken::new());
-        let worker = muster_worker::run(worker, CancellationToken::new());
-        let (coordinator, worker) = tokio::join!(coordinator, worker);
-        // Neither ends by itself, unless it cannot go on.
-        let why =
-            [coordinator.err().map(|error| error.to_string()), worker.err().map(|error| error.to_string())];
-        for why in why.into_iter().flatten() {
-            eprintln!("muster run: {why}");
-        }
-    };
-    let serving = AbortOnDropHandle::new(tokio::spawn(serve));
-    let client = Client::connect(&Global { coordinator: vec![url], output: Output::Text }).await?;
-    Ok((client, serving))
+/// Shows what becomes of the job, and passes signals on.
+struct Follower {
+    signals: Vec<(nix::sys::signal::Signal, Signal)>,
+    tees: Tees,
+    /// The last generation of which it was said that it ends.
+    restarting: u32,
+    stopping: bool,
 }
 
-/// This machine's name, as far as it can be one.
-fn node_name() -> NodeName {
-    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    let named =
-        host.and_then(|host| NodeName::new(host).ok()).or_else(|| NodeName::new("localhost".to_owned()).ok());
-    named.unwrap_or_else(|| unreachable!("localhost is a name"))
-}
-
-/// Shows what becomes of the job, and passes signals on, until it has ended.
-async fn follow(
-    client: &Client,
-    job_id: &str,
-    signals: &mut [(nix::sys::signal::Signal, Signal)],
-    tees: &mut Tees,
-) -> Result<v1::Job, Failure> {
-    let request = v1::WatchJobRequest { job_id: job_id.to_owned() };
-    let mut changes = client.jobs().watch_job(request).await?.into_inner();
-    let (mut restarting, mut stopping) = (0, false);
-    loop {
-        let change = tokio::select! {
-            change = changes.message() => change?,
-            signal = any(signals) => {
-                if std::mem::replace(&mut stopping, true) {
-                    // Whoever asks twice does not want to wait. The shim kills the ranks as this process ends.
-                    return Err(Failure::JobFailed);
+impl Follower {
+    /// Submits the job, as each node of the run does, and follows it to its end.
+    async fn follow(&mut self, node: &Node, run_id: &str, spec: v1::JobSpec) -> Result<v1::Job, Failure> {
+        let submitted = async {
+            let job = submit::submit(&node.client, run_id.to_owned(), spec.clone()).await?;
+            // A coordinator that is there for longer may have had a run of this name before.
+            for again in 1.. {
+                if !show::is_terminal(&job) || node.is_own {
+                    break;
                 }
-                eprintln!("muster run: {signal}: the ranks get it too, and have their grace to end; again ends them at once");
-                let request = v1::CancelJobRequest {
-                    job_id: job_id.to_owned(),
-                    reason: format!("{signal}"),
-                    stop_signal: signal.as_str().to_owned(),
-                };
-                client.jobs().cancel_job(request).await?;
-                continue;
+                let job = submit::submit(&node.client, format!("{run_id}/{again}"), spec.clone()).await?;
+                if !show::is_terminal(&job) {
+                    return Ok(job);
+                }
+            }
+            Ok::<_, Failure>(job)
+        };
+        let job = tokio::select! {
+            job = submitted => job?,
+            () = node.broken.cancelled() => return Err(Failure::JobFailed),
+            signal = any(&mut self.signals) => {
+                eprintln!("muster run: {signal} before anything ran");
+                return Err(Failure::JobFailed);
             }
         };
-        let Some(job) = change.and_then(|change| change.job) else {
-            return Err(anyhow::anyhow!("the coordinator in this process has ended").into());
-        };
+        let late = tokio::time::sleep(node.join_timeout);
+        tokio::pin!(late);
+        let (mut retries, mut has_started) = (Retries::default(), false);
+        loop {
+            let request = v1::WatchJobRequest { job_id: job.id.clone() };
+            let mut changes = match node.client.jobs().watch_job(request).await {
+                Ok(response) => response.into_inner(),
+                Err(status) => {
+                    retries.pause(status).await?;
+                    continue;
+                }
+            };
+            let broken = loop {
+                let change = tokio::select! {
+                    change = changes.message() => change,
+                    signal = any(&mut self.signals) => {
+                        self.pass_on(signal, node, &job.id).await?;
+                        continue;
+                    }
+                    () = node.broken.cancelled() => return Err(Failure::JobFailed),
+                    () = &mut late, if !has_started => return Err(self.too_late(node, &job.id).await),
+                };
+                match change {
+                    Ok(Some(v1::WatchJobResponse { job: Some(job) })) => {
+                        retries.reset();
+                        has_started |= job.generation.unwrap_or(0) > 0;
+                        self.show(&job);
+                        if show::is_terminal(&job) {
+                            return Ok(job);
+                        }
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => break Status::unavailable("the coordinator ended the stream"),
+                    Err(status) => break status,
+                }
+            };
+            retries.pause(broken).await?;
+        }
+    }
+
+    fn show(&mut self, job: &v1::Job) {
         let generation = job.generation.unwrap_or(0);
         if matches!(job.state(), v1::JobState::Starting | v1::JobState::Running) {
-            tees.follow(Generation(generation));
+            self.tees.follow(Generation(generation));
         }
-        if job.state() == v1::JobState::Restarting && generation > restarting {
-            restarting = generation;
+        if job.state() == v1::JobState::Restarting && generation > self.restarting {
+            self.restarting = generation;
             eprintln!("muster run: {}", job.reason);
         }
-        if show::is_terminal(&job) {
-            return Ok(job);
+    }
+
+    async fn pass_on(
+        &mut self,
+        signal: nix::sys::signal::Signal,
+        node: &Node,
+        job_id: &str,
+    ) -> Result<(), Failure> {
+        if std::mem::replace(&mut self.stopping, true) {
+            // Whoever asks twice does not want to wait. The shim kills the ranks as this process ends.
+            return Err(Failure::JobFailed);
         }
+        eprintln!(
+            "muster run: {signal}: the ranks get it too, and have their grace to end; again ends them at once"
+        );
+        let request = v1::CancelJobRequest {
+            job_id: job_id.to_owned(),
+            reason: format!("{signal}"),
+            stop_signal: signal.as_str().to_owned(),
+        };
+        node.client.jobs().cancel_job(request).await?;
+        Ok(())
+    }
+
+    async fn too_late(&self, node: &Node, job_id: &str) -> Failure {
+        let request = v1::GetJobRequest { job_id: job_id.to_owned() };
+        let job =
+            node.client.jobs().get_job(request).await.ok().and_then(|response| response.into_inner().job);
+        let why = job.map(|job| job.reason).unwrap_or_default();
+        eprintln!(
+            "muster run: not all nodes came within {} s (join_timeout): {why}",
+            node.join_timeout.as_secs()
+        );
+        Failure::JobFailed
     }
 }
 
@@ -205,26 +255,17 @@ fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
     }
 }
 
-fn spec(args: &RunArgs, procs: u32) -> Result<v1::JobSpec, Failure> {
+/// What the ranks run and where they write, and a name for it.
+fn attached(
+    args: &RunArgs,
+    procs: u32,
+    run_id: &str,
+    scratch: &Scratch,
+) -> Result<(Attached, String), Failure> {
     let dir = std::env::current_dir().context("this shell's directory is gone")?;
     let working_dir =
         dir.to_str().ok_or_else(|| Failure::Usage(format!("{} is not UTF-8", dir.display())))?.to_owned();
     let (command, name) = program::command(args, &dir)?;
-    Ok(v1::JobSpec {
-        name,
-        command,
-        working_dir,
-        min_nodes: Some(args.nnodes.min),
-        max_nodes: args.nnodes.max,
-        procs_per_node: Some(procs),
-        max_restarts: Some(args.max_restarts),
-        stop_grace: Some(duration_to_wire_std(args.stop_grace.0)),
-        ..v1::JobSpec::default()
-    })
-}
-
-/// Where the ranks write.
-fn attached(args: &RunArgs, procs: u32, run_id: &str, scratch: &Scratch) -> Result<Attached, Failure> {
     let no_logs = args.log_dir.as_deref() == Some(Path::new("/dev/null"));
     let log_dir = match &args.log_dir {
         Some(dir) if !no_logs => {
@@ -245,14 +286,17 @@ fn attached(args: &RunArgs, procs: u32, run_id: &str, scratch: &Scratch) -> Resu
         let to_nothing = rest.into_iter().filter(|rank| !shown(*rank)).collect();
         Streams { to_file: to_file.into_iter().collect(), to_nothing }
     };
-    Ok(Attached {
+    let attached = Attached {
         scratch: scratch.dir.path().to_owned(),
         log_dir,
+        command,
+        working_dir,
         run_id: run_id.to_owned(),
         role: args.role.clone(),
         signals: args.signals_to_handle.text.clone(),
         virtual_local_rank: args.virtual_local_rank,
         stdout: streams(1),
         stderr: streams(2),
-    })
+    };
+    Ok((attached, name))
 }

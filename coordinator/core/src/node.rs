@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
 use crate::types::{
-    GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, Resources, Session,
+    GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, RUN_RANK_LABEL, Resources, Session,
 };
 
 /// One GPU.
@@ -149,6 +149,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// Its place among the nodes of its `muster run`, if it was given one.
+    pub(crate) fn place_in_run(&self) -> Option<u32> {
+        self.inventory.labels.get(RUN_RANK_LABEL)?.parse().ok()
+    }
+
     pub(crate) fn new(join: Join, now: Millis) -> Self {
         Self {
             name: join.name,

@@ -2,13 +2,13 @@
 //!
 //! Goals, in order: a gang is placed whole or not at all; no device has two owners; the answer depends only
 //! on the arguments; whoever waits is told what for. Ranks are ordered by node address, then name: rank 0's
-//! node first, ranks contiguous on each node.
+//! node first, ranks contiguous on each node. Nodes of a `muster run` that were given their places have those.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::node::{Node, NodeState};
-use crate::types::{JobId, JobSpec, NodePlacement, Rank, Resources};
+use crate::types::{JobId, JobSpec, NodePlacement, RUN_LABEL, Rank, Resources};
 
 /// Refusals spelled out in a reason; the rest are counted, so that a reason stays a sentence.
 const REFUSALS_SHOWN_MAX: usize = 3;
@@ -89,7 +89,9 @@ pub(crate) fn place<'a>(
         }
         return Err(Shortage { fitting: fitting.len(), refusals: refusals.join("; ") });
     }
-    let by_address = |a: &&Node, b: &&Node| (a.address, &a.name).cmp(&(b.address, &b.name));
+    let by_address = |a: &&Node, b: &&Node| {
+        (a.place_in_run(), a.address, &a.name).cmp(&(b.place_in_run(), b.address, &b.name))
+    };
     let wanted = spec.max_nodes as usize;
     // A small job in a large cluster need not have all of it sorted.
     if wanted < fitting.len() {
@@ -158,6 +160,11 @@ fn misfit<'a>(need: &'a Need, node: &'a Node) -> Option<Misfit<'a>> {
     ];
     if let Some((what, why)) = closed.into_iter().find_map(|(what, why)| Some((what, why?))) {
         return Some(Misfit::Closed(what, why));
+    }
+    if let Some(run) = node.inventory.labels.get(RUN_LABEL)
+        && !need.selector.contains_key(RUN_LABEL)
+    {
+        return Some(Misfit::Closed("brought by the run", run));
     }
     if let Some(job) = &node.reserved.exclusive {
         return Some(Misfit::Exclusive(job));

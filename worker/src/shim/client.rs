@@ -179,6 +179,10 @@ async fn connect(dir: &StateDir) -> io::Result<(Lines, OwnedWriteHalf)> {
 
 async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String> {
     let (data_dir, data_id) = (context.data_dir.clone(), context.data_id.clone());
+    let assignment = match &context.attached {
+        Some(attached) => attached.own(assignment),
+        None => assignment,
+    };
     let order = Order { assignment, data_dir, data_id, attached: context.attached.clone() };
     let log = gang_log_dir(&order.data_dir, &order.assignment.gang).join("shim.log");
     let command = context.command.clone();

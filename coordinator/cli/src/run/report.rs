@@ -1,6 +1,6 @@
 //! What went wrong, said at the end: the first exit that was observed, and what its program left in its error file.
 
-use muster_core::types::Generation;
+use muster_core::types::{Generation, NodeName};
 use muster_proto::v1;
 use muster_worker::Attached;
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 const ERROR_BYTES_MAX: u64 = 1 << 20;
 
 /// Prints the end of a job that did not succeed.
-pub(super) fn print(job: &v1::Job, attached: &Attached) {
+pub(super) fn print(job: &v1::Job, node: &NodeName, attached: &Attached) {
     eprintln!("muster run: {}", job.reason);
     let Some(exit) = &job.exit else { return };
     let world = job.world_size.unwrap_or(0);
@@ -19,15 +19,16 @@ pub(super) fn print(job: &v1::Job, attached: &Attached) {
     };
     let local_rank = job.placement.iter().find_map(local).unwrap_or(0);
     let dir = attached.rank_dir(Generation(exit.generation), local_rank);
-    if let Some(stack) = call_stack(&dir.join("error.json")) {
+    let is_here = exit.node_name == node.as_str();
+    if let Some(stack) = call_stack(&dir.join("error.json")).filter(|_| is_here) {
         eprintln!("{}", stack.trim_end());
     } else if !exit.stderr_tail.trim().is_empty() {
         eprintln!("its last words on standard error:\n{}", exit.stderr_tail.trim_end());
     }
+    let (rank, attempt) = (exit.rank.unwrap_or(0), exit.generation.saturating_sub(1));
+    let place = if is_here { "here".to_owned() } else { format!("on {}", exit.node_name) };
     eprintln!(
-        "  first to fail: rank {} of {world} (local rank {local_rank}, attempt {})",
-        exit.rank.unwrap_or(0),
-        exit.generation.saturating_sub(1)
+        "  first to fail: rank {rank} of {world}, {place} (local rank {local_rank}, attempt {attempt})"
     );
 }
 

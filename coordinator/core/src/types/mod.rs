@@ -9,7 +9,7 @@ pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
-pub use spec::{JobSpec, RESERVED_ENV, Resources, SpecError, limits};
+pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, Resources, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 
 use serde::{Deserialize, Serialize};

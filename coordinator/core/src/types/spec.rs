@@ -61,6 +61,11 @@ pub const RESERVED_ENV: [&str; 15] = [
     "TORCHELASTIC_USE_AGENT_STORE",
 ];
 
+/// Label of nodes that a `muster run` has brought, with its run's id: they take that run's job and no other.
+pub const RUN_LABEL: &str = "muster.run";
+/// Label of such a node: which of the run's nodes it is, from 0, where whoever started it says so.
+pub const RUN_RANK_LABEL: &str = "muster.run.rank";
+
 /// An amount of resources. Its order has no meaning beside that there is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Resources {

@@ -52,7 +52,10 @@ impl Shim {
         mark_launched(&self.record.order.data_dir, &assignment.gang)?;
         // Said before it is so: whoever finds the record looks for ranks.
         self.record.launched = true;
-        self.record.order.assignment = assignment;
+        self.record.order.assignment = match &self.record.order.attached {
+            Some(attached) => attached.own(assignment),
+            None => assignment,
+        };
         self.record.cgroup = self.control_groups();
         let written = self.dir.write_record(&self.record);
         written.map_err(|error| format!("failed to write to {}: {error}", self.dir.path().display()))?;

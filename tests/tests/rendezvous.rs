@@ -1,0 +1,135 @@
+//! `muster run` on several nodes: how they meet, and who is where.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{BufRead, BufReader};
+
+use muster_tests::{Cluster, Nodes, Place, Settings, eventually, free_port, lines};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+#[test]
+fn static_nodes_have_the_places_that_they_are_given() {
+    let place = Place::new();
+    let script = place.script("echo $1: $GROUP_RANK $RANK of $WORLD_SIZE, $TORCHELASTIC_RUN_ID");
+    let port = free_port();
+    let start = |rank: &&str| {
+        let args = ["--nnodes=3", "--nproc-per-node=2", "--master-port", &port, "--node-rank", rank];
+        place.start(&[&args[..], &["--no-python", &script, rank]].concat())
+    };
+    // The first comes last.
+    let nodes = Nodes(["2", "1", "0"].iter().map(start).collect());
+    for (rank, end) in [2, 1, 0].into_iter().zip(nodes.ends()) {
+        assert_eq!(end.code, 0, "{end:?}");
+        let expected = [0, 1].map(|local| format!("{rank}: {rank} {} of 6, none", 2 * rank + local));
+        assert_eq!(lines(&end.stdout), expected, "{end:?}");
+    }
+    place.nothing_is_left();
+}
+
+#[test]
+fn c10d_nodes_meet_where_one_of_them_is_and_all_hear_of_the_end() {
+    let place = Place::new();
+    let endpoint = format!("localhost:{}", free_port());
+    let start = |script: &str| {
+        let args = [
+            "--nnodes",
+            "3",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint",
+            &endpoint,
+            "--rdzv-id=r1",
+            "--no-python",
+        ];
+        Nodes((0..3).map(|_| place.start(&[&args[..], &[script]].concat())).collect())
+    };
+    let mut ranks: Vec<String> = Vec::new();
+    for end in start(&place.script("echo $RANK of $WORLD_SIZE in $TORCHELASTIC_RUN_ID")).ends() {
+        assert_eq!(end.code, 0, "{end:?}");
+        ranks.push(end.stdout.trim().to_owned());
+    }
+    ranks.sort();
+    assert_eq!(ranks, [0, 1, 2].map(|rank| format!("{rank} of 3 in r1")));
+    for end in start(&place.script("[ $RANK = 1 ] && exit 7; exec sleep 100")).ends() {
+        assert_eq!(end.code, 1, "{end:?}");
+        assert!(end.stderr.contains("ended with exit code 7"), "{end:?}");
+    }
+    place.nothing_is_left();
+}
+
+#[test]
+fn a_node_that_waits_in_vain_says_for_whom() {
+    let place = Place::new();
+    let port = free_port();
+    let args = ["--nnodes=2", "--master-port", &port, "--rdzv-conf", "join_timeout=1", "--no-python", "true"];
+    let alone = place.run(&args);
+    assert_eq!(alone.code, 1, "{alone:?}");
+    assert!(
+        alone.stderr.contains("not all nodes came within 1 s (join_timeout): waiting: 1 of 2 nodes"),
+        "{alone:?}"
+    );
+    let follower = place.run(&[&["--node-rank=1"][..], &args].concat());
+    assert_eq!(follower.code, 1, "{follower:?}");
+    assert!(follower.stderr.contains("nobody serves the run at http://127.0.0.1:"), "{follower:?}");
+}
+
+#[test]
+fn an_elastic_run_takes_in_who_comes_and_goes_on_without_who_goes() {
+    let place = Place::new();
+    let script = place.script("echo $RANK of $WORLD_SIZE; exec sleep 1000");
+    let endpoint = format!("localhost:{}", free_port());
+    let args = [
+        "--nnodes=1:2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint",
+        &endpoint,
+        "--max-restarts=1",
+        "--no-python",
+    ];
+    let start = || place.start(&[&args[..], &[&script]].concat());
+    let mut nodes = Nodes(vec![start()]);
+    let mut said = BufReader::new(nodes.0[0].stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(said.next().unwrap(), "0 of 1");
+    nodes.0.push(start());
+    let mut others = BufReader::new(nodes.0[1].stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut both = [said.next().unwrap(), others.next().unwrap()];
+    both.sort();
+    assert_eq!(both, ["0 of 2", "1 of 2"]);
+    // In good order: nobody waits for a lease.
+    kill(Pid::from_raw(nodes.0[1].id().cast_signed()), Signal::SIGKILL).unwrap();
+    assert_eq!(said.next().unwrap(), "0 of 1");
+    kill(Pid::from_raw(nodes.0[0].id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(nodes.0[0].wait().unwrap().code(), Some(1));
+    drop(nodes);
+    place.nothing_is_left();
+}
+
+#[test]
+fn nodes_meet_at_a_coordinator_which_gives_them_no_other_job() {
+    let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
+    let place = Place::new();
+    let script = place.script("while [ ! -e go ]; do sleep 0.05; done; echo $RANK of $WORLD_SIZE");
+    let endpoint = cluster.url().replace("http://", "");
+    let args =
+        ["--nnodes=2", "--rdzv-backend=muster", "--rdzv-endpoint", &endpoint, "--rdzv-id=r2", "--no-python"];
+    for _ in 0..2 {
+        std::fs::remove_file(place.path("go")).ok();
+        let nodes = Nodes((0..2).map(|_| place.start(&[&args[..], &[&script]].concat())).collect());
+        eventually("the run", || {
+            let jobs = cluster.muster(&["jobs", "--state", "running"]).stdout;
+            if jobs.contains("program") { Ok(()) } else { Err(jobs) }
+        });
+        // It has the coordinator's own node, and would have to wait for a second one.
+        let plan = cluster.muster(&["submit", "--dry-run", "--nnodes", "2", "--", "true"]).ok();
+        assert!(plan.contains("1 of 2 nodes") && plan.contains("brought by the run (r2)"), "{plan}");
+        std::fs::write(place.path("go"), "").unwrap();
+        let mut ranks: Vec<String> = Vec::new();
+        for end in nodes.ends() {
+            assert_eq!(end.code, 0, "{end:?}");
+            ranks.push(end.stdout.trim().to_owned());
+        }
+        ranks.sort();
+        assert_eq!(ranks, ["0 of 2", "1 of 2"]);
+    }
+    place.nothing_is_left();
+}
