@@ -1,7 +1,5 @@
 //! `muster run` on several nodes: how they meet, and who is where.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::io::{BufRead, BufReader};
 
 use muster_tests::{Cluster, Nodes, Place, Settings, eventually, free_port, lines};

@@ -361,3 +361,78 @@ fn host_and_port(endpoint: &str, default: u16) -> Result<(String, u16), Failure>
     let host = host.trim_matches(['[', ']']);
     if host.is_empty() { Err(bad()) } else { Ok((host.to_owned(), port)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Args, Command};
+    use clap::Parser;
+
+    fn meeting(line: &str) -> Result<(Place, String, Option<u32>), String> {
+        let words = ["muster", "run"].into_iter().chain(line.split_whitespace()).chain(["x"]);
+        let Command::Run(args) = Args::try_parse_from(words).unwrap().command else { panic!("{line}") };
+        match Meeting::of(&args) {
+            Ok(meeting) => Ok((meeting.place, meeting.url(), meeting.rank)),
+            Err(Failure::Usage(why)) => Err(why),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn nodes_meet_where_torchrun_s_would() {
+        let c10d = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint";
+        let muster = "--rdzv-backend muster";
+        let peers = Place::Peers;
+        let table = [
+            ("", Place::Alone, "", None),
+            ("--standalone --rdzv-backend c10d", Place::Alone, "", None),
+            ("--rdzv-backend c10d --rdzv-endpoint h:1", Place::Alone, "", None),
+            ("--nnodes 2", peers(Serve::Yes), "http://127.0.0.1:29500", Some(0)),
+            ("--nnodes 2 --node-rank 1 --master-addr h", peers(Serve::No), "http://h:29500", Some(1)),
+            ("--nnodes 2 --master-addr [::1] --master-port 7", peers(Serve::Yes), "http://[::1]:7", Some(0)),
+            (&format!("{c10d} h"), peers(Serve::IfHere), "http://h:29400", None),
+            (
+                &format!("{c10d} h:7 --rdzv-conf is_host=true,join_timeout=3"),
+                peers(Serve::Yes),
+                "http://h:7",
+                None,
+            ),
+            (
+                &format!("{c10d} [fe80::1]:7 --rdzv-conf is_host=0"),
+                peers(Serve::No),
+                "http://[fe80::1]:7",
+                None,
+            ),
+            (&format!("{c10d} fe80::1"), peers(Serve::IfHere), "http://[fe80::1]:29400", None),
+            (muster, Place::Coordinator, "http://127.0.0.1:7070", None),
+            (
+                &format!("{muster} --rdzv-endpoint http://h:7/ --nnodes 1:4"),
+                Place::Coordinator,
+                "http://h:7",
+                None,
+            ),
+        ];
+        for (line, place, url, rank) in table {
+            let found = meeting(line).unwrap();
+            assert_eq!((found.0, found.2), (place, rank), "{line}");
+            assert!(place == Place::Alone || found.1 == url, "{line}: {}", found.1);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_met_at_is_refused() {
+        for (line, words) in [
+            ("--nnodes 2 --rdzv-backend etcd", "use static, c10d, or muster"),
+            ("--nnodes 2 --rdzv-backend c10d", "needs --rdzv-endpoint"),
+            ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:0", "cannot meet at port 0"),
+            ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:x", "is not host:port"),
+            ("--nnodes 2 --node-rank 2", "is not below --nnodes 2"),
+            ("--nnodes 2 --standalone", "is for one node"),
+            ("--rdzv-conf join_timeout", "is not understood"),
+            ("--rdzv-conf join_timeout=-1", "is not understood"),
+        ] {
+            let why = meeting(line).unwrap_err();
+            assert!(why.contains(words), "{line}: {why}");
+        }
+    }
+}
