@@ -28,7 +28,8 @@
 //!
 //! A dead peer is an [`Error`] in a fraction of a second, a hung one at the timeout; see
 //! [`Error::is_peer_lost`] and [`Error::is_timeout`]. After either, drop the [`Ddp`], then the
-//! [`ProcessGroup`], and rebuild both, or exit and let the launcher restart the gang.
+//! [`ProcessGroup`], and rebuild both, or exit and let the launcher restart the gang. [`record`] around `main` tells the launcher
+//! why.
 
 mod ddp;
 mod env;
@@ -37,6 +38,7 @@ mod group;
 mod listener;
 mod memory;
 mod model;
+mod record;
 mod sampler;
 mod state;
 mod telemetry;
@@ -47,6 +49,7 @@ pub use ddp::{Ddp, Loss, Options};
 pub use error::{Error, Operation};
 pub use group::ProcessGroup;
 pub use muster_checkpoint as checkpoint;
+pub use record::record;
 pub use sampler::{Batch, DistributedSampler, Share};
 pub use state::{model_parts, restore_model, restore_tensor, tensor_part};
 pub use telemetry::Telemetry;

@@ -26,9 +26,8 @@ enum Program {
 fn main() -> ExitCode {
     // Before any other use of torch: CUDA operators register when the library loads.
     let cuda = muster_ddp::load_cuda();
-    let outcome = match Cli::parse().program {
-        Program::Vision(flags) => vision::train(&flags, cuda.is_ok()),
-    };
+    let Program::Vision(flags) = Cli::parse().program;
+    let outcome = muster_ddp::record(|| vision::train(&flags, cuda.is_ok()));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

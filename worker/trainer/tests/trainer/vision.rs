@@ -98,6 +98,11 @@ fn exit_codes_and_messages_say_what_to_do() {
     };
     let place = dir.path().display().to_string();
     check(&[], 1, &["found no train-images", &place, "cargo xtask setup"]);
+    let error_file = dir.path().join("error.json");
+    let told = trainer(dir.path(), &[]).env("TORCHELASTIC_ERROR_FILE", &error_file).output().unwrap();
+    assert_eq!(told.status.code(), Some(1));
+    let left = std::fs::read_to_string(error_file).unwrap();
+    assert!(left.contains(r#"{"message":{"#) && left.contains("found no train-images"), "{left}");
     check(&["--epochs", "0"], 2, &["--epochs"]);
     check(&["--no-such-flag"], 2, &["--no-such-flag"]);
     write_data_set(dir.path());
