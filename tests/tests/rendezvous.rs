@@ -131,3 +131,24 @@ fn nodes_meet_at_a_coordinator_which_gives_them_no_other_job() {
     }
     place.nothing_is_left();
 }
+
+#[test]
+fn the_others_end_when_the_node_that_serves_the_run_dies() {
+    let place = Place::new();
+    let script = place.script("echo ready; exec sleep 1000");
+    let port = free_port();
+    let start = |rank: &&str| {
+        let args = ["--nnodes=2", "--master-port", &port, "--node-rank", rank, "--no-python", &script];
+        place.start(&args)
+    };
+    let mut nodes = Nodes(["0", "1"].iter().map(start).collect());
+    for node in &mut nodes.0 {
+        let mut said = BufReader::new(node.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert_eq!(said.next().unwrap(), "ready");
+    }
+    kill(Pid::from_raw(nodes.0[0].id().cast_signed()), Signal::SIGKILL).unwrap();
+    let end = nodes.ends().remove(1);
+    assert_eq!(end.code, 1, "{end:?}");
+    assert!(end.stderr.contains("the node that serves the run at http://127.0.0.1:"), "{end:?}");
+    place.nothing_is_left();
+}

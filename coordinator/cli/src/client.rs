@@ -71,19 +71,33 @@ impl Client {
 }
 
 /// Attempts at a call that must outlast a restart of the coordinator.
-#[derive(Debug, Default)]
-pub(crate) struct Retries(u32);
+#[derive(Debug)]
+pub(crate) struct Retries {
+    tried: u32,
+    max: u32,
+}
+
+impl Default for Retries {
+    fn default() -> Self {
+        Self { tried: 0, max: RETRIES_MAX }
+    }
+}
 
 impl Retries {
+    /// For so long, about.
+    pub fn lasting(span: Duration) -> Self {
+        Self { tried: 0, max: (span.as_millis() / RETRY_PAUSE.as_millis()) as u32 }
+    }
+
     /// Something was heard: the next break is a new one.
     pub fn reset(&mut self) {
-        self.0 = 0;
+        self.tried = 0;
     }
 
     /// Pauses before the next attempt, or gives the error back if another would not help.
     pub async fn pause(&mut self, broken: Status) -> Result<(), Failure> {
-        self.0 += 1;
-        if !is_passing(&broken) || self.0 > RETRIES_MAX {
+        self.tried += 1;
+        if !is_passing(&broken) || self.tried > self.max {
             return Err(broken.into());
         }
         tokio::time::sleep(RETRY_PAUSE).await;

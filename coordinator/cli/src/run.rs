@@ -22,7 +22,6 @@ use muster_worker::{Attached, Streams};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::Status;
 
-use crate::client::Retries;
 use crate::exit::Failure;
 use crate::{show, submit};
 use args::{ProcsPerNode, RunArgs};
@@ -137,13 +136,13 @@ impl Follower {
         };
         let late = tokio::time::sleep(node.join_timeout);
         tokio::pin!(late);
-        let (mut retries, mut has_started) = (Retries::default(), false);
+        let (mut retries, mut has_started) = (node.retries(), false);
         loop {
             let request = v1::WatchJobRequest { job_id: job.id.clone() };
             let mut changes = match node.client.jobs().watch_job(request).await {
                 Ok(response) => response.into_inner(),
                 Err(status) => {
-                    retries.pause(status).await?;
+                    retries.pause(status).await.map_err(|lost| node.lost(lost))?;
                     continue;
                 }
             };
@@ -171,7 +170,7 @@ impl Follower {
                     Err(status) => break status,
                 }
             };
-            retries.pause(broken).await?;
+            retries.pause(broken).await.map_err(|lost| node.lost(lost))?;
         }
     }
 

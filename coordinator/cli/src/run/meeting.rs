@@ -17,7 +17,7 @@ use tonic::transport::server::TcpIncoming;
 use super::Scratch;
 use super::args::RunArgs;
 use crate::args::{Global, Output};
-use crate::client::Client;
+use crate::client::{Client, Retries};
 use crate::exit::Failure;
 
 /// The port at which torchrun's nodes meet, if none is named.
@@ -26,6 +26,8 @@ const PORT_DEFAULT: u16 = 29400;
 const JOIN_TIMEOUT_DEFAULT: Duration = Duration::from_mins(10);
 /// Where a run is on one node, its daemon and its coordinator are one process, and neither can lose the other.
 const LEASE_ALONE: Duration = Duration::from_hours(24);
+/// Time without a heartbeat after which a node of the run is lost.
+const LEASE: Duration = Duration::from_secs(10);
 /// Time between attempts to reach the coordinator.
 const RETRY: Duration = Duration::from_millis(100);
 /// Time for this node to take its leave, and for the others once the job has ended.
@@ -154,6 +156,7 @@ impl Meeting {
         let broken = CancellationToken::new();
         let config = muster_coordinator::Config {
             store: muster_coordinator::StoreKind::Memory,
+            lease: LEASE,
             ..muster_coordinator::Config::new(scratch.dir.path().join("coordinator"))
         };
         let (url, coordinator) = match self.place {
@@ -236,6 +239,23 @@ pub(super) struct Node {
 }
 
 impl Node {
+    /// Whoever serves a run of its own does not come back: once a lease has passed, the ranks have been stopped.
+    pub fn retries(&self) -> Retries {
+        if self.is_own { Retries::lasting(LEASE + LEASE / 10) } else { Retries::default() }
+    }
+
+    /// What it means that the coordinator is not heard any more.
+    pub fn lost(&self, failure: Failure) -> Failure {
+        let url = self.client.url();
+        if !self.is_own {
+            return failure;
+        }
+        eprintln!(
+            "muster run: the node that serves the run at {url} is gone; the ranks here were stopped when the lease ended"
+        );
+        Failure::JobFailed
+    }
+
     /// Takes leave. Whoever serves the run waits for the others, which still have to hear of its end.
     pub async fn leave(&self, job: Result<v1::Job, Failure>) -> Result<v1::Job, Failure> {
         if self.is_alone {
