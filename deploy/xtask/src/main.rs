@@ -15,6 +15,7 @@ mod libtorch;
 mod machine;
 mod nightly;
 mod pypi;
+mod python;
 mod setup;
 mod sha256;
 mod sim;
@@ -48,6 +49,10 @@ enum Command {
         /// Leave out what needs libtorch
         #[arg(long)]
         quick: bool,
+        /// Bring a Python with torch first (several GB), for the tests that run Python programs and compare with torchrun;
+        /// without one they are skipped
+        #[arg(long, conflicts_with = "quick")]
+        python: bool,
     },
     /// Fuzz every decoder that faces the network or the disk; the last line of output is a JSON object
     Fuzz(fuzz::Options),
@@ -85,7 +90,7 @@ fn main() -> ExitCode {
             setup::run(&args.deps_dir.unwrap_or_else(cargo::deps_dir), &wants)
         }
         Command::Demo { args } => demo::run(&args),
-        Command::Test { quick } => test::run(quick),
+        Command::Test { quick, python } => test::run(quick, python),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Sim { args } => sim::run(&args),
         Command::Nightly => nightly::run(),

@@ -1,6 +1,7 @@
 //! The tests as a list of stages, each a command that can be typed alone; the first failure ends it.
 
 use crate::cargo;
+use crate::python;
 use crate::setup::{self, Wants};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
@@ -14,8 +15,12 @@ pub struct Stage {
 }
 
 /// Sets up, then runs every stage until one fails.
-pub fn run(quick: bool) -> Result<()> {
+pub fn run(quick: bool, python: bool) -> Result<()> {
     setup::run(&cargo::deps_dir(), &Wants { libtorch: !quick, tools: true, digits: false })?;
+    // What it is for is skipped without it, and says so; the rest is worth having.
+    if python && let Err(error) = python::bring() {
+        eprintln!("SKIPPED: tests with Python's torch: {error:#}");
+    }
     run_stages(&stages(quick))
 }
 
