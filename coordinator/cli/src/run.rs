@@ -5,6 +5,7 @@
 
 pub(crate) mod args;
 mod meeting;
+mod node;
 mod program;
 mod report;
 mod tee;
@@ -25,7 +26,8 @@ use tonic::Status;
 use crate::exit::Failure;
 use crate::{show, submit};
 use args::{ProcsPerNode, RunArgs};
-use meeting::{Meeting, Node, Place};
+use meeting::{Meeting, Place};
+use node::Node;
 use tee::Tees;
 
 /// `muster run`.
@@ -64,7 +66,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
     };
     let mut follower = Follower { signals, tees, restarting: 0, stopping: false };
     let node = tokio::select! {
-        node = meeting.enter(&args, &run_id, &scratch, attached) => node?,
+        node = Node::enter(&meeting, &args, &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
             eprintln!("muster run: {signal} before anything ran");
             return Err(Failure::JobFailed);

@@ -1,0 +1,249 @@
+//! This node of a run: what of it runs in this process, how it meets the others, and how it leaves them.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::Context;
+use muster_core::types::{NodeName, RUN_LABEL, RUN_RANK_LABEL};
+use muster_proto::v1;
+use muster_worker::Attached;
+use tokio::net::{TcpListener, UnixListener, lookup_host};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::server::TcpIncoming;
+
+use super::Scratch;
+use super::args::RunArgs;
+use super::meeting::{Meeting, Place, Serve};
+use crate::args::{Global, Output};
+use crate::client::{Client, Retries};
+use crate::exit::Failure;
+
+/// Where a run is on one node, its daemon and its coordinator are one process, and neither can lose the other.
+const LEASE_ALONE: Duration = Duration::from_hours(24);
+/// Time without a heartbeat after which a node of the run is lost.
+const LEASE: Duration = Duration::from_secs(10);
+/// Time between attempts to reach the coordinator.
+const RETRY: Duration = Duration::from_millis(100);
+/// Time for this node to take its leave, and for the others once the job has ended.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
+
+/// This node of the run.
+pub(super) struct Node {
+    pub client: Client,
+    pub name: NodeName,
+    /// The coordinator is there for this run alone.
+    pub is_own: bool,
+    pub join_timeout: Duration,
+    /// The daemon or the coordinator in this process cannot go on; it was said why.
+    pub broken: CancellationToken,
+    is_alone: bool,
+    stop: CancellationToken,
+    worker: AbortOnDropHandle<()>,
+    coordinator: Option<AbortOnDropHandle<()>>,
+}
+
+impl Node {
+    /// Starts what runs in this process, and reaches the coordinator.
+    pub async fn enter(
+        meeting: &Meeting,
+        args: &RunArgs,
+        run_id: &str,
+        scratch: &Scratch,
+        attached: Attached,
+    ) -> Result<Self, Failure> {
+        let broken = CancellationToken::new();
+        let config = muster_coordinator::Config {
+            store: muster_coordinator::StoreKind::Memory,
+            lease: LEASE,
+            ..muster_coordinator::Config::new(scratch.dir.path().join("coordinator"))
+        };
+        let (url, coordinator) = match meeting.place {
+            Place::Alone => {
+                let socket = scratch.socket();
+                let listener = UnixListener::bind(&socket)
+                    .context("failed to make a socket in the temporary directory")?;
+                let heartbeat = LEASE_ALONE / 4;
+                let config = muster_coordinator::Config { lease: LEASE_ALONE, heartbeat, ..config };
+                let serving = serve(config, UnixListenerStream::new(listener), broken.clone());
+                (format!("unix:{}", socket.display()), Some(serving))
+            }
+            Place::Coordinator => (meeting.url(), None),
+            Place::Peers(wanted) => {
+                let listener = bind(&meeting.host, meeting.port, wanted).await?;
+                (
+                    meeting.url(),
+                    listener.map(|listener| serve(config, TcpIncoming::from(listener), broken.clone())),
+                )
+            }
+        };
+        let name = node_name(meeting.place == Place::Alone);
+        let mut labels = std::collections::BTreeMap::from([(RUN_LABEL.to_owned(), run_id.to_owned())]);
+        labels.extend(meeting.rank.map(|rank| (RUN_RANK_LABEL.to_owned(), rank.to_string())));
+        let address = match &args.local_addr {
+            Some(host) => Some(address_of(host).await?),
+            None => None,
+        };
+        let worker = muster_worker::Config {
+            address,
+            labels,
+            attached: Some(attached),
+            ..muster_worker::Config::new(vec![url.clone()], name.clone(), scratch.dir.path().join("node"))
+        };
+        let stop = CancellationToken::new();
+        let running = muster_worker::run(worker, stop.clone());
+        let ends = broken.clone();
+        let worker = tokio::spawn(async move {
+            if let Err(error) = running.await {
+                eprintln!("muster run: {error}");
+                ends.cancel();
+            }
+        });
+        let client = tokio::select! {
+            client = reach(&url, meeting.join_timeout) => client?,
+            () = broken.cancelled() => return Err(Failure::JobFailed),
+        };
+        Ok(Self {
+            client,
+            name,
+            is_own: meeting.place != Place::Coordinator,
+            join_timeout: meeting.join_timeout,
+            is_alone: meeting.place == Place::Alone,
+            broken,
+            stop,
+            worker: AbortOnDropHandle::new(worker),
+            coordinator,
+        })
+    }
+
+    /// Whoever serves a run of its own does not come back: once a lease has passed, the ranks have been stopped.
+    pub fn retries(&self) -> Retries {
+        if self.is_own { Retries::lasting(LEASE + LEASE / 10) } else { Retries::default() }
+    }
+
+    /// What it means that the coordinator is not heard any more.
+    pub fn lost(&self, failure: Failure) -> Failure {
+        let url = self.client.url();
+        if !self.is_own {
+            return failure;
+        }
+        eprintln!(
+            "muster run: the node that serves the run at {url} is gone; the ranks here were stopped when the lease ended"
+        );
+        Failure::JobFailed
+    }
+
+    /// Takes leave. Whoever serves the run waits for the others, which still have to hear of its end.
+    pub async fn leave(&self, job: Result<v1::Job, Failure>) -> Result<v1::Job, Failure> {
+        if self.is_alone {
+            return job;
+        }
+        self.stop.cancel();
+        let gone = async {
+            while !self.worker.is_finished() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            while self.coordinator.is_some() && self.others_are_here().await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LEAVE_MAX, gone).await.ok();
+        job
+    }
+
+    async fn others_are_here(&self) -> bool {
+        let listed = self.client.nodes().list_nodes(v1::ListNodesRequest::default()).await;
+        let nodes = listed.map(|response| response.into_inner().nodes).unwrap_or_default();
+        nodes.iter().any(|node| node.state() == v1::NodeState::Ready)
+    }
+}
+
+fn serve<I, C>(
+    config: muster_coordinator::Config,
+    connections: I,
+    broken: CancellationToken,
+) -> AbortOnDropHandle<()>
+where
+    I: tokio_stream::Stream<Item = io::Result<C>> + Send + 'static,
+    C: tokio::io::AsyncRead
+        + tokio::io::AsyncWrite
+        + tonic::transport::server::Connected
+        + Unpin
+        + Send
+        + 'static,
+    C::ConnectInfo: Clone + Send + Sync + 'static,
+{
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let served = muster_coordinator::run_on(config, connections, || (), CancellationToken::new()).await;
+        if let Err(error) = served {
+            eprintln!("muster run: {error}");
+            broken.cancel();
+        }
+    }))
+}
+
+/// This machine's name, as far as it can be one. Several commands of one machine may meet.
+fn node_name(is_alone: bool) -> NodeName {
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let host =
+        host.filter(|host| NodeName::new(host.clone()).is_ok()).unwrap_or_else(|| "localhost".to_owned());
+    let own = uuid::Uuid::new_v4().simple().to_string();
+    let name = if is_alone { host } else { format!("{}-{}", &host[..host.len().min(48)], &own[..8]) };
+    NodeName::new(name).unwrap_or_else(|_| unreachable!("a host name and digits are a name"))
+}
+
+/// Takes the place, if it is this node's to take.
+async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener>, Failure> {
+    if wanted == Serve::No {
+        return Ok(None);
+    }
+    let failed = |why: &str| anyhow::anyhow!("failed to serve the run at {host}:{port}: {why}");
+    let found = lookup_host((host, port)).await.map_err(|error| failed(&error.to_string()))?;
+    let mut last = "the name has no address".to_owned();
+    for address in found {
+        // Many machines have their own name stand for a loopback address, at which no other reaches them.
+        let is_literal = host == "localhost" || host.parse::<IpAddr>().is_ok();
+        let address = if address.ip().is_loopback() && !is_literal {
+            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
+        } else {
+            address
+        };
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(Some(listener)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && wanted == Serve::IfHere => {
+                return Ok(None);
+            }
+            Err(error) => last = error.to_string(),
+        }
+    }
+    if wanted == Serve::IfHere { Ok(None) } else { Err(failed(&last).into()) }
+}
+
+async fn address_of(host: &str) -> Result<IpAddr, Failure> {
+    let found =
+        lookup_host((host, 0)).await.with_context(|| format!("--local-addr {host} has no address"))?;
+    let mut addresses = found.map(|address| address.ip());
+    addresses.next().ok_or_else(|| Failure::Usage(format!("--local-addr {host} has no address")))
+}
+
+/// Whoever serves may come later.
+async fn reach(url: &str, limit: Duration) -> Result<Client, Failure> {
+    let global = Global { coordinator: vec![url.to_owned()], output: Output::Text };
+    let tried = async {
+        loop {
+            match Client::connect(&global).await {
+                Err(Failure::Unreachable(_)) => tokio::time::sleep(RETRY).await,
+                connected => return connected,
+            }
+        }
+    };
+    let late = || {
+        Failure::Other(anyhow::anyhow!(
+            "nobody serves the run at {url}; waited {} s (join_timeout)",
+            limit.as_secs()
+        ))
+    };
+    tokio::time::timeout(limit, tried).await.map_err(|_| late())?
+}
