@@ -31,7 +31,8 @@ def main():
         model(torch.randn(4, 8)).square().mean().backward()
         optimizer.step()
     total = sum(parameter.sum() for parameter in model.parameters())
-    print(f"{attempt} {rank}/{dist.get_world_size()} {total.item():.6f}")
+    # In one write: the ranks share the terminal.
+    print(f"{attempt} {rank}/{dist.get_world_size()} {total.item():.6f}\n", end="")
     dist.destroy_process_group()
 
 if __name__ == "__main__":
