@@ -30,7 +30,9 @@ use crate::telemetry::Outbox;
 const COMMANDS_MAX: usize = 8;
 /// Time for a shim to start.
 const START_MAX: Duration = Duration::from_secs(30);
-/// Time between looks whether it has, and whether a dead one's ranks are gone.
+/// Time between looks whether it has: a few of them, for it takes a few milliseconds.
+const START_POLL: Duration = Duration::from_millis(1);
+/// Time between looks whether a dead one's ranks are gone.
 const POLL: Duration = Duration::from_millis(5);
 /// Time after SIGKILL at which what is left is called killed, and the time between attempts from then on.
 const KILLED_AFTER: Duration = Duration::from_secs(10);
@@ -208,7 +210,7 @@ async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String
             dir.remove();
             return Err(format!("the gang's shim did not start; see {} on this node", log.display()));
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(START_POLL).await;
     }
 }
 

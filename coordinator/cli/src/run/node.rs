@@ -25,8 +25,8 @@ use crate::exit::Failure;
 const LEASE_ALONE: Duration = Duration::from_hours(24);
 /// Time without a heartbeat after which a node of the run is lost.
 const LEASE: Duration = Duration::from_secs(10);
-/// Time between attempts to reach the coordinator.
-const RETRY: Duration = Duration::from_millis(100);
+/// First and longest time between attempts to reach the coordinator.
+const RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
 /// Time for this node to take its leave, and for the others once the job has ended.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 
@@ -92,6 +92,8 @@ impl Node {
             attached: Some(attached),
             ..muster_worker::Config::new(vec![url.clone()], name.clone(), scratch.dir.path().join("node"))
         };
+        // Where somebody else serves, the daemon begins once he does: it would take its time to try again.
+        let early = if coordinator.is_none() { Some(reach(&url, meeting.join_timeout).await?) } else { None };
         let stop = CancellationToken::new();
         let running = muster_worker::run(worker, stop.clone());
         let ends = broken.clone();
@@ -101,9 +103,13 @@ impl Node {
                 ends.cancel();
             }
         });
-        let client = tokio::select! {
-            client = reach(&url, meeting.join_timeout) => client?,
-            () = broken.cancelled() => return Err(Failure::JobFailed),
+        let client = if let Some(client) = early {
+            client
+        } else {
+            tokio::select! {
+                client = reach(&url, meeting.join_timeout) => client?,
+                () = broken.cancelled() => return Err(Failure::JobFailed),
+            }
         };
         Ok(Self {
             client,
@@ -232,9 +238,13 @@ async fn address_of(host: &str) -> Result<IpAddr, Failure> {
 async fn reach(url: &str, limit: Duration) -> Result<Client, Failure> {
     let global = Global { coordinator: vec![url.to_owned()], output: Output::Text };
     let tried = async {
+        let mut pause = RETRY.0;
         loop {
             match Client::connect(&global).await {
-                Err(Failure::Unreachable(_)) => tokio::time::sleep(RETRY).await,
+                Err(Failure::Unreachable(_)) => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RETRY.1);
+                }
                 connected => return connected,
             }
         }
