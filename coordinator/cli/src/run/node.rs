@@ -243,7 +243,7 @@ async fn reach(url: &str, limit: Duration) -> Result<Client, Failure> {
             match Client::connect(&global).await {
                 Err(Failure::Unreachable(_)) => {
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(RETRY.1);
+                    pause = (pause * 5 / 4).min(RETRY.1);
                 }
                 connected => return connected,
             }
