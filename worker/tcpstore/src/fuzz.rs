@@ -47,11 +47,11 @@ fn session(bytes: &[u8]) {
     for (number, request) in whole.into_iter().enumerate() {
         let (from, mut replies) = (Client(number as u64 % 3), Replies::new());
         let answers = usize::from(has_reply(&request));
-        let waits = store.waiting().count();
+        let waits = store.waiting(1).count();
         match store.step(Duration::ZERO, from, request, &mut replies) {
             Ok(()) => {
                 let own = replies.iter().filter(|(client, _)| *client == from).count();
-                let begun = usize::from(store.waiting().any(|waiting| waiting.client == from));
+                let begun = usize::from(store.waiting(1).any(|waiting| waiting.client == from));
                 assert!(own + begun >= answers, "whoever is to be answered is, or waits");
                 assert!(replies.len() <= answers + waits);
             }
@@ -68,7 +68,7 @@ fn session(bytes: &[u8]) {
         assert!(budget.held_bytes() <= LIMITS.held_bytes_max);
     }
     (0..3).for_each(|client| store.leave(Client(client)));
-    assert_eq!(store.waiting().count(), 0);
+    assert_eq!(store.waiting(1).count(), 0);
     drop(store);
     assert_eq!(budget.held_bytes(), 0);
 }

@@ -15,7 +15,7 @@ use crate::store::{Store, Waiting, shown};
 /// At this key every client counts itself when it connects, if it was told the size of its world.
 const JOINED_KEY: &[u8] = b"init/";
 /// Keys of one wait that are shown.
-const KEYS_SHOWN_MAX: usize = 4;
+pub(crate) const KEYS_SHOWN_MAX: usize = 4;
 
 /// A store at one moment.
 #[derive(Clone, Debug, Default)]
@@ -52,9 +52,9 @@ pub struct ClientView {
 /// What a connection waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitView {
-    /// The first few keys, as people read them.
+    /// The first few of the keys that have not come, as people read them.
     pub keys: Vec<String>,
-    /// How many there are; some may have come.
+    /// How many have not.
     pub keys_total: usize,
     /// The rank that sets the first of them, where the key says so.
     pub rank: Option<u32>,
@@ -105,7 +105,7 @@ impl fmt::Display for ClientView {
 impl fmt::Display for WaitView {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}", self.keys.join(", "))?;
-        let more = self.keys_total - self.keys.len();
+        let more = self.keys_total.saturating_sub(self.keys.len());
         if more > 0 {
             write!(out, " and {more} more")?;
         }
@@ -119,8 +119,8 @@ impl fmt::Display for WaitView {
 impl WaitView {
     pub(crate) fn new(waiting: &Waiting<'_>, now: Duration) -> Self {
         Self {
-            keys: waiting.keys.iter().take(KEYS_SHOWN_MAX).map(|key| shown(key)).collect(),
-            keys_total: waiting.keys.len(),
+            keys: waiting.keys.iter().map(|key| shown(key)).collect(),
+            keys_total: waiting.missing,
             rank: waiting.keys.first().and_then(|key| rank_in(key)),
             waited: now.saturating_sub(waiting.since),
         }

@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use crate::connection::{Connection, End};
 use crate::limits::{Budget, Limits};
-use crate::observe::{ClientView, Snapshot, WaitView};
+use crate::observe::{ClientView, KEYS_SHOWN_MAX, Snapshot, WaitView};
 use crate::refusal::Refusal;
 use crate::store::{Client, Replies, Store};
 use crate::wire::Request;
@@ -230,7 +230,7 @@ impl Shared {
         let state = locked(&self.state);
         let now = self.now();
         let mut waits: HashMap<Client, WaitView> =
-            state.store.waiting().map(|waiting| (waiting.client, WaitView::new(&waiting, now))).collect();
+            state.store.waiting(KEYS_SHOWN_MAX).map(|waiting| (waiting.client, WaitView::new(&waiting, now))).collect();
         let mut clients: Vec<(Client, ClientView)> =
             (state.known.iter()).map(|(id, known)| (*id, known.view(now, waits.remove(id)))).collect();
         clients.sort_by_key(|(id, _)| *id);

@@ -59,12 +59,14 @@ struct Wait {
 }
 
 /// A wait that goes on, for people to see.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Waiting<'a> {
     /// Who waits.
     pub client: Client,
-    /// For what; some may have come.
-    pub keys: &'a [Key],
+    /// The first of the keys that have not come, at most as many as were asked for.
+    pub keys: Vec<&'a Key>,
+    /// How many have not.
+    pub missing: usize,
     /// When it began, on the clock of [`Store::step`].
     pub since: Duration,
 }
@@ -147,12 +149,16 @@ impl Store {
         }
     }
 
-    /// What goes on waiting.
-    pub fn waiting(&self) -> impl Iterator<Item = Waiting<'_>> {
-        self.waits.iter().map(|(client, wait)| Waiting {
-            client: *client,
-            keys: &wait.keys,
-            since: wait.since,
+    /// What goes on waiting, each with so many keys at most.
+    pub fn waiting(&self, keys_max: usize) -> impl Iterator<Item = Waiting<'_>> {
+        self.waits.iter().map(move |(client, wait)| {
+            let mut keys: Vec<&Key> =
+                wait.keys.iter().filter(|key| !self.has(key)).take(keys_max.min(wait.missing)).collect();
+            if keys.is_empty() {
+                // The counter of a barrier is there from the first who arrives.
+                keys.extend(wait.keys.first());
+            }
+            Waiting { client: *client, keys, missing: wait.missing, since: wait.since }
         })
     }
 

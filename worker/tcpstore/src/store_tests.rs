@@ -168,9 +168,14 @@ fn a_wait_ends_with_its_cancellation_and_with_its_client() {
     bench.check(1, Request::CancelWait, "1:cancelled");
     bench.store.leave(Client(2));
     bench.check(3, Request::MultiSet(vec![(key("a"), vec![]), (key("b"), vec![])]), "");
-    bench.check(1, Request::Wait(keys("never")), "");
-    let waiting: Vec<_> = bench.store.waiting().map(|w| (w.client, w.keys.to_vec(), w.since)).collect();
-    assert_eq!(waiting, [(Client(1), keys("never"), NOW)]);
+    bench.check(1, Request::Wait(keys("later never")), "");
+    bench.check(3, Request::Set(key("later"), vec![]), "");
+    bench.check(4, Request::Barrier(key("barrier"), 2), "");
+    let mut waiting: Vec<_> = bench.store.waiting(4).collect();
+    waiting.sort_by_key(|wait| wait.client);
+    let waiting: Vec<_> = waiting.iter().map(|w| (w.client.0, w.keys.clone(), w.missing, w.since)).collect();
+    // What has come is not shown, but a barrier is, though its key is there.
+    assert_eq!(waiting, [(1, vec![&key("never")], 1, NOW), (4, vec![&key("barrier")], 1, NOW)]);
 }
 
 #[test]
