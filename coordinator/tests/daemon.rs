@@ -122,7 +122,7 @@ fn report(job: &v1::Assignment, phase: v1::ObservedPhase, exits: Vec<v1::RankExi
         master_port: 29500,
         exits,
         error: String::new(),
-        quiet: vec![],
+        ..Default::default()
     })
 }
 

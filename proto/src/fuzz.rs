@@ -3,7 +3,10 @@
 
 use std::fmt::Debug;
 
-use muster_core::types::{Assignment, JobSpec, Millis, NodePlacement, RankExit, limits};
+use muster_core::types::rendezvous::{
+    CLIENTS_TOLD_MAX, HOSTS_TOLD_MAX, PROCESSES_TOLD_MAX, RendezvousHost, WAITS_TOLD_MAX,
+};
+use muster_core::types::{Assignment, JobSpec, Millis, NodePlacement, RankExit, RendezvousReport, limits};
 use muster_decoders::Decoder;
 use prost::Message;
 
@@ -119,10 +122,21 @@ fn gang_report(bytes: &[u8]) {
         Ok(report) => {
             assert!(report.gang.generation.0 > 0 && report.master_port != Some(0));
             assert!(report.exits.len().max(report.quiet.len()) <= limits::PROCS_PER_NODE_MAX as usize);
+            assert!(report.processes.len() <= limits::PROCS_PER_NODE_MAX as usize);
             report.exits.iter().for_each(check_exit);
+            report.rendezvous.as_deref().into_iter().for_each(check_rendezvous);
             survives(&report, convert::gang_report_to_wire, convert::gang_report_from_wire);
         }
         Err(error) => check_refusal(&[error]),
+    }
+}
+
+fn check_rendezvous(report: &RendezvousReport) {
+    let told = |host: &RendezvousHost| host.ranks.len() + host.processes.len();
+    assert!(report.hosts.len() <= HOSTS_TOLD_MAX && report.waits.len() <= WAITS_TOLD_MAX);
+    assert!(report.hosts.iter().map(told).sum::<usize>() <= PROCESSES_TOLD_MAX);
+    for wait in &report.waits {
+        assert!(wait.clients.len() <= CLIENTS_TOLD_MAX && wait.key.chars().count() < 512);
     }
 }
 
@@ -261,6 +275,32 @@ fn sample_report() -> v1::GangReport {
             silent: Some(prost_types::Duration { seconds: 601, nanos: 0 }),
             state: "S".into(),
         }],
+        process_ids: vec![4711, 4712],
+        rendezvous: Some(sample_rendezvous()),
+    }
+}
+
+fn sample_rendezvous() -> v1::RendezvousReport {
+    let time = Some(prost_types::Timestamp { seconds: 1_760_000_000, nanos: 0 });
+    let host = |address: &str, ranks, process_ids| v1::RendezvousHost {
+        address: address.into(),
+        come: 2,
+        ranks,
+        process_ids,
+    };
+    let client = v1::RendezvousClient { address: "10.0.0.1".into(), process_id: Some(4711), rank: Some(0) };
+    v1::RendezvousReport {
+        come: 4,
+        last_came: time,
+        hosts: vec![host("10.0.0.1", vec![0], vec![4712]), host("fd00::2", vec![], vec![])],
+        waits: vec![v1::RendezvousWait {
+            key: "default_pg/0//cpu//0/3".into(),
+            setter: Some(3),
+            waiting: 3,
+            clients: vec![client],
+            since: time,
+        }],
+        waits_more: 1,
     }
 }
 

@@ -73,6 +73,8 @@ impl Cluster {
                 exits: Vec::new(),
                 error: None,
                 quiet: Vec::new(),
+                processes: Vec::new(),
+                rendezvous: None,
             };
             let (node, session) = (node.clone(), cluster.session);
             cluster.feed(Input::Report { node, session, report: Box::new(report) });

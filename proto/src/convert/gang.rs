@@ -9,6 +9,7 @@ use muster_core::types::{
 
 use super::job::optional_stop_signal;
 use super::job::{spec_from_wire, spec_to_wire};
+use super::rendezvous::{rendezvous_from_wire, rendezvous_to_wire};
 use super::time::{duration_to_wire, millis_from_timestamp, span_from_wire, timestamp_to_wire};
 use super::{FieldError, field_error, required};
 use crate::v1;
@@ -26,7 +27,7 @@ fn gang_id(job_id: String, generation: u32) -> Result<GangId, FieldError> {
     Ok(GangId { job, generation: Generation(generation) })
 }
 
-fn address(field: &str, text: &str) -> Result<IpAddr, FieldError> {
+pub(super) fn address(field: &str, text: &str) -> Result<IpAddr, FieldError> {
     text.parse().map_err(|_| field_error(field, format!("{text:?} is not an IP address")))
 }
 
@@ -138,6 +139,9 @@ pub fn gang_report_from_wire(wire: v1::GangReport) -> Result<GangReport, FieldEr
     if wire.exits.len() > limits::PROCS_PER_NODE_MAX as usize {
         return Err(field_error("exits", "holds more exits than a node has ranks"));
     }
+    if wire.process_ids.len() > limits::PROCS_PER_NODE_MAX as usize {
+        return Err(field_error("process_ids", "holds more processes than a node has ranks"));
+    }
     let error: String = wire.error.chars().take(ERROR_CHARS_MAX).collect();
     Ok(GangReport {
         gang: gang_id(wire.job_id, wire.generation)?,
@@ -146,6 +150,8 @@ pub fn gang_report_from_wire(wire: v1::GangReport) -> Result<GangReport, FieldEr
         exits: wire.exits.into_iter().map(rank_exit_from_wire).collect::<Result<_, _>>()?,
         error: (!error.is_empty()).then_some(error),
         quiet: wire.quiet.iter().map(progress_from_wire).collect::<Result<_, _>>()?,
+        processes: wire.process_ids,
+        rendezvous: wire.rendezvous.map(rendezvous_from_wire).transpose()?.map(Box::new),
     })
 }
 
@@ -181,6 +187,8 @@ pub fn gang_report_to_wire(report: &GangReport) -> v1::GangReport {
         exits: report.exits.iter().map(|exit| rank_exit_to_wire(exit, generation, "")).collect(),
         error: report.error.clone().unwrap_or_default(),
         quiet: quiet.collect(),
+        process_ids: report.processes.clone(),
+        rendezvous: report.rendezvous.as_deref().map(rendezvous_to_wire),
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod gang;
 mod job;
+mod rendezvous;
 mod status;
 mod time;
 

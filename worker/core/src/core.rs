@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use muster_core::bugs::{Bug, planted};
 use muster_core::types::{
-    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase, RankExit,
-    RankProgress, StopMode,
+    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase,
 };
 
-use crate::lease::{Fence, Lease};
+use crate::lease::Lease;
 use crate::messages::{Adopted, Effect, Input};
+use crate::part::Part;
 
 /// Gangs that may run at once: far above what one machine can.
 const GANGS_MAX: usize = 256;
@@ -25,54 +25,6 @@ const FORGOTTEN_MAX: usize = 4096;
 /// Time beyond its grace that a shim gets to stop its ranks, before it is taken to be frozen and is killed itself. Killed
 /// ranks have ten seconds to be gone before a shim says that the kernel holds them.
 const SHIM_SLACK: Millis = Millis::from_secs(15);
-
-/// One gang's part on this node.
-#[derive(Debug)]
-struct Part {
-    assignment: Assignment,
-    /// None until it is prepared.
-    phase: Option<ObservedPhase>,
-    master_port: Option<u16>,
-    exits: Vec<RankExit>,
-    error: Option<String>,
-    quiet: Vec<RankProgress>,
-    launch_sent: bool,
-    /// How it was told to stop.
-    stop_sent: Option<StopMode>,
-    /// When its ranks are stopped unless the lease is renewed.
-    fence: Option<Fence>,
-    /// When its shim is killed unless it has done what it was told.
-    kill_at: Option<Millis>,
-    /// An older generation of the job still has processes here.
-    waiting: bool,
-}
-
-impl Part {
-    fn deadline(&self) -> Option<Millis> {
-        self.kill_at.into_iter().chain(self.fence.map(|fence| fence.kill)).min()
-    }
-
-    fn new(assignment: Assignment) -> Self {
-        Self {
-            assignment,
-            phase: None,
-            master_port: None,
-            exits: Vec::new(),
-            error: None,
-            quiet: Vec::new(),
-            launch_sent: false,
-            stop_sent: None,
-            fence: None,
-            kill_at: None,
-            waiting: false,
-        }
-    }
-
-    /// Whether something of it executes, or may.
-    fn runs(&self) -> bool {
-        self.phase < Some(ObservedPhase::Killed)
-    }
-}
 
 /// The state.
 #[derive(Debug, Default)]
@@ -138,6 +90,10 @@ impl Core {
                 part.error.get_or_insert_with(|| why.to_owned());
             }),
             Input::Quiet(gang, ranks) => self.observe(&gang, &mut effects, |part| part.quiet = ranks),
+            Input::Processes(gang, pids) => self.processes(&gang, pids, &mut effects),
+            Input::Rendezvous(gang, stuck) => {
+                self.observe(&gang, &mut effects, |part| part.rendezvous = stuck);
+            }
             Input::Renewed { sent, lease } => {
                 self.lease.renewed(now, sent, lease);
                 self.raise_fences(&mut effects);
@@ -157,15 +113,7 @@ impl Core {
 
     /// The whole observed state of one gang; none while it is still being prepared.
     pub fn report(&self, gang: &GangId) -> Option<GangReport> {
-        let part = self.parts.get(gang)?;
-        Some(GangReport {
-            gang: gang.clone(),
-            phase: part.phase?,
-            master_port: part.master_port,
-            exits: part.exits.clone(),
-            error: part.error.clone(),
-            quiet: part.quiet.clone(),
-        })
+        self.parts.get(gang)?.report()
     }
 
     /// When `Tick` is due next, unless something else comes first.
@@ -335,6 +283,16 @@ impl Core {
         {
             change(part);
             effects.push(Effect::Report(gang.clone()));
+        }
+    }
+
+    /// They go with the report that the ranks were launched, unless that was before: an adoption says so at once.
+    fn processes(&mut self, gang: &GangId, pids: Vec<u32>, effects: &mut Vec<Effect>) {
+        if let Some(part) = self.parts.get_mut(gang) {
+            part.processes = pids;
+            if part.phase == Some(ObservedPhase::Running) {
+                effects.push(Effect::Report(gang.clone()));
+            }
         }
     }
 

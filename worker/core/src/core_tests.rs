@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use muster_core::types::{JobSpec, NodeName, NodePlacement, Rank};
+use muster_core::types::{JobSpec, NodeName, NodePlacement, Rank, RankExit, RendezvousReport, StopMode};
 use proptest::prelude::*;
 
 use super::*;
+use crate::lease::Fence;
 
 fn assignment(generation: u32, phase: DesiredPhase) -> Assignment {
     let spec = JobSpec::new(vec!["train".into()]);
@@ -100,6 +101,27 @@ fn a_gang_is_prepared_launched_and_forgotten() {
         (assign(1, Forgotten), &[]),
     ]);
     assert!(core.reports().is_empty());
+}
+
+#[test]
+fn what_is_stuck_at_the_store_is_said_while_the_gang_runs() {
+    let stuck = |come| Some(Box::new(RendezvousReport { come, ..RendezvousReport::default() }));
+    let rendezvous = |come| Input::Rendezvous(gang(1), stuck(come));
+    let mut core = check(vec![
+        (assign(1, DesiredPhase::Running), &["start", "launch"]),
+        (Input::Prepared(gang(1), Some(29500)), &["report"]),
+        (Input::Processes(gang(1), vec![77]), &[]),
+        (Input::Launched(gang(1)), &["report"]),
+        (rendezvous(3), &["report"]),
+        (Input::Processes(gang(2), vec![1]), &[]),
+    ]);
+    let report = core.report(&gang(1)).unwrap();
+    assert_eq!((report.processes, report.rendezvous), (vec![77], stuck(3)));
+    let adopted = names(&core.step(Millis(0), Input::Processes(gang(1), vec![78])));
+    assert_eq!(adopted, ["report"], "the ranks ran before their processes were told");
+    core.step(Millis(0), Input::Gone(gang(1)));
+    assert_eq!(core.report(&gang(1)).unwrap().rendezvous, None, "the store went with them");
+    assert!(core.step(Millis(0), rendezvous(3)).is_empty());
 }
 
 #[test]

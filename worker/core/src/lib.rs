@@ -7,6 +7,7 @@ mod adopt;
 mod core;
 mod lease;
 mod messages;
+mod part;
 
 pub use adopt::{Adoption, ShimRecord, adopt};
 pub use core::Core;

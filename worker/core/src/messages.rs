@@ -1,6 +1,6 @@
 //! What goes into the core and what comes out.
 
-use muster_core::types::{Assignment, GangId, Millis, RankExit, RankProgress, StopMode};
+use muster_core::types::{Assignment, GangId, Millis, RankExit, RankProgress, RendezvousReport, StopMode};
 
 use crate::lease::Fence;
 
@@ -30,6 +30,10 @@ pub enum Input {
     /// None of the node's ranks has shown progress for the job's `progress_timeout`; or, if the list is empty, one
     /// has again.
     Quiet(GangId, Vec<RankProgress>),
+    /// The processes of the node's ranks, in their order. Comes before [`Input::Launched`].
+    Processes(GangId, Vec<u32>),
+    /// What the store of the gang's ranks shows, which this node hosts; none once all get on there.
+    Rendezvous(GangId, Option<Box<RendezvousReport>>),
     /// The coordinator has acknowledged a heartbeat.
     Renewed {
         /// When it was sent.

@@ -229,8 +229,11 @@ impl Shared {
     fn observe(&self) -> Snapshot {
         let state = locked(&self.state);
         let now = self.now();
-        let mut waits: HashMap<Client, WaitView> =
-            state.store.waiting(KEYS_SHOWN_MAX).map(|waiting| (waiting.client, WaitView::new(&waiting, now))).collect();
+        let mut waits: HashMap<Client, WaitView> = state
+            .store
+            .waiting(KEYS_SHOWN_MAX)
+            .map(|waiting| (waiting.client, WaitView::new(&waiting, now)))
+            .collect();
         let mut clients: Vec<(Client, ClientView)> =
             (state.known.iter()).map(|(id, known)| (*id, known.view(now, waits.remove(id)))).collect();
         clients.sort_by_key(|(id, _)| *id);

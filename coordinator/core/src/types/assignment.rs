@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{GangId, JobSpec, Millis, NodeName, Rank, StopMode};
+use super::{GangId, JobSpec, Millis, NodeName, Rank, RendezvousReport, StopMode};
 
 /// One node's part of a gang.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +96,10 @@ pub struct GangReport {
     pub error: Option<String>,
     /// How far each rank of the node is, while none has shown progress for the job's `progress_timeout`.
     pub quiet: Vec<RankProgress>,
+    /// Process ids of the node's ranks in rank order, once they were launched.
+    pub processes: Vec<u32>,
+    /// From the gang's first node: what its store shows while some rank does not get on there.
+    pub rendezvous: Option<Box<RendezvousReport>>,
 }
 
 /// How far a rank is that shows no progress.

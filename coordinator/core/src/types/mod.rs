@@ -2,6 +2,7 @@
 
 mod assignment;
 mod ids;
+pub mod rendezvous;
 mod spec;
 mod stop;
 
@@ -9,6 +10,7 @@ pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
+pub use rendezvous::RendezvousReport;
 pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, Resources, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 

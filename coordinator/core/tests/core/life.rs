@@ -124,7 +124,16 @@ fn a_node_that_cannot_prepare_fails_the_job_before_anything_ran() {
     assert!(world.nodes[&name("a")].gangs.values().all(|(a, _)| a.phase == DesiredPhase::Prepared));
     let error = Some("program \"train\" was not found".to_owned());
     let phase = ObservedPhase::Stopped;
-    let report = GangReport { gang, phase, master_port: None, exits: vec![], error, quiet: vec![] };
+    let report = GangReport {
+        gang,
+        phase,
+        master_port: None,
+        exits: vec![],
+        error,
+        quiet: vec![],
+        processes: vec![],
+        rendezvous: None,
+    };
     world.report(&name("b"), report);
     assert_eq!(world.state(&job), JobState::Failed, "the next generation would meet the same");
     assert_eq!(world.job(&job).reason, "node b: program \"train\" was not found");

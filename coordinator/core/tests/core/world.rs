@@ -298,7 +298,16 @@ impl ModelNode {
             let phase = ObservedPhase::Prepared;
             (
                 assignment.clone(),
-                GangReport { gang, phase, master_port, exits: vec![], error: None, quiet: vec![] },
+                GangReport {
+                    gang,
+                    phase,
+                    master_port,
+                    exits: vec![],
+                    error: None,
+                    quiet: vec![],
+                    processes: vec![],
+                    rendezvous: None,
+                },
             )
         });
         held.clone_from(assignment);
