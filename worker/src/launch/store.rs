@@ -7,7 +7,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use muster_tcpstore::{Limits, Running, Server};
+use muster_tcpstore::{Limits, Running, Server, Snapshot};
 use tracing::{info, warn};
 
 use super::files;
@@ -34,6 +34,11 @@ impl RankStore {
     /// Its port.
     pub fn port(&self) -> u16 {
         self.0.address().port()
+    }
+
+    /// Who is there and who waits for what.
+    pub fn observe(&self) -> Snapshot {
+        self.0.observe()
     }
 
     /// Logs who waits for what: for when the ranks show no progress.

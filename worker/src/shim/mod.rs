@@ -12,6 +12,7 @@ mod progress;
 mod protocol;
 mod ranks;
 mod record;
+mod rendezvous;
 mod serve;
 mod told;
 

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use muster_core::types::{Assignment, Rank, RankExit, RankProgress, StopMode};
+use muster_core::types::{Assignment, Rank, RankExit, RankProgress, RendezvousReport, StopMode};
 use muster_worker_core::Fence;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -69,6 +69,10 @@ pub(crate) struct State {
     pub error: Option<String>,
     /// How far each rank is, while none shows progress.
     pub quiet: Vec<RankProgress>,
+    /// Process ids of the ranks in their order, once they were launched.
+    pub processes: Vec<u32>,
+    /// What the ranks' store shows while some of them do not get on there.
+    pub rendezvous: Option<Box<RendezvousReport>>,
     /// When the ranks are stopped unless the daemon says otherwise.
     pub fence: Option<Fence>,
     /// That time has come.

@@ -191,6 +191,13 @@ impl Ranks {
         }
     }
 
+    /// The processes of the ranks that run, by rank.
+    pub fn processes(&self) -> Vec<u32> {
+        let ranks = self.running.values().map(|running| (running.process.rank, running.process.pid));
+        let by_rank: BTreeMap<Rank, i32> = ranks.collect();
+        by_rank.into_values().map(i32::cast_unsigned).collect()
+    }
+
     /// The process of a rank that runs.
     pub fn pid_of(&self, rank: Rank) -> Option<i32> {
         self.running.iter().find(|(_, running)| running.process.rank == rank).map(|(pid, _)| *pid)

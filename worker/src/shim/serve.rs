@@ -25,6 +25,7 @@ use super::progress::Progress;
 use super::protocol::{Command, PROTOCOL, Phase, State};
 use super::ranks::Ranks;
 use super::record::{Order, Record, StateDir, this_process};
+use super::rendezvous::Rendezvous;
 use crate::clock::boot_now;
 use crate::launch::cgroup::GangCgroup;
 use crate::launch::environment::SHIM_DIR;
@@ -150,6 +151,7 @@ struct Shim {
     ranks: Ranks,
     changes: Changes,
     progress: Option<Progress>,
+    rendezvous: Option<Rendezvous>,
     prepared: Option<Prepared>,
     /// What is to be launched once it is prepared.
     launch: Option<(Box<Assignment>, Option<Fence>)>,
@@ -192,6 +194,7 @@ impl Shim {
             sockets,
             changes: changes.clone(),
             progress: None,
+            rendezvous: None,
             prepared: None,
             launch: None,
             fence: None,
@@ -309,6 +312,7 @@ impl Shim {
             self.ranks.signal(Signal::SIGTERM);
         }
         self.look_for_progress(now);
+        self.look_at_store(now);
         let ends = [self.fence.map(|fence| fence.kill), self.kill_at];
         let is_due = self.ranks.have_ended() || ends.into_iter().flatten().any(|at| now >= at);
         if !self.ranks.are_gone() && (is_due || self.killing.is_some()) {
@@ -359,7 +363,9 @@ impl Shim {
         let term = self.fence.filter(|_| !self.state.borrow().fenced).map(|fence| fence.term);
         let kill = self.fence.map(|fence| fence.kill);
         let progress = self.progress.as_ref().filter(|_| self.kill_at.is_none()).map(Progress::deadline);
-        [term, kill, self.kill_at, progress].into_iter().flatten().min()
+        let rendezvous =
+            self.rendezvous.as_ref().filter(|_| self.kill_at.is_none()).map(Rendezvous::deadline);
+        [term, kill, self.kill_at, progress, rendezvous].into_iter().flatten().min()
     }
 
     fn is_over(&self) -> bool {

@@ -24,6 +24,9 @@ impl Told {
         if is_new(|state| state.phase == Phase::Prepared || was_launched(state)) {
             inputs.push(Input::Prepared(gang.clone(), state.master_port));
         }
+        if state.processes != before.processes {
+            inputs.push(Input::Processes(gang.clone(), state.processes.clone()));
+        }
         if is_new(was_launched) {
             inputs.push(Input::Launched(gang.clone()));
         }
@@ -35,6 +38,9 @@ impl Told {
         inputs.extend(exits.map(|exit| Input::Exited(gang.clone(), exit.clone())));
         if state.quiet != before.quiet {
             inputs.push(Input::Quiet(gang.clone(), state.quiet.clone()));
+        }
+        if state.rendezvous != before.rendezvous {
+            inputs.push(Input::Rendezvous(gang.clone(), state.rendezvous.clone()));
         }
         if is_new(|state| !state.killed.is_empty()) {
             inputs.push(Input::Killed(gang.clone()));
@@ -56,7 +62,7 @@ fn was_launched(state: &State) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use muster_core::types::{Generation, JobId, Millis, Rank, RankExit};
+    use muster_core::types::{Generation, JobId, Millis, Rank, RankExit, RendezvousReport};
 
     #[test]
     fn each_thing_is_told_once_whatever_states_are_passed_over() {
@@ -72,7 +78,12 @@ mod tests {
         };
         let state =
             |phase, exits: u32| State { phase, exits: (0..exits).map(exit).collect(), ..State::default() };
-        let table: [(&[State], &str); 4] = [
+        let stuck = |come| State {
+            processes: vec![7],
+            rendezvous: Some(Box::new(RendezvousReport { come, ..RendezvousReport::default() })),
+            ..state(Phase::Running, 0)
+        };
+        let table: [(&[State], &str); 5] = [
             (&[state(Phase::Prepared, 0), state(Phase::Running, 1), state(Phase::Stopped, 2)], "PLEEG"),
             (&[state(Phase::Preparing, 0), state(Phase::Stopped, 2), state(Phase::Stopped, 2)], "PLEEG"),
             (&[State { error: Some("x".into()), ..state(Phase::Stopped, 0) }], "F"),
@@ -82,6 +93,10 @@ mod tests {
                     State { fenced: true, ..state(Phase::Stopped, 1) },
                 ],
                 "PLfkEG",
+            ),
+            (
+                &[stuck(1), stuck(1), stuck(2), State { processes: vec![7], ..state(Phase::Running, 0) }],
+                "PpLrrr",
             ),
         ];
         for (states, expected) in table {
@@ -96,6 +111,8 @@ mod tests {
                     Input::Failed(..) => 'F',
                     Input::Fenced(_) => 'f',
                     Input::Killed(..) => 'k',
+                    Input::Processes(..) => 'p',
+                    Input::Rendezvous(..) => 'r',
                     other => panic!("{other:?}"),
                 })
                 .collect();

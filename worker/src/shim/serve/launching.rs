@@ -1,4 +1,4 @@
-//! From preparation to running ranks, and what is looked at when they hang.
+//! From preparation to running ranks, and what is looked at while they run and when they hang.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -9,8 +9,9 @@ use tracing::{info, warn};
 
 use super::super::protocol::Phase;
 use super::super::record::Order;
+use super::super::rendezvous::Rendezvous;
 use super::{Progress, Shim};
-use crate::clock::boot_now;
+use crate::clock::{boot_now, unix_now};
 use crate::launch::cgroup::{Cgroups, GangCgroup};
 use crate::launch::prepare::{Prepared, mark_launched};
 use crate::launch::stacks;
@@ -65,8 +66,25 @@ impl Shim {
         let timeout = self.record.order.assignment.spec.progress_timeout;
         self.progress = Progress::new(timeout, boot_now(), log_dirs);
         info!(gang = %self.record.order.assignment.gang, "ranks launched");
-        self.state.send_modify(|state| state.phase = Phase::Running);
+        let processes = self.ranks.processes();
+        if prepared.store.is_some() {
+            let rendezvous = Rendezvous::new(&self.record.order.assignment, processes.clone(), boot_now());
+            self.rendezvous = Some(rendezvous);
+        }
+        self.state.send_modify(|state| (state.phase, state.processes) = (Phase::Running, processes));
         Ok(())
+    }
+
+    /// Looks at the ranks' store now and then, while they are to run.
+    pub(super) fn look_at_store(&mut self, now: Millis) {
+        let store = self.prepared.as_ref().and_then(|prepared| prepared.store.as_ref());
+        let (Some(rendezvous), Some(store)) = (&mut self.rendezvous, store) else { return };
+        if self.kill_at.is_none()
+            && now >= rendezvous.deadline()
+            && let Some(stuck) = rendezvous.look(now, unix_now(), &store.observe())
+        {
+            self.state.send_modify(|state| state.rendezvous = stuck);
+        }
     }
 
     /// Groups for the ranks, if the machine lets us have any: from them nothing escapes, and in them memory is limited.
