@@ -1,6 +1,7 @@
 //! The core's records as the API shows them.
 
-use muster_core::{Inventory, Job, JobState, Node, NodeState, PastGeneration};
+use muster_core::types::{NodeName, Rank};
+use muster_core::{Awaited, Inventory, Job, JobState, Node, NodeState, PastGeneration, Rendezvous};
 use muster_proto::convert::{
     placement_to_wire, rank_exit_to_wire, resources_to_wire, spec_to_wire, timestamp_to_wire,
 };
@@ -33,6 +34,27 @@ pub(crate) fn job(job: &Job, latest: Latest) -> v1::Job {
             .map(|(addr, port)| std::net::SocketAddr::new(addr, port).to_string())
             .unwrap_or_default(),
         past: job.past.iter().map(past).collect(),
+        rendezvous: job.rendezvous().map(rendezvous),
+    }
+}
+
+fn rendezvous(stuck: Rendezvous) -> v1::Rendezvous {
+    let on_node =
+        |(rank, node): (Rank, NodeName)| v1::RankOnNode { rank: Some(rank.0), node_name: node.to_string() };
+    let awaited = |awaited: Awaited| v1::AwaitedKey {
+        key: awaited.key,
+        setter: awaited.setter.map(on_node),
+        waiting: awaited.waiting.into_iter().map(on_node).collect(),
+        waiting_total: awaited.waiting_total,
+        since: Some(timestamp_to_wire(awaited.since)),
+    };
+    v1::Rendezvous {
+        come: Some(stuck.come),
+        missing: stuck.missing.into_iter().map(on_node).collect(),
+        missing_total: Some(stuck.missing_total),
+        last_came: Some(timestamp_to_wire(stuck.last_came)),
+        awaited: stuck.awaited.into_iter().map(awaited).collect(),
+        awaited_more: stuck.awaited_more,
     }
 }
 

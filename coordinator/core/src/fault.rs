@@ -123,10 +123,12 @@ impl Core {
         let all: Vec<(&NodeName, &RankProgress)> = (gang.quiet.iter())
             .flat_map(|(at, ranks)| ranks.iter().map(|rank| (&gang.placements[*at].node, rank)))
             .collect();
+        let stuck = job.rendezvous().and_then(|stuck| stuck.in_words());
         let why = format!(
-            "no rank has shown progress for {} s: {}; their stacks are in their standard error",
+            "no rank has shown progress for {} s: {}{}; their stacks are in their standard error",
             job.spec.progress_timeout.0 / 1000,
-            describe_laggards(&all)
+            describe_laggards(&all),
+            stuck.map(|words| format!("; {words}")).unwrap_or_default()
         );
         self.fault(now, id, Cause::Hang(why), fx);
     }

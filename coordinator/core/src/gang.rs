@@ -137,6 +137,12 @@ impl Core {
         let preparing = gang.desired == DesiredPhase::Prepared;
         let quiet_before = gang.quiet.len();
         gang.set_quiet(group_rank, &report.quiet);
+        if !report.processes.is_empty() {
+            gang.processes.insert(group_rank, report.processes.clone());
+        }
+        if group_rank == 0 {
+            gang.rendezvous.clone_from(&report.rendezvous);
+        }
         let told = !report.exits.is_empty() || report.error.is_some() || gang.quiet.len() > quiet_before;
         if !gang.observe(group_rank, seen) && !told {
             return;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::bugs::{Bug, planted};
 use crate::types::{
     Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
-    RankProgress, RequestId, StopSignal,
+    RankProgress, RendezvousReport, RequestId, StopSignal,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -151,6 +151,12 @@ pub struct Gang {
     /// Nodes, by group rank, none of whose ranks shows progress.
     #[serde(skip)]
     pub(crate) quiet: BTreeMap<usize, Vec<RankProgress>>,
+    /// The processes of each node's ranks, by group rank.
+    #[serde(skip)]
+    pub(crate) processes: BTreeMap<usize, Vec<u32>>,
+    /// What the ranks' store shows while some do not get on there. Nothing is decided by it.
+    #[serde(skip)]
+    pub(crate) rendezvous: Option<Box<RendezvousReport>>,
 }
 
 /// Where a node's part of a gang is, as far as the coordinator knows.
@@ -190,6 +196,8 @@ impl Gang {
             observed,
             counts: Counts::default(),
             quiet: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            rendezvous: None,
         }
     }
 
@@ -198,6 +206,8 @@ impl Gang {
         self.observed = vec![Observed::Unknown; self.placements.len()];
         self.counts = Counts::default();
         self.quiet.clear();
+        self.processes.clear();
+        self.rendezvous = None;
     }
 
     /// A node begins a session: what it says now is all there is to know.

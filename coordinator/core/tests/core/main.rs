@@ -3,5 +3,6 @@
 mod life;
 mod properties;
 mod recovery;
+mod rendezvous;
 mod scale;
 mod world;
