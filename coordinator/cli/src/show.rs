@@ -9,6 +9,8 @@ use crate::exit::{Failure, out};
 use crate::json;
 use crate::units::show_span;
 
+mod rendezvous;
+
 /// Ended jobs listed without --all.
 const ENDED_SHOWN: usize = 10;
 
@@ -125,6 +127,9 @@ pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> 
     if !job.placement.is_empty() {
         out!("\n{}", placement(&job.placement));
     }
+    if let Some(stuck) = &job.rendezvous {
+        out!("\n{}", at_the_store(stuck, &job));
+    }
     if let Some(exit) = &job.exit {
         out!("\n{}", root_cause(exit));
     }
@@ -133,6 +138,11 @@ pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> 
         out!("\n{}", past(&job.past));
     }
     Ok(())
+}
+
+/// Where the ranks are that do not get on at their store, as a paragraph.
+fn at_the_store(stuck: &v1::Rendezvous, job: &v1::Job) -> String {
+    format!("rendezvous: {}\n", rendezvous::lines(stuck, job.world_size()).join("\n  "))
 }
 
 /// The generations that have ended, as a table.
@@ -188,6 +198,9 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
     if let Some(exit) = &job.exit {
         out!("{}", root_cause(exit));
     }
+    if let Some(stuck) = &job.rendezvous {
+        out!("{}", at_the_store(stuck, &job));
+    }
     let id = &job.id;
     let next = match job.state() {
         v1::JobState::Queued => {
@@ -202,6 +215,11 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
             format!(
                 "it starts once every node is prepared; `muster logs {id}` shows what its ranks have written"
             )
+        }
+        v1::JobState::Running if job.rendezvous.is_some() => {
+            let suspect = job.rendezvous.as_ref().and_then(rendezvous::suspect);
+            let rank = suspect.map(|rank| format!(" --rank {rank}")).unwrap_or_default();
+            format!("`muster logs {id}{rank}` shows what keeps it")
         }
         v1::JobState::Running => {
             format!("`muster plot {id}` draws its loss, `muster logs -f {id}` follows its output")
