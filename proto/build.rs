@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 6] = ["job", "job_service", "node", "node_service", "cluster_service", "worker_service"];
+const FILES: [&str; 7] =
+    ["job", "job_service", "node", "node_service", "cluster_service", "worker_service", "rendezvous_service"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=muster");

@@ -60,6 +60,7 @@ where
     let nodes = service!(v1::node_service_server::NodeServiceServer<Api>);
     let cluster = service!(v1::cluster_service_server::ClusterServiceServer<Api>);
     let workers = service!(v1::worker_service_server::WorkerServiceServer<Api>);
+    let agents = service!(v1::rendezvous_service_server::RendezvousServiceServer<Api>);
 
     // From the outside in.
     let layers = ServiceBuilder::new()
@@ -90,6 +91,7 @@ where
         .add_service(nodes)
         .add_service(cluster)
         .add_service(workers)
+        .add_service(agents)
         .serve_with_incoming_shutdown(connections, stop.cancelled_owned());
     let drained = async {
         shutdown.cancelled().await;

@@ -3,6 +3,7 @@
 
 use std::fmt::Debug;
 
+use muster_core::agents::Said;
 use muster_core::types::rendezvous::{
     CLIENTS_TOLD_MAX, HOSTS_TOLD_MAX, PROCESSES_TOLD_MAX, RendezvousHost, WAITS_TOLD_MAX,
 };
@@ -17,7 +18,7 @@ const TIMESTAMP_SECONDS_MAX: i64 = 253_402_300_799;
 const DURATION_SECONDS_MAX: i64 = 315_576_000_000;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 7] = [
+pub const DECODERS: [Decoder; 9] = [
     Decoder { name: "job_spec", decode: job_spec, samples: job_spec_samples },
     Decoder { name: "assignment", decode: assignment, samples: || vec![encoded(&sample_assignment())] },
     Decoder { name: "gang_report", decode: gang_report, samples: || vec![encoded(&sample_report())] },
@@ -27,6 +28,8 @@ pub const DECODERS: [Decoder; 7] = [
         samples: || sample_exits().iter().map(encoded).collect(),
     },
     Decoder { name: "placement", decode: placement, samples: || vec![encoded(&sample_placement())] },
+    Decoder { name: "agent_hello", decode: agent_hello, samples: || vec![encoded(&sample_hello())] },
+    Decoder { name: "agent_said", decode: agent_said, samples: agent_said_samples },
     Decoder { name: "timestamp", decode: timestamp, samples: timestamp_samples },
     Decoder { name: "duration", decode: duration, samples: duration_samples },
 ];
@@ -154,6 +157,29 @@ fn rank_exit(bytes: &[u8]) {
             let to_wire = |exit: &RankExit| convert::rank_exit_to_wire(exit, generation, &node);
             survives(&exit, to_wire, convert::rank_exit_from_wire);
         }
+        Err(error) => check_refusal(&[error]),
+    }
+}
+
+fn agent_hello(bytes: &[u8]) {
+    let Some(wire) = message::<v1::AgentHello>(bytes) else { return };
+    match convert::agent_hello_from_wire(wire) {
+        Ok(hello) => {
+            assert!((1..=hello.spec.max).contains(&hello.spec.min) && hello.spec.max <= limits::NODES_MAX);
+            assert!(hello.held.is_none_or(|held| held.rank < held.world_size && held.round > 0));
+            survives(&hello, convert::agent_hello_to_wire, convert::agent_hello_from_wire);
+        }
+        Err(error) => check_refusal(&[error]),
+    }
+}
+
+fn agent_said(bytes: &[u8]) {
+    let Some(wire) = message::<v1::RendezvousServiceJoinRequest>(bytes) else { return };
+    match convert::agent_said_from_wire(wire) {
+        Ok(Some(Said::Leave(failure))) => assert!(failure.len() <= 2048),
+        Ok(Some(Said::Enter(store))) => assert!(store.port() > 0),
+        Ok(Some(Said::Gone)) => panic!("that is not said but noticed"),
+        Ok(None) => {}
         Err(error) => check_refusal(&[error]),
     }
 }
@@ -302,6 +328,36 @@ fn sample_rendezvous() -> v1::RendezvousReport {
         }],
         waits_more: 1,
     }
+}
+
+fn sample_hello() -> v1::AgentHello {
+    v1::AgentHello {
+        run_id: "run 1".into(),
+        agent_id: "0123abcd".into(),
+        node_name: "node-1.example".into(),
+        min_agents: 1,
+        max_agents: 4,
+        last_call: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
+        held: Some(v1::AgentPlace {
+            round: 3,
+            rank: 1,
+            world_size: 2,
+            store_rank: 0,
+            store_address: "fd00::1".into(),
+            store_port: 29_500,
+        }),
+    }
+}
+
+fn agent_said_samples() -> Vec<Vec<u8>> {
+    use v1::rendezvous_service_join_request::Message;
+    let messages = [
+        Message::Enter(v1::AgentEnter { address: "10.0.0.1".into(), port: 29_500 }),
+        Message::Leave(v1::AgentLeave { failure: "\u{1F980}".repeat(1000) }),
+        Message::Hello(sample_hello()),
+    ];
+    let of = |message| v1::RendezvousServiceJoinRequest { message: Some(message) };
+    messages.map(|message| encoded(&of(message))).into()
 }
 
 fn timestamp_samples() -> Vec<Vec<u8>> {

@@ -1,5 +1,6 @@
 //! Thin handlers: wire to checked types, one call of the driver, checked types to wire.
 
+mod agents;
 mod cluster;
 pub(crate) mod jobs;
 pub(crate) mod logs;
@@ -17,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
+use crate::agents::Runs;
 use crate::driver::{Handle, RequestError};
 use crate::metrics::Metrics;
 
@@ -39,6 +41,7 @@ pub(crate) type Stream<T> = ReceiverStream<Result<T, Status>>;
 pub(crate) struct Api {
     pub driver: Handle,
     pub metrics: Metrics,
+    pub agents: Runs,
     /// Ends every stream when the coordinator stops.
     pub shutdown: CancellationToken,
     pub lease: Duration,
@@ -61,7 +64,8 @@ impl Api {
         let boot_id = boot_id.trim().into();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
-        Self { driver, metrics, shutdown, lease, heartbeat, boot_id, streams, arrivals }
+        let agents = Runs::new(driver.clock(), shutdown.clone());
+        Self { driver, metrics, agents, shutdown, lease, heartbeat, boot_id, streams, arrivals }
     }
 
     /// A node's turn to arrive.

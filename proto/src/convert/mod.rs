@@ -2,12 +2,16 @@
 //!
 //! What comes in is refused with a field and a reason; nothing here panics on any message.
 
+mod agents;
 mod gang;
 mod job;
 mod rendezvous;
 mod status;
 mod time;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use agents::agent_hello_to_wire;
+pub use agents::{agent_first_from_wire, agent_hello_from_wire, agent_said_from_wire, agent_tell_to_wire};
 pub use gang::{
     assignment_from_wire, assignment_to_wire, gang_report_from_wire, gang_report_to_wire,
     placement_from_wire, placement_to_wire, rank_exit_from_wire, rank_exit_to_wire,

@@ -113,7 +113,9 @@ fn who_waits_is_named_and_it_is_over_when_the_node_says_so() {
     assert_eq!(awaited.waiting, [(Rank(0), name("a")), (Rank(2), name("b"))]);
     assert_eq!((awaited.setter.as_ref(), awaited.since), (Some(&(Rank(3), name("b"))), Millis(3)));
     world.restart_coordinator();
-    ["a", "b"].map(|node| world.connect(node));
+    for node in ["a", "b"] {
+        world.connect(node);
+    }
     assert_eq!(world.job(&job).rendezvous(), Some(seen), "it is not stored, but nodes say everything again");
     say(&mut world, "a", &job, |report| report.rendezvous = None);
     assert_eq!(world.job(&job).rendezvous(), None);
