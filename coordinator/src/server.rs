@@ -81,7 +81,6 @@ where
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .tcp_nodelay(true)
         .layer(layers)
         .add_service(health_service)
         .add_service(reflection().build_v1()?)

@@ -9,8 +9,13 @@ use std::process::Command;
 
 /// Sets up, then becomes the bench program.
 pub fn run(args: &[OsString]) -> Result<()> {
-    if args.first().is_some_and(|name| name == "reconnect") {
-        return reconnect(&args[1..]);
+    match args.first().and_then(|name| name.to_str()) {
+        Some("reconnect") => return load(args),
+        Some("agents") => {
+            python::bring_with(&["torchft==0.2.0"]).context("failed to set up the Python to compare with")?;
+            return load(&[args, &["--python".into(), python::path().into()]].concat());
+        }
+        _ => {}
     }
     setup::run(&cargo::deps_dir(), &Wants { libtorch: true, tools: false, digits: false })?;
     python::bring().context("failed to set up the Python to compare with")?;
@@ -24,7 +29,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
 }
 
 /// Control plane only: neither torch nor the trainer.
-fn reconnect(args: &[OsString]) -> Result<()> {
+fn load(args: &[OsString]) -> Result<()> {
     let build = ["cargo", "build", "--release", "--package", "muster-cli", "--package", "muster-reconnect"];
     cargo::run(&mut cargo::command(&build)).context("failed to build")?;
     let bench = cargo::debug_dir().with_file_name("release").join("reconnect");

@@ -5,6 +5,7 @@ use crate::cargo;
 use crate::deps::{Deps, Part};
 use crate::sha256;
 use anyhow::{Context, Result};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// torch, and what the plug-in needs and is made with.
@@ -14,7 +15,7 @@ const PACKAGES: [&str; 6] = [
     "grpcio==1.85.1",
     "protobuf==7.36.2",
     "grpcio-tools==1.85.1",
-    "setuptools==84.2.1",
+    "setuptools==80.9.0",
 ];
 /// The plug-in for stock torchrun, and what it is made of.
 const PLUG_IN: &str = "deploy/torchrun";
@@ -57,18 +58,29 @@ pub fn bring() -> Result<()> {
         return Ok(());
     }
     let deps = Deps::lock(&dir)?;
-    let venv = deps.path("python");
-    let pip = |args: &[&str]| {
-        let mut pip = Command::new(venv.join("bin/python3"));
-        cargo::run(pip.args(["-m", "pip", "install", "--quiet"]).args(args).current_dir(cargo::root()))
-    };
     if !is_whole {
         eprintln!("python: installing torch with all of CUDA into .deps/python, 3 GB to download; once");
-        cargo::run(Command::new("python3").args(["-m", "venv"]).arg(&venv))
+        cargo::run(Command::new("python3").args(["-m", "venv"]).arg(deps.path("python")))
             .context("python3 has no venv (Debian: `sudo apt-get install python3-venv`)")?;
         pip(&PACKAGES)?;
         deps.stamp(&python())?;
     }
     pip(&["--no-deps", "--no-build-isolation", "--force-reinstall", PLUG_IN])?;
     deps.stamp(&plug_in)
+}
+
+/// Where it is.
+pub fn path() -> PathBuf {
+    cargo::deps_dir().join("python/bin/python3")
+}
+
+/// Brings it with packages that only a bench needs.
+pub fn bring_with(packages: &[&str]) -> Result<()> {
+    bring()?;
+    pip(&[&PACKAGES, packages].concat())
+}
+
+fn pip(args: &[&str]) -> Result<()> {
+    let mut pip = Command::new(path());
+    cargo::run(pip.args(["-m", "pip", "install", "--quiet"]).args(args).current_dir(cargo::root()))
 }

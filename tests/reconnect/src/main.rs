@@ -1,7 +1,8 @@
 //! `cargo xtask bench reconnect`: thousands of nodes, each with the real session and core of the node daemon, hold jobs
 //! of a real coordinator, which is killed and started again. How soon they are all back, what is lost (nothing may
-//! be), and what it costs. The last line is a JSON object.
+//! be), and what it costs. The last line is a JSON object. `cargo xtask bench agents` is in `agents.rs`.
 
+mod agents;
 mod coordinator;
 mod node;
 mod stats;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser};
 use muster_core::types::Millis;
 use muster_proto::v1;
 use muster_worker::load::boot_now;
@@ -33,6 +34,14 @@ const AFTERWARDS: Duration = Duration::from_secs(12);
 const FILES_SPARE: usize = 200;
 
 #[derive(Clone, Debug, Parser)]
+enum Bench {
+    /// Thousands of nodes whose coordinator is killed and comes back
+    Reconnect(Options),
+    /// Agents that Muster did not start enter one round
+    Agents(agents::Options),
+}
+
+#[derive(Clone, Debug, Args)]
 struct Options {
     /// Nodes; nine in ten hold a job of eight nodes each
     #[arg(long, default_value_t = 1000)]
@@ -52,13 +61,22 @@ struct Options {
 }
 
 fn main() {
-    let options = Options::parse();
-    let files = raise_files(options.nodes);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let result = runtime.block_on(bench(&options, files));
+    let (result, is_well) = match Bench::parse() {
+        Bench::Reconnect(options) => {
+            let files = raise_files(options.nodes);
+            let result = runtime.block_on(bench(&options, files));
+            let is_well = result["false_losses"] == 0;
+            (result, is_well)
+        }
+        Bench::Agents(options) => {
+            raise_files(agents::most(&options));
+            (runtime.block_on(agents::bench(&options)), true)
+        }
+    };
     println!("{result}");
     // Ten thousand sessions need not be closed one by one.
-    std::process::exit(i32::from(result["false_losses"] != 0));
+    std::process::exit(i32::from(!is_well));
 }
 
 /// Raises the limit of open files as far as needed, for this process and for the coordinator that it starts.

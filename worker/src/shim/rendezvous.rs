@@ -172,9 +172,10 @@ impl Rendezvous {
         hosts.sort_by_key(|host| host.come == self.procs);
         let mut room = PROCESSES_TOLD_MAX;
         for host in &mut hosts {
-            match room.checked_sub(host.come as usize) {
-                Some(left) => room = left,
-                None => (host.ranks, host.processes) = Default::default(),
+            if let Some(left) = room.checked_sub(host.come as usize) {
+                room = left;
+            } else {
+                (host.ranks, host.processes) = Default::default();
             }
         }
         hosts
@@ -206,7 +207,7 @@ impl Rendezvous {
         }
         let mut stuck: Vec<(Millis, RendezvousWait)> =
             by_key.into_values().filter(|(longest, _)| *longest >= STUCK_AFTER).collect();
-        stuck.sort_by(|one, other| other.0.cmp(&one.0));
+        stuck.sort_by_key(|(waited, ..)| std::cmp::Reverse(*waited));
         let more = stuck.len().saturating_sub(WAITS_TOLD_MAX) as u32;
         stuck.truncate(WAITS_TOLD_MAX);
         let dated = |(longest, wait): (Millis, RendezvousWait)| {

@@ -54,10 +54,10 @@ fn client(address: IpAddr, process: u32) -> ClientView {
     }
 }
 
-fn waits(client: ClientView, key: &str, seconds: u64) -> ClientView {
+fn waits(client: &ClientView, key: &str, seconds: u64) -> ClientView {
     let waited = Duration::from_secs(seconds);
     let wait = WaitView { keys: vec![key.into()], keys_total: 1, rank: Some(3), waited };
-    ClientView { wait: Some(wait), ..client }
+    ClientView { wait: Some(wait), ..client.clone() }
 }
 
 /// A look so many seconds after the machine's start; a little later on the wall's clock, as it is read second.
@@ -105,11 +105,11 @@ fn who_waits_for_a_key_is_told_with_the_time_since_when() {
     let all = |seconds| {
         let named = ClientView { rank: Some(2), ..client(there(2), 7) };
         let silent = ClientView { process: None, ..client(there(2), 0) };
-        let short = waits(client(there(2), 8), "later", 1);
+        let short = waits(&client(there(2), 8), "later", 1);
         vec![
-            waits(client(HERE, 201), "k", seconds),
-            waits(named, "k", 1),
-            waits(silent, "k", 1),
+            waits(&client(HERE, 201), "k", seconds),
+            waits(&named, "k", 1),
+            waits(&silent, "k", 1),
             short,
             client(HERE, 100),
         ]
@@ -148,11 +148,11 @@ fn a_large_gang_is_told_in_short() {
     let mut clients = vec![client(HERE, 100)];
     for node in 0..498_u32 {
         let address = IpAddr::from([10, 1, (node / 256) as u8, (node % 256) as u8]);
-        clients.extend((0..2).map(|process| waits(client(address, 4_000_000 + process), "k", 9)));
-        clients.push(waits(client(address, 4_000_000), &format!("{}{node}", "x".repeat(110)), 9));
+        clients.extend((0..2).map(|process| waits(&client(address, 4_000_000 + process), "k", 9)));
+        clients.push(waits(&client(address, 4_000_000), &format!("{}{node}", "x".repeat(110)), 9));
     }
     look(&mut at, 9, clients.clone());
-    let told = stuck(look(&mut at, 14, [clients, vec![waits(client(HERE, 100), "first", 99)]].concat()));
+    let told = stuck(look(&mut at, 14, [clients, vec![waits(&client(HERE, 100), "first", 99)]].concat()));
     assert_eq!((told.come, told.hosts.len(), told.waits.len(), told.waits_more), (997, 499, 8, 492));
     let processes = told.hosts.iter().map(|host| host.ranks.len() + host.processes.len()).sum::<usize>();
     assert_eq!((told.hosts[0].address, processes), (HERE, 255), "as many whole hosts as there is room for");

@@ -100,14 +100,19 @@ impl Coordinator {
     }
 
     /// The last that was heard of a gang.
-    pub fn report(&self, gang: &v1::Assignment) -> Option<v1::GangReport> {
+    pub fn report(&self, gang: &v1::Assignment) -> Option<Box<v1::GangReport>> {
         let of_gang =
             |r: &&v1::GangReport| (r.job_id.as_str(), r.generation) == (&gang.job_id, gang.generation);
-        self.state().heard.iter().rev().find_map(|message| match message {
-            Up::Gang(report) => Some(report).filter(of_gang).cloned(),
-            Up::Hello(hello) => hello.gangs.iter().find(of_gang).cloned(),
-            _ => None,
-        })
+        self.state()
+            .heard
+            .iter()
+            .rev()
+            .find_map(|message| match message {
+                Up::Gang(report) => Some(report).filter(of_gang).cloned(),
+                Up::Hello(hello) => hello.gangs.iter().find(of_gang).cloned(),
+                _ => None,
+            })
+            .map(Box::new)
     }
 
     pub fn hellos(&self) -> Vec<v1::Hello> {

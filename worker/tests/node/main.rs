@@ -156,7 +156,7 @@ impl World {
     }
 
     /// Waits until the node has reported a gang in this phase.
-    async fn observe(&self, gang: &v1::Assignment, phase: ObservedPhase) -> v1::GangReport {
+    async fn observe(&self, gang: &v1::Assignment, phase: ObservedPhase) -> Box<v1::GangReport> {
         eventually(phase.as_str_name(), || match self.coordinator.report(gang) {
             Some(report) if report.phase() == phase => Ok(report),
             other => Err(other),
@@ -165,7 +165,7 @@ impl World {
     }
 
     /// Launches a gang and waits for its end.
-    async fn run(&self, gang: &v1::Assignment) -> v1::GangReport {
+    async fn run(&self, gang: &v1::Assignment) -> Box<v1::GangReport> {
         self.want(gang, DesiredPhase::Running).await;
         self.observe(gang, ObservedPhase::Stopped).await
     }

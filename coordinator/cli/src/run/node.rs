@@ -12,7 +12,6 @@ use tokio::net::{TcpListener, UnixListener, lookup_host};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::transport::server::TcpIncoming;
 
 use super::Scratch;
 use super::args::RunArgs;
@@ -75,7 +74,7 @@ impl Node {
                 let listener = bind(&meeting.host, meeting.port, wanted).await?;
                 (
                     meeting.url(),
-                    listener.map(|listener| serve(config, TcpIncoming::from(listener), broken.clone())),
+                    listener.map(|listener| serve(config, muster_coordinator::connections(listener), broken.clone())),
                 )
             }
         };
