@@ -74,7 +74,9 @@ impl Node {
                 let listener = bind(&meeting.host, meeting.port, wanted).await?;
                 (
                     meeting.url(),
-                    listener.map(|listener| serve(config, muster_coordinator::connections(listener), broken.clone())),
+                    listener.map(|listener| {
+                        serve(config, muster_coordinator::connections(listener), broken.clone())
+                    }),
                 )
             }
         };
