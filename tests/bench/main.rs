@@ -50,7 +50,8 @@ fn main() {
         Some("stamp") => launch::stamp(),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `launch`, `recovery`, `reconnect`, `store` and, without a name, training"
+                "there is no bench {other}; there are `agents`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
+                 training"
             )
         }
     }

@@ -7,21 +7,23 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Brings a package and unpacks it; gives the folder that stands for the root of the system.
-pub fn unpacked(deps: &Deps, package: &str) -> Result<PathBuf> {
+/// Brings packages and unpacks them; gives the folder that stands for the root of the system.
+pub fn unpacked(deps: &Deps, packages: &[&str]) -> Result<PathBuf> {
     let work = deps.path("staging/apt");
-    // What an earlier package has left there is not to be taken for this one.
+    // What earlier packages have left there is not to be taken for these.
     remove(&work)?;
-    let archive = download(&work, package)?;
     let tree = work.join("tree");
-    let mut unpack = Command::new("dpkg");
-    quiet(unpack.arg("-x").arg(&archive).arg(&tree)).context("failed to unpack it")?;
+    for archive in download(&work, packages)? {
+        let mut unpack = Command::new("dpkg");
+        quiet(unpack.arg("-x").arg(&archive).arg(&tree))
+            .with_context(|| format!("failed to unpack {}", archive.display()))?;
+    }
     Ok(tree)
 }
 
-/// Has apt download the package: with the system's lists, or with lists of our own where those are
+/// Has apt download the packages: with the system's lists, or with lists of our own where those are
 /// absent or too old. Needs no root and installs nothing.
-fn download(work: &Path, package: &str) -> Result<PathBuf> {
+fn download(work: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
     if machine::on_path(Path::new("apt-get")).is_none() {
         bail!("there is no apt-get here");
     }
@@ -37,14 +39,18 @@ fn download(work: &Path, package: &str) -> Result<PathBuf> {
         }
         quiet(apt.args(args))
     };
-    if apt(false, &["download", package]).is_err() {
+    let download = [&["download"], packages].concat();
+    if apt(false, &download).is_err() {
         apt(true, &["update"]).context("apt-get could not fetch its lists")?;
-        apt(true, &["download", package]).with_context(|| format!("apt-get has no {package}"))?;
+        apt(true, &download).with_context(|| format!("apt-get has no {}", packages.join(", ")))?;
     }
     let entries = fs::read_dir(work)?.collect::<std::io::Result<Vec<_>>>()?;
-    let package =
-        entries.iter().map(fs::DirEntry::path).find(|path| path.extension().is_some_and(|ext| ext == "deb"));
-    package.context("apt-get downloaded nothing")
+    let paths = entries.iter().map(fs::DirEntry::path);
+    let archives: Vec<_> = paths.filter(|path| path.extension().is_some_and(|ext| ext == "deb")).collect();
+    if archives.len() != packages.len() {
+        bail!("apt-get downloaded {} of {} packages", archives.len(), packages.len());
+    }
+    Ok(archives)
 }
 
 /// Runs a command whose words matter only if it fails.

@@ -55,7 +55,7 @@ pub fn bring_fashion_mnist(deps: &Deps) -> Result<String> {
     if verify(&place).is_ok() {
         return Ok("was there already; its four files have the right hashes".into());
     }
-    let tree = apt::unpacked(deps, PACKAGE)?;
+    let tree = apt::unpacked(deps, &[PACKAGE])?;
     let staged = deps.path("staging/fashion-mnist");
     fs::create_dir_all(&staged)?;
     for (name, _) in FASHION_MNIST {

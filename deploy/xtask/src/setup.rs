@@ -23,8 +23,9 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     let parts = parts(wants);
     let is_missing = |(part, _): &&(Part, Bring)| !part.is_there(dir);
     let has_data = !wants.libtorch || has_data(dir, wants);
-    let has_clocks = !wants.tools || tools::faketime().is_there(dir);
-    if has_data && has_clocks && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
+    let optional = if wants.tools { Vec::from(tools::optional()) } else { Vec::new() };
+    let has_optional = optional.iter().all(|optional| optional.part.is_there(dir));
+    if has_data && has_optional && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
         eprintln!("set-up: all is there");
         return Ok(());
     }
@@ -37,9 +38,9 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     for (part, bring) in parts.iter().filter(is_missing) {
         once(&deps, part, bring.as_ref())?;
     }
-    if wants.tools && !tools::faketime().is_there(dir) {
-        once(&deps, &tools::faketime(), &tools::bring_faketime)
-            .unwrap_or_else(|error| eprintln!("set-up: tests that set clocks will be skipped: {error:#}"));
+    for optional in optional.iter().filter(|optional| !optional.part.is_there(dir)) {
+        once(&deps, &optional.part, &optional.bring)
+            .unwrap_or_else(|error| eprintln!("set-up: {} will be skipped: {error:#}", optional.serves));
     }
     if wants.libtorch && !self::has_data(dir, wants) {
         bring_data(&deps, wants)?;

@@ -98,25 +98,54 @@ impl Tool {
     }
 }
 
-/// The library that lets a test set the clock of one process. Without it that test is skipped, and says so.
-pub fn faketime() -> Part {
-    Part {
+/// What some tests need and not every machine can get: without it they are skipped, and say so.
+pub struct Optional {
+    /// What it is.
+    pub part: Part,
+    /// How it is brought.
+    pub bring: fn(&Deps) -> Result<String>,
+    /// The tests that are skipped without it.
+    pub serves: &'static str,
+}
+
+/// All of that kind. Apt checks what it downloads.
+pub fn optional() -> [Optional; 2] {
+    let faketime = Part {
         name: "libfaketime",
         stamp: "lib/.libfaketime",
         fingerprint: "libfaketime as Debian packages it".into(),
         files: &["lib/libfaketimeMT.so.1"],
-    }
+    };
+    let slurm = Part {
+        name: "Slurm",
+        stamp: "slurm/.stamp",
+        fingerprint: SLURM.join(" "),
+        files: &["slurm/usr/sbin/slurmctld-wlm", "slurm/usr/sbin/slurmd-wlm", "slurm/usr/bin/srun"],
+    };
+    [
+        Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
+        Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
+    ]
 }
 
-/// Takes it out of Debian's package, which apt checks.
-pub fn bring_faketime(deps: &Deps) -> Result<String> {
-    let tree = apt::unpacked(deps, "libfaketime")?;
+/// Debian's packages of Slurm, and of the libraries that they need beside the system's own.
+const SLURM: [&str; 6] =
+    ["slurm-client", "slurm-wlm-basic-plugins", "slurmctld", "slurmd", "libhwloc15", "libmunge2"];
+
+fn bring_faketime(deps: &Deps) -> Result<String> {
+    let tree = apt::unpacked(deps, &["libfaketime"])?;
     let library = "faketime/libfaketimeMT.so.1";
     let folders = fs::read_dir(tree.join("usr/lib"))?.collect::<std::io::Result<Vec<_>>>()?;
     let found = folders.iter().map(|folder| folder.path().join(library)).find(|path| path.is_file());
     fs::create_dir_all(deps.path("lib"))?;
     deps.place(&found.context("the package holds no library")?, "lib/libfaketimeMT.so.1")?;
     Ok("from Debian's package libfaketime".into())
+}
+
+/// As it is in the packages: its programs find each other by their configuration and their environment.
+fn bring_slurm(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &SLURM)?, "slurm")?;
+    Ok("from Debian's packages".into())
 }
 
 /// protoc, which etcd-client's build calls. Cargo has brought it as a crate, checked by Cargo.lock.
