@@ -6,6 +6,7 @@
 
 mod bed;
 mod cluster;
+mod etcd;
 mod netns;
 mod place;
 mod tools;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
+pub use etcd::{Etcd, has_etcd};
 pub use netns::{Cut, Netns};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
