@@ -98,7 +98,7 @@ fn session_request(bytes: &[u8]) {
         }
         Up::Log(data) => {
             let (sender, _stream) = mpsc::channel(4);
-            let link = Link::new(session, sender);
+            let link = Link::new(session, 1, sender);
             let (reader, _pieces) = mpsc::channel(1);
             link.subscribe(reader, |_| v1::LogSubscribe::default());
             // The second time the reader has no room: it is dropped, and holds nothing up.

@@ -91,6 +91,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         link: None,
         unsent: BTreeSet::new(),
         leaving: None,
+        last_coordinator: None,
         hellos: 0,
         points_at: None,
         identity,
@@ -124,6 +125,8 @@ struct Daemon {
     hellos: u64,
     /// Why the daemon is about to end, until the coordinator has been told.
     leaving: Option<String>,
+    /// With whom the last session was.
+    last_coordinator: Option<String>,
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
     identity: Identity,
@@ -268,6 +271,11 @@ impl Daemon {
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is
                 // older than what it has.
                 self.outbox.rewind();
+                // Another coordinator has its own metrics, and may lack what the last one has acknowledged.
+                if self.last_coordinator.as_ref().is_some_and(|last| *last != coordinator) {
+                    self.outbox.rewind_to_start();
+                }
+                self.last_coordinator = Some(coordinator.clone());
                 self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
             }
             Event::Closed => self.link = None,

@@ -104,7 +104,7 @@ fn join_samples() -> Vec<Vec<u8>> {
 
 /// The daemon's core takes whatever passes the check, and launches nothing that is not wanted.
 fn session_response(bytes: &[u8]) {
-    let Ok(v1::SessionResponse { message: Some(heard) }) = v1::SessionResponse::decode(bytes) else { return };
+    let Ok(v1::SessionResponse { message: Some(heard), .. }) = v1::SessionResponse::decode(bytes) else { return };
     let wires = match heard {
         Down::Welcome(welcome) => welcome.assignments,
         Down::Assignment(assignment) => vec![assignment],
@@ -179,7 +179,7 @@ fn session_samples() -> Vec<Vec<u8>> {
     let welcome = Down::Welcome(v1::Welcome { session: 1, assignments: assignments.clone() });
     single
         .chain([welcome])
-        .map(|message| v1::SessionResponse { message: Some(message) }.encode_to_vec())
+        .map(|message| v1::SessionResponse { message: Some(message), term: 1 }.encode_to_vec())
         .collect()
 }
 

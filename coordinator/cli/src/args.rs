@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::run::args::RunArgs;
+use crate::store::{EtcdArgs, Store};
 use crate::units::{Bytes, KeyValue, NodeRange, Span};
 
 const EXIT_CODES: &str = "\
@@ -161,9 +162,22 @@ pub(crate) struct CoordinatorArgs {
     /// Directory for the store and the metrics.
     #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Where jobs and nodes are kept.
-    #[arg(long, value_enum, default_value_t = Store::Redb)]
+    /// Where jobs and nodes are kept: `redb`, a file in the data directory; `memory`, gone with the process; or
+    /// `etcd://HOST:PORT,HOST:PORT/NAME`, which makes this coordinator one of several (NAME is the cluster's; by default
+    /// muster).
+    #[arg(long, default_value = "redb", value_name = "STORE")]
     pub store: Store,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    /// With several coordinators: the URL at which workers and users reach this one. Default: the address it listens on.
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+    /// With several coordinators: time without a word from the leader after which another one leads.
+    #[arg(long, default_value = "3s")]
+    pub leader_lease: Span,
+    /// With several coordinators: go on from an etcd that was restored from a backup, once.
+    #[arg(long)]
+    pub accept_restored_store: bool,
     /// Time without a heartbeat after which a node is lost.
     #[arg(long, default_value = "10s")]
     pub lease: Span,
@@ -175,15 +189,6 @@ pub(crate) struct CoordinatorArgs {
     pub insecure: bool,
     #[command(flatten)]
     pub daemon: DaemonArgs,
-}
-
-/// Where jobs and nodes are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Store {
-    /// A file in the data directory.
-    Redb,
-    /// Memory: gone with the process.
-    Memory,
 }
 
 #[derive(Debug, clap::Args)]

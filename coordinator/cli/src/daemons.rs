@@ -10,16 +10,13 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
-use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, Store, WorkerArgs};
+use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
 
 /// `muster coordinator`.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let shutdown = start_logging(&args.daemon)?;
-    let store = match args.store {
-        Store::Redb => muster_coordinator::StoreKind::Redb,
-        Store::Memory => muster_coordinator::StoreKind::Memory,
-    };
+    let store = args.store.kind(&args.etcd)?;
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
@@ -27,6 +24,9 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         store,
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,
+        advertise: args.advertise,
+        leader_lease: args.leader_lease.0,
+        accept_restored_store: args.accept_restored_store,
     };
     raise_files();
     // Its message holds its causes already.

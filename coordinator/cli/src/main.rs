@@ -13,6 +13,7 @@ mod progress;
 mod run;
 mod show;
 mod spec;
+mod store;
 mod stream;
 mod submit;
 mod units;

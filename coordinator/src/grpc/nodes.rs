@@ -21,7 +21,7 @@ impl NodeService for Api {
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         let (after, size) = checked_page(request.into_inner())?;
         let mut nodes: Vec<Node> = self
-            .driver
+            .driver()?
             .read(move |core| core.nodes_after(after.as_ref()).take(size + 1).cloned().collect())
             .await?;
         let more = nodes.len() > size;
@@ -36,7 +36,7 @@ impl NodeService for Api {
         request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::GetNodeResponse>, Status> {
         let name = request.into_inner().node_name;
-        let found = self.driver.read(move |core| core.node(&name).cloned()).await?;
+        let found = self.driver()?.read(move |core| core.node(&name).cloned()).await?;
         let node = found.map_err(crate::driver::RequestError::from)?;
         Ok(Response::new(v1::GetNodeResponse { node: Some(view::node(&node)) }))
     }
@@ -112,7 +112,7 @@ fn check_reason(reason: &str) -> Result<(), Status> {
 
 impl Api {
     async fn change(&self, input: Input) -> Result<v1::Node, Status> {
-        match self.driver.request(input).await? {
+        match self.driver()?.request(input).await? {
             Reply::Node(node) => Ok(view::node(&node)),
             Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) => Err(unexpected_reply()),
         }

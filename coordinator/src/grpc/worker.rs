@@ -13,9 +13,10 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Api, Stream};
-use crate::driver::Hello;
+use crate::driver::{Handle, Hello};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
+use crate::office::Reign;
 
 /// Labels, GPUs and text of an inventory, far above what real machines have.
 const LABELS_MAX: usize = 256;
@@ -46,14 +47,18 @@ impl WorkerService for Api {
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
         let turn = self.arrival().await?;
-        self.driver.join(join).await?;
+        let reign = self.office.reign()?;
+        reign.driver.join(join).await?;
         drop(turn);
         info!(node = %name, %address, "node joined");
         Ok(Response::new(v1::JoinResponse {
             lease: Some(convert::duration_to_wire_std(self.lease)),
             heartbeat_interval: Some(convert::duration_to_wire_std(self.heartbeat)),
             accepted_at,
-            boot_id: self.boot_id.to_string(),
+            boot_id: self.office.boot_id().to_owned(),
+            term: reign.term,
+            cluster_id: reign.cluster_id.to_string(),
+            coordinators: reign.coordinators,
         }))
     }
 
@@ -75,21 +80,28 @@ impl WorkerService for Api {
         let node = hello.node.clone();
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
         let turn = self.arrival().await?;
-        let link = self.driver.open_session(hello, sender).await?;
+        let reign = self.office.reign()?;
+        let link = reign.driver.open_session(hello, sender).await?;
         drop(turn);
-        tokio::spawn(self.clone().listen(node, link, incoming));
+        tokio::spawn(self.clone().listen(reign, node, link, incoming));
         Ok(Response::new(Stream::new(receiver)))
     }
 }
 
 impl Api {
     /// Reads a session until it ends, for whatever reason, and says so to the core.
-    async fn listen(self, node: NodeName, link: Arc<Link>, mut incoming: Streaming<v1::SessionRequest>) {
+    async fn listen(
+        self,
+        reign: Reign,
+        node: NodeName,
+        link: Arc<Link>,
+        mut incoming: Streaming<v1::SessionRequest>,
+    ) {
         let session = link.session;
         let why = loop {
             let next = tokio::select! {
                 next = incoming.next() => next,
-                () = self.shutdown.cancelled() => break "the coordinator stops".to_owned(),
+                () = reign.over.cancelled() => break "the coordinator stops leading".to_owned(),
             };
             let message = match next {
                 Some(Ok(message)) => message.message,
@@ -97,7 +109,7 @@ impl Api {
                 None => break "the node closed it".to_owned(),
             };
             let goodbye = matches!(message, Some(Message::Goodbye(_)));
-            if let Err(status) = self.hear(&node, &link, message).await {
+            if let Err(status) = self.hear(&reign.driver, &node, &link, message).await {
                 warn!(%node, %session, error = status.message(), "session refused");
                 let message = status.message().to_owned();
                 link.close(status);
@@ -108,31 +120,37 @@ impl Api {
             }
         };
         info!(%node, %session, %why, "node disconnected");
-        self.driver.links().remove(&node, session);
+        reign.driver.links().remove(&node, session);
         link.close(Status::aborted(why));
-        self.driver.tell(Input::Disconnected { node, session }).await.ok();
+        reign.driver.tell(Input::Disconnected { node, session }).await.ok();
     }
 
-    async fn hear(&self, node: &NodeName, link: &Link, message: Option<Message>) -> Result<(), Status> {
+    async fn hear(
+        &self,
+        driver: &Handle,
+        node: &NodeName,
+        link: &Link,
+        message: Option<Message>,
+    ) -> Result<(), Status> {
         let (name, session) = (node.clone(), link.session);
         match message {
             Some(Message::Heartbeat(heartbeat)) => {
-                self.driver.heartbeat(name, session, heartbeat.seq).await?;
+                driver.heartbeat(name, session, heartbeat.seq).await?;
             }
             Some(Message::Gang(report)) => {
                 let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
-                self.driver.tell(Input::Report { node: name, session, report }).await?;
+                driver.tell(Input::Report { node: name, session, report }).await?;
             }
-            Some(Message::Points(batch)) => self.take_points(link, batch).await?,
+            Some(Message::Points(batch)) => self.take_points(driver, link, batch).await?,
             Some(Message::Log(data)) => link.route_log(data),
             Some(Message::Goodbye(goodbye)) => {
                 let reason: String = goodbye.reason.chars().take(REASON_CHARS_MAX).collect();
                 info!(%node, %session, %reason, "node says goodbye");
-                self.driver.tell(Input::Goodbye { node: name, session }).await?;
+                driver.tell(Input::Goodbye { node: name, session }).await?;
             }
             Some(Message::Leaving(leaving)) => {
                 let reason = reason(&leaving);
-                self.driver.tell(Input::Leaving { node: name, session, reason }).await?;
+                driver.tell(Input::Leaving { node: name, session, reason }).await?;
             }
             Some(Message::Hello(_)) => {
                 return Err(invalid(field_error("message", "hello comes once, at the start")));
@@ -143,8 +161,8 @@ impl Api {
         Ok(())
     }
 
-    async fn take_points(&self, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
-        let (job, points) = checked_points(batch, self.driver.clock().now()).map_err(invalid)?;
+    async fn take_points(&self, driver: &Handle, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
+        let (job, points) = checked_points(batch, driver.clock().now()).map_err(invalid)?;
         let Some(last) = points.last() else { return Ok(()) };
         let mut ack = v1::PointAck {
             job_id: job.to_string(),
@@ -152,7 +170,7 @@ impl Api {
             rank: last.rank.0,
             seq: last.seq,
         };
-        let series = self.metrics.series_of_known(&self.driver, &job).await?;
+        let series = self.metrics.series_of_known(driver, &job).await?;
         // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
         if let Some(series) = series {
             let known = tokio::task::spawn_blocking(move || series.append(points))

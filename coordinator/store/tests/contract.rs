@@ -97,7 +97,7 @@ struct Life {
 impl Life {
     fn begin(etcd: &muster_tests::Etcd, lease: Duration) -> Self {
         let etcd = Etcd::open(&EtcdConfig::parse(&etcd.url()).unwrap()).unwrap();
-        let election = etcd.stand("http://here", lease);
+        let election = etcd.stand("http://here", lease, None);
         let term = election.wait(muster_tests::PATIENCE).unwrap();
         Self { store: EtcdStore::lead(&etcd, term), election }
     }

@@ -23,7 +23,7 @@ fn config(etcd: &muster_tests::Etcd) -> EtcdConfig {
 
 fn lead(config: &EtcdConfig, lease: Duration) -> Leader {
     let etcd = Etcd::open(config).unwrap();
-    let election = etcd.stand("http://here", lease);
+    let election = etcd.stand("http://here", lease, None);
     let term = election.wait(PATIENCE).unwrap();
     let store = EtcdStore::lead(&etcd, term.clone());
     Leader { etcd, election, term, store }
@@ -76,7 +76,7 @@ fn the_next_one_leads_as_soon_as_one_resigns() {
     let Some(etcd) = etcd(1, &[]) else { return };
     let first = lead(&config(&etcd), LEASE);
     let second = Etcd::open(&config(&etcd)).unwrap();
-    let election = second.stand("http://there", LEASE);
+    let election = second.stand("http://there", LEASE, None);
     let seen = eventually("the leader's address", || match &*election.standing().borrow() {
         Standing::Following(view) if view.candidates == 2 => Ok(view.clone()),
         other => Err(format!("{other:?}")),
@@ -168,10 +168,10 @@ fn a_wrong_password_is_refused_in_words_and_the_right_one_works() {
         std::fs::write(&file, format!("{password}\n")).unwrap();
         EtcdConfig { user: Some(("root".to_owned(), file)), ..config(&etcd) }
     };
-    let wrong = Etcd::open(&with("guess")).unwrap().stand("http://here", LEASE);
+    let wrong = Etcd::open(&with("guess")).unwrap().stand("http://here", LEASE, None);
     let why = wrong.wait(PATIENCE).unwrap_err();
     assert!(matches!(&why, Error::Terminal(why) if why.contains("--etcd-password-file")), "{why}");
-    let nobody = Etcd::open(&config(&etcd)).unwrap().stand("http://here", LEASE);
+    let nobody = Etcd::open(&config(&etcd)).unwrap().stand("http://here", LEASE, None);
     assert!(matches!(nobody.wait(PATIENCE), Err(Error::Terminal(_))));
     let mut leader = lead(&with("secret"), LEASE);
     leader.put("a", b"1").unwrap();

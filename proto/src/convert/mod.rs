@@ -17,7 +17,7 @@ pub use gang::{
     placement_from_wire, placement_to_wire, rank_exit_from_wire, rank_exit_to_wire,
 };
 pub use job::{optional_stop_signal, resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire};
-pub use status::{invalid_argument, precondition, refusal, unavailable};
+pub use status::{NotLeader, invalid_argument, precondition, refusal, unavailable};
 pub use time::{
     duration_to_wire, duration_to_wire_std, millis_from_timestamp, span_from_wire, timestamp_to_wire,
 };

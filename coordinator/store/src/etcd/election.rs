@@ -56,8 +56,12 @@ pub struct View {
     pub candidates: usize,
     /// What is wrong with etcd, if something is.
     pub trouble: Option<String>,
-    /// Commits so far, as last seen.
+    /// Identity of the cluster's place in etcd, once there is one.
+    pub place: Option<String>,
+    /// Commits there so far, as last seen.
     pub commits: u64,
+    /// Number of the last time of leading, as last seen.
+    pub fence: u64,
 }
 
 /// A time of leading.
@@ -72,6 +76,8 @@ pub struct Term {
     pub(super) key: Arc<str>,
     pub(super) create_revision: i64,
     pub(super) head: Head,
+    /// Commits there so far.
+    pub(super) commits: Arc<AtomicU64>,
     /// When it must be over, on [`boot_now`], in milliseconds.
     until: Arc<AtomicU64>,
 }
@@ -80,6 +86,11 @@ impl Term {
     /// Whether no other coordinator can lead yet. What is decided after it has become false counts for nothing.
     pub fn is_held(&self) -> bool {
         millis(boot_now()) < self.until.load(Ordering::Acquire)
+    }
+
+    /// Commits so far, over all terms.
+    pub fn commits(&self) -> u64 {
+        self.commits.load(Ordering::Relaxed)
     }
 
     pub(super) fn condition(&self) -> Compare {
@@ -120,10 +131,10 @@ enum Stop {
 }
 
 impl Election {
-    pub(super) fn stand(etcd: Etcd, url: String, lease: Duration) -> Self {
+    pub(super) fn stand(etcd: Etcd, url: String, lease: Duration, floor: Option<(String, u64)>) -> Self {
         let (stop, stopped) = watch::channel(Stop::No);
         let (sender, standing) = watch::channel(Standing::Following(View::default()));
-        let candidacy = Candidacy { etcd: etcd.clone(), url, lease, stopped, standing: sender };
+        let candidacy = Candidacy { etcd: etcd.clone(), url, lease, floor, stopped, standing: sender };
         let task = etcd.runtime().ok().map(|runtime| runtime.spawn(candidacy.run()));
         Self { standing, stop, etcd, task }
     }
@@ -182,6 +193,8 @@ struct Candidacy {
     etcd: Etcd,
     url: String,
     lease: Duration,
+    /// A place, and a number that a term there must be above.
+    floor: Option<(String, u64)>,
     stopped: watch::Receiver<Stop>,
     standing: watch::Sender<Standing>,
 }
@@ -201,7 +214,8 @@ struct Place {
 /// Who stands, the first the leader, and the head of the store.
 struct Look {
     candidates: Vec<(i64, String)>,
-    commits: u64,
+    head: Head,
+    place: Option<String>,
 }
 
 impl Candidacy {
@@ -357,18 +371,19 @@ impl Candidacy {
     }
 
     async fn look(&self, left: Duration) -> Result<Look, Trouble> {
-        let (election, head) = (self.etcd.key("election/"), self.etcd.key("head"));
+        let [election, head, place] = ["election/", "head", "place"].map(|key| self.etcd.key(key));
         // In one transaction, and answered by a quorum.
         let answer = self
             .etcd
             .endpoints()
             .call(self.patience(left), |mut client| {
                 let all = TxnOp::get(election.clone(), Some(GetOptions::new().with_prefix()));
-                let txn = Txn::new().and_then([all, TxnOp::get(head.clone(), None)]);
+                let one = |key: &String| TxnOp::get(key.clone(), None);
+                let txn = Txn::new().and_then([all, one(&head), one(&place)]);
                 async move { client.txn(txn).await }
             })
             .await?;
-        let [standing, head] = gets(&answer);
+        let [standing, head, place] = gets(&answer);
         let mut candidates: Vec<(i64, String)> = standing
             .iter()
             .map(|kv| {
@@ -378,7 +393,8 @@ impl Candidacy {
             .collect();
         candidates.sort_unstable();
         let head = head.first().map(|kv| Head::read(kv.value())).transpose()?;
-        Ok(Look { candidates, commits: head.map_or(0, |head| head.commits) })
+        let place = place.first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
+        Ok(Look { candidates, head: head.unwrap_or_default(), place })
     }
 
     /// Begins a term: numbers it, in a transaction that only the leader's can be.
@@ -404,7 +420,8 @@ impl Candidacy {
             Some(kv) => String::from_utf8_lossy(kv.value()).into_owned(),
             None => format!("{:x}-{:x}", place.lease, place.create_revision),
         };
-        let fence = fence_before + 1;
+        let floor = self.floor.as_ref().filter(|(place, _)| *place == identity).map_or(0, |(_, fence)| *fence);
+        let fence = fence_before.max(floor) + 1;
         let head = Head { fence, commits: head_before.map_or(0, |head| head.commits), attempt: 0 };
         let term = Term {
             fence: Fence(fence),
@@ -413,6 +430,7 @@ impl Candidacy {
             key: place.key.clone(),
             create_revision: place.create_revision,
             head,
+            commits: Arc::new(AtomicU64::new(head.commits)),
             until: Arc::new(AtomicU64::new(millis(place.until))),
         };
         // Made again where its answer was lost, it finds what it wrote; and it is never carried out later than a commit.
@@ -457,7 +475,9 @@ impl Candidacy {
                     leader: look.candidates.first().map(|(_, url)| url.clone()),
                     candidates: look.candidates.len(),
                     trouble: None,
-                    commits: look.commits,
+                    place: look.place.clone(),
+                    commits: look.head.commits,
+                    fence: look.head.fence,
                 },
                 // Who leads is not known any more; how many stand is remembered.
                 Err(trouble) => View {

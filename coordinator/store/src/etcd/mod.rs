@@ -30,7 +30,7 @@ use tokio::runtime::Runtime;
 use crate::Error;
 pub use election::{Election, Standing, Term, View};
 use endpoints::Endpoints;
-pub use store::EtcdStore;
+pub use store::{EtcdStore, went_back};
 
 /// Name of a cluster that is given none.
 const NAME: &str = "muster";
@@ -115,9 +115,10 @@ impl Etcd {
         Ok(Self(Arc::new(Inner { name: config.name.clone(), endpoints, runtime: Own(Some(runtime)) })))
     }
 
-    /// Stands for election, with this lease; `url` is where clients reach us.
-    pub fn stand(&self, url: &str, lease: Duration) -> Election {
-        Election::stand(self.clone(), url.to_owned(), lease)
+    /// Stands for election, with this lease; `url` is where clients reach us. A term at the place of `floor` gets a
+    /// number above the one there.
+    pub fn stand(&self, url: &str, lease: Duration, floor: Option<(String, u64)>) -> Election {
+        Election::stand(self.clone(), url.to_owned(), lease, floor)
     }
 
     fn key(&self, key: &str) -> String {

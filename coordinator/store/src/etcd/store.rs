@@ -255,8 +255,7 @@ impl EtcdStore {
                 })
                 .await?;
             if answer.succeeded() {
-                self.head = next;
-                self.written.0 += 1;
+                self.advance(term, next);
                 return Ok(());
             }
             let [leader, found] = gets(&answer);
@@ -266,8 +265,7 @@ impl EtcdStore {
             let found = found.first().map(|kv| Head::read(kv.value())).transpose()?.unwrap_or_default();
             if found == next {
                 // Carried out at the first attempt, whose answer was lost.
-                self.head = next;
-                self.written.0 += 1;
+                self.advance(term, next);
                 return Ok(());
             }
             if found.fence > known.fence {
@@ -280,6 +278,12 @@ impl EtcdStore {
             self.head = found;
         }
         Err(Error::Retryable("etcd carries out what was given up long ago".to_owned()))
+    }
+
+    fn advance(&mut self, term: &Term, head: Head) {
+        self.head = head;
+        self.written.0 += 1;
+        term.commits.store(head.commits, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Lets etcd forget what was, without waiting for it.
@@ -441,8 +445,8 @@ fn damaged(key: &str) -> Trouble {
     ))
 }
 
-/// What to do about a backup.
-pub(super) fn went_back(seen: u64, found: u64) -> String {
+/// That etcd was restored from a backup, and what to do about it.
+pub fn went_back(seen: u64, found: u64) -> String {
     format!(
         "etcd has gone back to commit {found}, and commit {seen} was there: it was restored from a backup. What was \
          acknowledged since is lost, and generations would be given out twice. Restore a newer backup; or stop every \
