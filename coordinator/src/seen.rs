@@ -29,8 +29,10 @@ pub(crate) struct Seen {
 impl Seen {
     /// What an earlier life has seen.
     pub fn load(path: PathBuf, accept: bool) -> Self {
-        let kept: Kept =
-            std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let kept: Kept = std::fs::read(&path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_default();
         Self { path, now: kept.clone(), written: kept, accept }
     }
 
@@ -61,7 +63,10 @@ impl Seen {
         let fence = if place == self.now.place { fence.max(self.now.fence) } else { fence };
         self.now = Kept { place: place.to_owned(), commits, fence };
         // Followers see each change; that much need not be written.
-        if place != self.written.place || commits.abs_diff(self.written.commits) > 100 || fence != self.written.fence {
+        if place != self.written.place
+            || commits.abs_diff(self.written.commits) > 100
+            || fence != self.written.fence
+        {
             self.keep();
         }
         Ok(())

@@ -150,9 +150,11 @@ fn marked_stale<B>(mut response: http::Response<B>, office: &Office) -> http::Re
     response
 }
 
-/// What is logged as an error: whatever is not the caller's own mistake, or the caller's going away.
+/// What is logged as an error: whatever is not the caller's own mistake, or the caller's going away, or what says by
+/// itself that another coordinator or another time is meant.
 fn failures() -> GrpcErrorsAsFailures {
-    let callers = [
+    let expected = [
+        GrpcCode::Unavailable,
         GrpcCode::Cancelled,
         GrpcCode::InvalidArgument,
         GrpcCode::NotFound,
@@ -160,7 +162,7 @@ fn failures() -> GrpcErrorsAsFailures {
         GrpcCode::FailedPrecondition,
         GrpcCode::Aborted,
     ];
-    callers.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
+    expected.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use muster_core::types::Millis;
 use muster_proto::convert::NotLeader;
-use muster_store::{Election, Error as StoreError, Etcd, EtcdConfig, EtcdStore, Standing as Elected, Term, View};
+use muster_store::{
+    Election, Error as StoreError, Etcd, EtcdConfig, EtcdStore, Standing as Elected, Term, View,
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -59,7 +61,8 @@ impl Candidate {
                         Err(error) => break Err(error),
                     }
                     // What it says of a term that is over is no news.
-                    let over = |now: &Elected| !matches!(now, Elected::Leading(now) if now.fence == term.fence);
+                    let over =
+                        |now: &Elected| !matches!(now, Elected::Leading(now) if now.fence == term.fence);
                     tokio::select! {
                         _ = elected.wait_for(over) => {}
                         () = shutdown.cancelled() => {}
@@ -150,7 +153,10 @@ impl Candidate {
         reign.driver.links().close_all(&says.to_status(""));
         match ended {
             Ok(End::Deposed) => {
-                error!(term = term.fence.0, "stepped down: this coordinator could not keep its lease in etcd, or has lost it");
+                error!(
+                    term = term.fence.0,
+                    "stepped down: this coordinator could not keep its lease in etcd, or has lost it"
+                );
                 self.show(reign, driver);
                 Ok(())
             }

@@ -9,6 +9,7 @@ mod cluster;
 mod etcd;
 mod netns;
 mod place;
+mod several;
 mod tools;
 
 use std::fmt::Debug;
@@ -19,6 +20,7 @@ pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use etcd::{Etcd, has_etcd};
 pub use netns::{Cut, Netns};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
+pub use several::{FAST, Several};
 pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

@@ -104,7 +104,9 @@ fn join_samples() -> Vec<Vec<u8>> {
 
 /// The daemon's core takes whatever passes the check, and launches nothing that is not wanted.
 fn session_response(bytes: &[u8]) {
-    let Ok(v1::SessionResponse { message: Some(heard), .. }) = v1::SessionResponse::decode(bytes) else { return };
+    let Ok(v1::SessionResponse { message: Some(heard), .. }) = v1::SessionResponse::decode(bytes) else {
+        return;
+    };
     let wires = match heard {
         Down::Welcome(welcome) => welcome.assignments,
         Down::Assignment(assignment) => vec![assignment],

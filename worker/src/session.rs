@@ -7,7 +7,7 @@ mod queues;
 mod route;
 mod signs;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -139,7 +139,7 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         Ok(route) => route,
         Err(error) => return error,
     };
-    let mut held_since = None;
+    let (mut held_since, mut said) = (None, HashMap::new());
     let known = Known::load(identity.data_dir.clone(), identity.boot_id.clone());
     let newest = Newest::load(identity.data_dir.clone());
     let mut signs = Signs::new(identity.config.coordinators.clone(), known, newest, events.clone());
@@ -149,9 +149,14 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         signs.current = target.index;
         let endpoint = signs.probed(&target.endpoint);
         let mut opened = None;
-        if let Err(failure) = once(&identity, &target.url, &endpoint, &events, &mut signs, &mut opened).await {
+        if let Err(failure) = once(&identity, &target.url, &endpoint, &events, &mut signs, &mut opened).await
+        {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
-            warn!(coordinator = %target.url, error = status.message(), "no session with the coordinator");
+            // While all are away each attempt finds the same.
+            if said.get(&target.index).is_none_or(|said| said != status.message()) {
+                warn!(coordinator = %target.url, error = status.message(), "no session with the coordinator");
+                said.insert(target.index, status.message().to_owned());
+            }
             if let Some(says) = NotLeader::from_status(status) {
                 route.follow(&says.leader);
             }
@@ -163,6 +168,7 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         }
         // To have waited long for a session is no success.
         if opened.is_some_and(|opened: Instant| opened.elapsed() > BACKOFF.1) {
+            said.clear();
             route.succeeded(&target);
         }
         // Ranks live by what the attempts find out: there must be several in a lease.

@@ -7,6 +7,7 @@ mod demo;
 mod exit;
 mod follow;
 mod json;
+mod leader;
 mod nodes;
 mod plot;
 mod progress;

@@ -19,7 +19,9 @@ impl FromStr for Store {
             "redb" => Ok(Self(StoreKind::Redb)),
             "memory" => Ok(Self(StoreKind::Memory)),
             url if url.starts_with("etcd://") => Ok(Self(StoreKind::Etcd(EtcdConfig::parse(url)?))),
-            other => Err(format!("{other:?} is neither redb, nor memory, nor etcd://HOST:PORT,HOST:PORT/NAME")),
+            other => {
+                Err(format!("{other:?} is neither redb, nor memory, nor etcd://HOST:PORT,HOST:PORT/NAME"))
+            }
         }
     }
 }

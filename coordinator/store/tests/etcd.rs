@@ -153,7 +153,10 @@ fn a_restored_backup_is_noticed() {
         Err(Error::Retryable(why)) => Err(why),
         answer => Ok(answer),
     });
-    assert!(matches!(&refused, Err(Error::Terminal(why)) if why.contains("restored from a backup")), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(Error::Terminal(why)) if why.contains("restored from a backup")),
+        "{refused:?}"
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Which coordinator is tried next: the leader, where one that does not lead has named it; else each in turn.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -29,6 +30,8 @@ pub(super) struct Route {
     /// Tried since the last whole pause.
     tried: usize,
     named: Option<Target>,
+    /// Tried since then because they were named. One that was killed goes on being named for a lease.
+    visited: BTreeSet<String>,
     hops: u32,
     pause: Duration,
 }
@@ -43,7 +46,7 @@ impl Route {
         if all.is_empty() {
             return Err(Error::Url { url: String::new(), why: "no coordinator was named".to_owned() });
         }
-        Ok(Self { all, next: 0, tried: 0, named: None, hops: 0, pause: BACKOFF.0 })
+        Ok(Self { all, next: 0, tried: 0, named: None, visited: BTreeSet::new(), hops: 0, pause: BACKOFF.0 })
     }
 
     /// The one to try now.
@@ -59,17 +62,15 @@ impl Route {
 
     /// A coordinator that does not lead says that this one does.
     pub fn follow(&mut self, leader: &str) {
-        if leader.is_empty() || self.hops >= HOPS_MAX {
+        if leader.is_empty() || self.hops >= HOPS_MAX || !self.visited.insert(leader.to_owned()) {
             return;
         }
-        let known = self.all.iter().find(|target| target.url.trim_end_matches('/') == leader.trim_end_matches('/'));
+        let known =
+            self.all.iter().find(|target| target.url.trim_end_matches('/') == leader.trim_end_matches('/'));
         let named = known.cloned().or_else(|| {
             let endpoint = endpoint(leader).ok()?;
             Some(Target { index: None, url: leader.to_owned(), endpoint })
         });
-        if let Some(index) = named.as_ref().and_then(|target| target.index) {
-            self.next = (index + 1) % self.all.len();
-        }
         self.named = named;
         self.hops += 1;
     }
@@ -78,6 +79,7 @@ impl Route {
     pub fn succeeded(&mut self, target: &Target) {
         self.pause = BACKOFF.0;
         self.tried = 0;
+        self.visited.clear();
         self.next = target.index.unwrap_or(self.next);
     }
 
@@ -92,6 +94,7 @@ impl Route {
             return rand::rng().random_range(BACKOFF.0 / 4..=BACKOFF.0 / 2);
         }
         self.tried = 0;
+        self.visited.clear();
         let jittered = rand::rng().random_range(BACKOFF.0 / 2..=self.pause);
         self.pause = (self.pause * 2).min(BACKOFF.1).min(most.max(BACKOFF.0));
         jittered
@@ -143,12 +146,13 @@ mod tests {
         };
         let url = |name: &str| format!("http://{name}:1");
         assert_eq!(tried(""), (url("a"), false));
-        assert_eq!(tried("http://c:1/"), (url("b"), true));
-        assert_eq!(tried(""), (url("c"), false), "as it was named");
+        assert_eq!(tried("http://a:1/"), (url("b"), true));
+        assert_eq!(tried(""), (url("a"), false), "as it was named");
+        assert_eq!(tried("http://a:1/"), (url("c"), false), "each has its turn, and that one was tried");
         assert_eq!(tried("http://elsewhere:1"), (url("a"), true));
         assert_eq!(tried("no url"), (url("elsewhere"), false), "what is named may be nonsense");
-        // Two that name each other are not followed for ever.
-        let hops = (0..10).take_while(|_| tried("http://b:1").1).count();
+        // Those that go on naming others are not followed for ever.
+        let hops = (0..10).take_while(|port| tried(&format!("http://d:{port}")).1).count();
         assert_eq!(hops, HOPS_MAX as usize);
     }
 }

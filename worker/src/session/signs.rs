@@ -54,6 +54,8 @@ enum Witness {
 struct Sign {
     at: Millis,
     witness: Witness,
+    /// How many there are, as it says.
+    coordinators: u32,
 }
 
 /// What the attempts so far say.
@@ -65,7 +67,7 @@ pub(super) struct Signs {
     urls: Vec<String>,
     known: Known,
     newest: Newest,
-    /// How many there are, as they say.
+    /// How many there are, as the last leader said.
     coordinators: u32,
     /// For each coordinator, when it was last found not to lead, unless something else was found later.
     gone: Vec<Option<Sign>>,
@@ -124,7 +126,12 @@ impl Signs {
             };
             let address = self.url().and_then(|url| self.known.address(url));
             let silent = address.filter(|_| found == Answer::Silence);
-            self.note(silent.map(|address| Sign { at: asked, witness: Witness::Address(address) })).await;
+            self.note(silent.map(|address| Sign {
+                at: asked,
+                witness: Witness::Address(address),
+                coordinators: 0,
+            }))
+            .await;
             // A sign is good for a lease. Ten thousand nodes that ask more often keep a coordinator that is merely slow
             // from answering any of them. But it must be young enough, should this connection break, to last until there
             // is another.
@@ -163,7 +170,8 @@ impl Signs {
     /// It could not be reached then, for what that says.
     pub async fn refused(&mut self, at: Millis, reached: &Reached) {
         let refused = reached.refused.iter().copied().find(|address| self.testifies(*address));
-        self.note(refused.map(|address| Sign { at, witness: Witness::Address(address) })).await;
+        self.note(refused.map(|address| Sign { at, witness: Witness::Address(address), coordinators: 0 }))
+            .await;
     }
 
     /// It has answered a Join. Refused if it was deposed.
@@ -184,9 +192,8 @@ impl Signs {
             // Behind one address that is not its own there may be any of them.
             direct = reached.peer.is_some_and(|peer| self.known.testifies(url, peer));
         }
-        self.coordinators = self.coordinators.max(says.coordinators);
-        let witness = Witness::Word(says.coordinator.clone());
-        self.note(direct.then_some(Sign { at, witness })).await;
+        let (witness, coordinators) = (Witness::Word(says.coordinator.clone()), says.coordinators);
+        self.note(direct.then_some(Sign { at, witness, coordinators })).await;
     }
 
     /// The coordinator that is being tried did not lead then, or may have.
@@ -195,7 +202,8 @@ impl Signs {
         *of_current = sign;
         let Some(all) = self.gone.iter().cloned().collect::<Option<Vec<Sign>>>() else { return };
         let witnesses: BTreeSet<&Witness> = all.iter().map(|sign| &sign.witness).collect();
-        if witnesses.len() < self.coordinators as usize {
+        let said = all.iter().map(|sign| sign.coordinators).max().filter(|said| *said > 0);
+        if witnesses.len() < said.unwrap_or(self.coordinators) as usize {
             return;
         }
         // Only if none leads, and only as of the least recent sign of it.
@@ -265,7 +273,7 @@ mod tests {
         {
             signs.current = Some(current);
             let witness = Witness::Word(current.to_string());
-            signs.note(gone.map(|at| Sign { at: Millis(at), witness })).await;
+            signs.note(gone.map(|at| Sign { at: Millis(at), witness, coordinators: 2 })).await;
             found.push(match events.try_recv() {
                 Ok(Event::CoordinatorGone { at }) => Some(at.0),
                 _ => None,
@@ -293,9 +301,15 @@ mod tests {
         // Which is asked, at which address, what it says, and whether nobody leads then.
         let cases: [(&str, &[(usize, SocketAddr, NotLeader, bool)]); 4] = [
             ("two of two", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("b", at[1], 2), true)]),
-            ("two of three", &[(0, at[0], says("a", at[0], 3), false), (1, at[1], says("b", at[1], 3), false)]),
+            (
+                "two of three",
+                &[(0, at[0], says("a", at[0], 3), false), (1, at[1], says("b", at[1], 3), false)],
+            ),
             ("one twice", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("a", at[1], 2), false)]),
-            ("behind a proxy", &[(0, at[0], says("a", at[0], 2), false), (1, at[2], says("b", at[1], 2), false)]),
+            (
+                "behind a proxy",
+                &[(0, at[0], says("a", at[0], 2), false), (1, at[2], says("b", at[1], 2), false)],
+            ),
         ];
         for (case, answers) in cases {
             let (sender, mut events) = mpsc::channel(8);

@@ -4,6 +4,7 @@
 //! A leader's lease is renewed long before it ends. One that cannot be renewed is given up before etcd can let another
 //! lead: by our own clock, counted from before the request was sent that renewed it last.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -218,13 +219,22 @@ struct Look {
     place: Option<String>,
 }
 
+impl Look {
+    /// Coordinators that stand. One that was started again may be there twice for a while.
+    fn count(&self) -> usize {
+        self.candidates.iter().map(|(_, url)| url).collect::<BTreeSet<_>>().len()
+    }
+}
+
 impl Candidacy {
     async fn run(mut self) {
+        // A place that could not be given up, because etcd was away: nobody is to wait for it once etcd is back.
+        let mut left = None;
         while *self.stopped.borrow() != Stop::Stand {
-            match self.enter().await {
+            match self.enter(left).await {
                 Ok(mut place) => {
                     self.hold(&mut place).await;
-                    self.leave(&place).await;
+                    left = self.leave(&place).await.is_err().then_some(place.lease);
                 }
                 Err(Trouble::Lasting(why)) => {
                     self.standing.send_replace(Standing::Failed(why));
@@ -245,9 +255,15 @@ impl Candidacy {
         Patience { attempt: (self.lease / 6).min(all), all }
     }
 
-    /// Takes a lease, and puts a key under it.
-    async fn enter(&self) -> Result<Place, Trouble> {
+    /// Takes a lease, and puts a key under it; what is left of an earlier one goes first.
+    async fn enter(&self, left: Option<i64>) -> Result<Place, Trouble> {
         let patience = self.patience(self.lease);
+        if let Some(lease) = left {
+            match self.revoke(lease, patience).await {
+                Ok(()) | Err(Trouble::NoLease) => {}
+                Err(trouble) => return Err(trouble),
+            }
+        }
         let seconds = self.lease.as_secs().max(1).cast_signed();
         let began = boot_now();
         let grant = |mut client: etcd_client::Client| async move { client.lease_grant(seconds, None).await };
@@ -256,9 +272,7 @@ impl Candidacy {
         let lease = granted.id();
         let key: Arc<str> = self.etcd.key(&format!("election/{lease:016x}")).into();
         let value = serde_json::to_vec(&Candidate { url: self.url.clone() }).unwrap_or_default();
-        let put = || {
-            TxnOp::put(key.as_bytes(), value.clone(), Some(PutOptions::new().with_lease(lease)))
-        };
+        let put = || TxnOp::put(key.as_bytes(), value.clone(), Some(PutOptions::new().with_lease(lease)));
         let get = || TxnOp::get(key.as_bytes(), None);
         let absent = || Compare::create_revision(key.as_bytes(), CompareOp::Equal, 0);
         // Made again where its answer was lost, it finds the key.
@@ -275,7 +289,8 @@ impl Candidacy {
             TxnOpResponse::Get(get) => get.kvs().first().map(etcd_client::KeyValue::create_revision),
             TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
         });
-        let create_revision = found.ok_or_else(|| Trouble::Passing("etcd does not show our key".to_owned()))?;
+        let create_revision =
+            found.ok_or_else(|| Trouble::Passing("etcd does not show our key".to_owned()))?;
         let until = began + span - span / MARGIN_PART;
         Ok(Place { lease, key, create_revision, span, until, renew_at: began + span / RENEWALS })
     }
@@ -412,7 +427,9 @@ impl Candidacy {
         let [fence, head_seen, made] = gets(&read);
         let number = |kv: &etcd_client::KeyValue| {
             let text = kv.value_str().ok().and_then(|text| text.parse::<u64>().ok());
-            text.ok_or_else(|| Trouble::Lasting(format!("the key {fence_key} in etcd is damaged; it holds no number")))
+            text.ok_or_else(|| {
+                Trouble::Lasting(format!("the key {fence_key} in etcd is damaged; it holds no number"))
+            })
         };
         let fence_before = fence.first().map(number).transpose()?.unwrap_or(0);
         let head_before = head_seen.first().map(|kv| Head::read(kv.value())).transpose()?;
@@ -420,13 +437,14 @@ impl Candidacy {
             Some(kv) => String::from_utf8_lossy(kv.value()).into_owned(),
             None => format!("{:x}-{:x}", place.lease, place.create_revision),
         };
-        let floor = self.floor.as_ref().filter(|(place, _)| *place == identity).map_or(0, |(_, fence)| *fence);
+        let floor =
+            self.floor.as_ref().filter(|(place, _)| *place == identity).map_or(0, |(_, fence)| *fence);
         let fence = fence_before.max(floor) + 1;
         let head = Head { fence, commits: head_before.map_or(0, |head| head.commits), attempt: 0 };
         let term = Term {
             fence: Fence(fence),
             place: identity.as_str().into(),
-            candidates: look.candidates.len(),
+            candidates: look.count(),
             key: place.key.clone(),
             create_revision: place.create_revision,
             head,
@@ -456,12 +474,13 @@ impl Candidacy {
     }
 
     /// Gives the place up, so that nobody waits for its lease.
-    async fn leave(&self, place: &Place) {
-        let lease = place.lease;
-        let patience = Patience { attempt: RESIGN_MAX / 2, all: RESIGN_MAX };
+    async fn leave(&self, place: &Place) -> Result<(), Trouble> {
+        self.revoke(place.lease, Patience { attempt: RESIGN_MAX / 2, all: RESIGN_MAX }).await
+    }
+
+    async fn revoke(&self, lease: i64, patience: Patience) -> Result<(), Trouble> {
         let revoke = |mut client: etcd_client::Client| async move { client.lease_revoke(lease).await };
-        // If it cannot be told, its lease ends by itself.
-        self.etcd.endpoints().call(patience, revoke).await.ok();
+        self.etcd.endpoints().call(patience, revoke).await.map(|_| ())
     }
 
     fn report(&self, seen: Result<&Look, &Trouble>) {
@@ -473,18 +492,21 @@ impl Candidacy {
             let view = match seen {
                 Ok(look) => View {
                     leader: look.candidates.first().map(|(_, url)| url.clone()),
-                    candidates: look.candidates.len(),
+                    candidates: look.count(),
                     trouble: None,
                     place: look.place.clone(),
                     commits: look.head.commits,
                     fence: look.head.fence,
                 },
                 // Who leads is not known any more; how many stand is remembered.
-                Err(trouble) => View {
-                    leader: None,
-                    trouble: Some(trouble.words()),
-                    ..before.clone().unwrap_or_default()
-                },
+                Err(trouble) => {
+                    let candidates = match standing {
+                        Standing::Leading(term) => term.candidates,
+                        Standing::Following(_) | Standing::Failed(_) => 0,
+                    };
+                    let before = before.clone().unwrap_or(View { candidates, ..View::default() });
+                    View { leader: None, trouble: Some(trouble.words()), ..before }
+                }
             };
             let changed = before.as_ref() != Some(&view);
             *standing = Standing::Following(view);

@@ -41,7 +41,9 @@ impl From<Trouble> for Error {
             Trouble::Passing(why) => Self::Retryable(why),
             Trouble::NoLease => Self::Fenced,
             Trouble::Compacted => Self::Retryable("etcd has compacted what was being read".to_owned()),
-            Trouble::TooLarge => Self::Terminal("etcd gives a value that is larger than any of ours".to_owned()),
+            Trouble::TooLarge => {
+                Self::Terminal("etcd gives a value that is larger than any of ours".to_owned())
+            }
             Trouble::Lasting(why) => Self::Terminal(why),
         }
     }
@@ -105,10 +107,10 @@ impl Endpoints {
             options = options.with_tls(settings);
         }
         let scheme = if tls { "https" } else { "http" };
-        let members = config.members.iter().map(|member| Member {
-            url: format!("{scheme}://{member}"),
-            client: Mutex::new(None),
-        });
+        let members = config
+            .members
+            .iter()
+            .map(|member| Member { url: format!("{scheme}://{member}"), client: Mutex::new(None) });
         Ok(Self { members: members.collect(), options, current: AtomicUsize::new(0) })
     }
 
@@ -203,7 +205,9 @@ fn trouble(member: &str, error: &EtcdError) -> Trouble {
                      and --max-txn-ops or larger ones"
                 ));
             }
-            passing(if words.is_empty() { root_cause(error_source(status)) } else { words.to_owned() }.as_str())
+            passing(
+                if words.is_empty() { root_cause(error_source(status)) } else { words.to_owned() }.as_str(),
+            )
         }
         EtcdError::LeaseKeepAliveError(why) if why.contains("lease not found") => Trouble::NoLease,
         EtcdError::InvalidArgs(why) => Trouble::Lasting(format!("etcd cannot be asked: {why}")),

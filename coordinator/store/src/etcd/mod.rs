@@ -57,7 +57,8 @@ pub struct EtcdConfig {
 impl EtcdConfig {
     /// Reads `etcd://host:2379,host2:2379/name`, the name being optional.
     pub fn parse(url: &str) -> Result<Self, String> {
-        let bad = |why: &str| format!("{url:?} {why}; it looks like etcd://10.0.0.1:2379,10.0.0.2:2379/muster");
+        let bad =
+            |why: &str| format!("{url:?} {why}; it looks like etcd://10.0.0.1:2379,10.0.0.2:2379/muster");
         let rest = url.strip_prefix("etcd://").ok_or_else(|| bad("does not begin with etcd://"))?;
         let (members, name) = rest.split_once('/').unwrap_or((rest, ""));
         let name = if name.is_empty() { NAME } else { name.trim_end_matches('/') };
@@ -143,7 +144,16 @@ mod tests {
         let parsed = |url: &str| EtcdConfig::parse(url).map(|config| (config.members.len(), config.name));
         assert_eq!(parsed("etcd://a:2379"), Ok((1, "muster".to_owned())));
         assert_eq!(parsed("etcd://a:2379,[::1]:2379,c:1/blue/"), Ok((3, "blue".to_owned())));
-        for bad in ["redb", "etcd://", "etcd://a", "etcd://:1", "etcd://a:x", "etcd://a:1,", "etcd://a:1/b c", "etcd://a:1/b/c"] {
+        for bad in [
+            "redb",
+            "etcd://",
+            "etcd://a",
+            "etcd://:1",
+            "etcd://a:x",
+            "etcd://a:1,",
+            "etcd://a:1/b c",
+            "etcd://a:1/b/c",
+        ] {
             let why = parsed(bad).unwrap_err();
             assert!(why.contains("it looks like etcd://"), "{why}");
         }

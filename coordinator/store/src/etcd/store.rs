@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, Txn, TxnOp};
 
+use super::Etcd;
 use super::batch::{Change, PIECE_BYTES_MAX, decode, encode, groups};
 use super::election::{Term, gets};
 use super::endpoints::{Patience, Trouble};
-use super::Etcd;
 use crate::{Batch, Error, Fence, Store};
 
 /// Time for a commit: etcd itself gives up on a request after about seven seconds. The answer of one member may be lost.
@@ -45,7 +45,9 @@ impl Head {
         let text = String::from_utf8_lossy(bytes);
         let mut numbers = text.split(' ').map(str::parse::<u64>);
         match (numbers.next(), numbers.next(), numbers.next(), numbers.next()) {
-            (Some(Ok(fence)), Some(Ok(commits)), Some(Ok(attempt)), None) => Ok(Self { fence, commits, attempt }),
+            (Some(Ok(fence)), Some(Ok(commits)), Some(Ok(attempt)), None) => {
+                Ok(Self { fence, commits, attempt })
+            }
             _ => Err(Trouble::Lasting(format!(
                 "the key head of this cluster in etcd is damaged: it holds {text:?}; restore etcd from a backup"
             ))),
@@ -179,10 +181,12 @@ impl EtcdStore {
         };
         let last = [Change::Delete(pointer.clone()), Change::DeleteAll(prefix)];
         for group in journal.groups.iter().map(Vec::as_slice).chain([&last[..]]) {
-            let txn = || Txn::new().when(conditions()).and_then(ops(group)).or_else([
-                TxnOp::get(term.key.as_bytes(), None),
-                TxnOp::get(pointer.as_bytes(), None),
-            ]);
+            let txn = || {
+                Txn::new()
+                    .when(conditions())
+                    .and_then(ops(group))
+                    .or_else([TxnOp::get(term.key.as_bytes(), None), TxnOp::get(pointer.as_bytes(), None)])
+            };
             let answer = self
                 .etcd
                 .endpoints()
@@ -214,7 +218,13 @@ impl EtcdStore {
         Ok(())
     }
 
-    async fn stage_one(&mut self, term: &Term, prefix: &str, number: usize, piece: &[u8]) -> Result<(), Error> {
+    async fn stage_one(
+        &mut self,
+        term: &Term,
+        prefix: &str,
+        number: usize,
+        piece: &[u8],
+    ) -> Result<(), Error> {
         // Until something points there.
         self.orphans.insert(prefix.to_owned());
         self.written.1 += piece.len();
@@ -318,7 +328,8 @@ impl EtcdStore {
         let mut rows = Vec::new();
         loop {
             let page = self.etcd.endpoints().call(READ, |client| {
-                let options = GetOptions::new().with_range(end.clone()).with_limit(limit).with_revision(revision);
+                let options =
+                    GetOptions::new().with_range(end.clone()).with_limit(limit).with_revision(revision);
                 let from = from.clone();
                 let mut kv = client.kv_client().max_decoding_message_size(PAGE_BYTES_MAX);
                 async move { kv.get(from, Some(options)).await }
@@ -404,7 +415,8 @@ impl EtcdStore {
         let unused = pieces.keys().filter_map(|piece| piece.rsplit_once('/')).map(|(at, _)| at.to_owned());
         self.orphans = unused.filter(|at| !used.contains(at)).map(|at| format!("c/{at}/")).collect();
         let of_journal = self.journal.as_ref().map(|journal| journal.id.clone());
-        let staged = journals.iter().filter_map(|(piece, _)| piece.rsplit_once('/')).map(|(id, _)| id.to_owned());
+        let staged =
+            journals.iter().filter_map(|(piece, _)| piece.rsplit_once('/')).map(|(id, _)| id.to_owned());
         self.orphans.extend(staged.filter(|id| Some(id) != of_journal.as_ref()).map(|id| format!("j/{id}/")));
         Ok(rows)
     }
