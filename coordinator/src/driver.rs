@@ -7,6 +7,7 @@
 
 mod durable;
 mod handle;
+mod show;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -220,31 +221,6 @@ impl Driver {
             }
         }
         self.drain().await.map(|()| End::Stopped)
-    }
-
-    /// Goes on to show what was known when the time of leading ended, until it is told to stop.
-    pub async fn show(mut self, stop: CancellationToken) {
-        self.degraded.send_replace(Some("this coordinator no longer leads".to_owned()));
-        // What is not stored has not happened; whoever waits for it is told to ask again.
-        (self.filling, self.writing) = (Group::default(), None);
-        while let Some(command) = tokio::select! {
-            command = self.inbox.recv() => command,
-            () = stop.cancelled() => None,
-        } {
-            match command.1 {
-                Command::Read(look) => look(&self.core)(),
-                Command::Request { reply, .. } => {
-                    let why = "this coordinator no longer leads, and no other one does; try again".to_owned();
-                    reply.send(Err(RequestError::StoreUnavailable(why))).ok();
-                }
-                Command::Join { .. }
-                | Command::FromNode(_)
-                | Command::Heartbeat { .. }
-                | Command::OpenSession { .. }
-                | Command::WatchJob { .. }
-                | Command::WatchNodes { .. } => {}
-            }
-        }
     }
 
     fn command(&mut self, command: Command) {

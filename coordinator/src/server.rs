@@ -140,7 +140,7 @@ async fn follow_health(health: HealthReporter, names: Vec<&'static str>, office:
     while changes.changed().await.is_ok() {
         set_health(&health, &names, office.leads()).await;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 fn marked_stale<B>(mut response: http::Response<B>, office: &Office) -> http::Response<B> {

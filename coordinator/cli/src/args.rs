@@ -78,7 +78,7 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Run the coordinator: submission, rendezvous, scheduling.
     #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster")]
-    Coordinator(CoordinatorArgs),
+    Coordinator(Box<CoordinatorArgs>),
     /// Run the node daemon: launches the ranks of this machine.
     #[command(
         after_help = "Example:\n  muster worker --coordinator http://10.0.0.1:7070 --data-dir /var/lib/muster-worker"

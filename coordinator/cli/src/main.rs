@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 async fn run(args: Args) -> Result<(), Failure> {
     let Args { global, command } = args;
     match command {
-        Command::Coordinator(args) => daemons::coordinator(args).await,
+        Command::Coordinator(args) => daemons::coordinator(*args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
         Command::Shim => Ok(()),
         Command::Run(args) => run::run(*args).await,

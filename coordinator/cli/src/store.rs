@@ -30,31 +30,31 @@ impl FromStr for Store {
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct EtcdArgs {
     /// Certificate of the authority that has signed etcd's, in PEM; with it, etcd is reached by TLS.
-    #[arg(long, value_name = "FILE")]
-    pub etcd_ca: Option<PathBuf>,
+    #[arg(long = "etcd-ca", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// Certificate that etcd is shown, in PEM.
-    #[arg(long, value_name = "FILE", requires = "etcd_key")]
-    pub etcd_cert: Option<PathBuf>,
+    #[arg(long = "etcd-cert", value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
     /// Key of that certificate, in PEM.
-    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
-    pub etcd_key: Option<PathBuf>,
+    #[arg(long = "etcd-key", value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
     /// User of etcd.
-    #[arg(long, value_name = "NAME", requires = "etcd_password_file")]
-    pub etcd_user: Option<String>,
+    #[arg(long = "etcd-user", value_name = "NAME", requires = "password_file")]
+    pub user: Option<String>,
     /// File with that user's password.
-    #[arg(long, value_name = "FILE", requires = "etcd_user")]
-    pub etcd_password_file: Option<PathBuf>,
+    #[arg(long = "etcd-password-file", value_name = "FILE", requires = "user")]
+    pub password_file: Option<PathBuf>,
 }
 
 impl Store {
     /// With what was said of etcd.
     pub fn kind(self, etcd: &EtcdArgs) -> Result<StoreKind, Failure> {
-        let said = etcd.etcd_ca.is_some() || etcd.etcd_cert.is_some() || etcd.etcd_user.is_some();
+        let said = etcd.ca.is_some() || etcd.cert.is_some() || etcd.user.is_some();
         match self.0 {
             StoreKind::Etcd(config) => Ok(StoreKind::Etcd(EtcdConfig {
-                ca: etcd.etcd_ca.clone(),
-                identity: etcd.etcd_cert.clone().zip(etcd.etcd_key.clone()),
-                user: etcd.etcd_user.clone().zip(etcd.etcd_password_file.clone()),
+                ca: etcd.ca.clone(),
+                identity: etcd.cert.clone().zip(etcd.key.clone()),
+                user: etcd.user.clone().zip(etcd.password_file.clone()),
                 ..config
             })),
             StoreKind::Redb | StoreKind::Memory if said => {

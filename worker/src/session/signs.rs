@@ -234,7 +234,7 @@ impl Signs {
                     known.answered(url, &reached, &says.accepted_at, &says.boot_id);
                 }
             }
-            std::future::pending().await
+            std::future::pending::<()>().await;
         };
         (newest, survey)
     }
@@ -289,6 +289,9 @@ mod tests {
         Signs::new(urls.iter().copied().map(str::to_owned).collect(), known, newest, events)
     }
 
+    /// Which is asked, at which address, what it says, and whether nobody leads then.
+    type Answers<'a> = &'a [(usize, SocketAddr, NotLeader, bool)];
+
     #[tokio::test]
     async fn coordinators_that_do_not_lead_must_all_say_so_and_each_for_itself() {
         let at: [SocketAddr; 3] = [1, 2, 3].map(|host| SocketAddr::from(([10, 0, 0, host], 7070)));
@@ -298,8 +301,7 @@ mod tests {
             coordinators,
             ..NotLeader::default()
         };
-        // Which is asked, at which address, what it says, and whether nobody leads then.
-        let cases: [(&str, &[(usize, SocketAddr, NotLeader, bool)]); 4] = [
+        let cases: [(&str, Answers<'_>); 4] = [
             ("two of two", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("b", at[1], 2), true)]),
             (
                 "two of three",

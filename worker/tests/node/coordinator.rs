@@ -226,6 +226,7 @@ impl WorkerService for Coordinator {
             heartbeat_interval: Some(duration_to_wire_std(Duration::from_millis(50))),
             accepted_at,
             boot_id: boot_id.trim().to_owned(),
+            ..v1::JoinResponse::default()
         }))
     }
 

@@ -1,8 +1,9 @@
 //! The store of several coordinators: etcd. One of them leads, by etcd's own election, and only what it writes counts.
 //!
 //! - `endpoints` calls the members of etcd in turn, and says in words what is wrong with them.
-//! - `election` holds this coordinator's place among those that would lead.
-//! - `store` is the [`Store`](crate::Store) of the one that does; `batch` cuts what is too large for etcd.
+//! - `election` is this coordinator's place among those that would lead, `candidacy` the task that holds it.
+//! - `store` is the [`Store`](crate::Store) of the one that does, `read` what any may read; `batch` cuts what is too large for
+//!   etcd.
 //!
 //! Everything lies under the cluster's name:
 //!
@@ -17,8 +18,10 @@
 //! | `NAME/j/ID/N` | a piece of that batch |
 
 mod batch;
+mod candidacy;
 mod election;
 mod endpoints;
+mod read;
 mod store;
 
 use std::path::PathBuf;
