@@ -103,14 +103,31 @@ impl Etcd {
         });
     }
 
+    /// Writes what becomes of a key into a file, from now on, over whatever becomes of members.
+    pub fn watch(&self, key: &str, output: std::fs::File) -> Child {
+        let ctl = self.ctl_command();
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL"])
+            .arg(ctl.get_program())
+            .args(ctl.get_args())
+            .args(["watch", key]);
+        command.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()).spawn().unwrap()
+    }
+
     /// Runs etcdctl against all members.
     pub fn ctl(&self, args: &[&str]) -> Outcome {
+        Outcome::of(self.ctl_command().args(args).stdin(Stdio::null()))
+    }
+
+    fn ctl_command(&self) -> Command {
         let prefix = self.members[0].prefix.clone();
         let mut words = prefix.iter().map(String::as_str).chain(["env", "ETCDCTL_API=3"]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg(program("etcdctl").unwrap());
         let endpoints: Vec<&str> = self.members.iter().map(|member| member.client.as_str()).collect();
-        Outcome::of(command.args(["--endpoints", &endpoints.join(",")]).args(args).stdin(Stdio::null()))
+        command.args(["--endpoints", &endpoints.join(",")]);
+        command
     }
 
     /// What `--store` takes.

@@ -146,6 +146,15 @@ impl Several {
         (0..self.coordinators.len()).filter_map(term).max().map(|(_, index)| index)
     }
 
+    /// The numbers under which any coordinator has led, over all of their lives.
+    pub fn terms(&self) -> Vec<u64> {
+        let files = std::fs::read_dir(self.dir.path()).unwrap().flatten().map(|entry| entry.path());
+        let logs = files.filter(|path| path.extension().is_some_and(|ext| ext == "log"));
+        let text: String = logs.map(|path| std::fs::read_to_string(path).unwrap_or_default()).collect();
+        let terms = text.split(": leading term=").skip(1);
+        terms.filter_map(|rest| rest.split_whitespace().next()?.parse().ok()).collect()
+    }
+
     /// Waits until the cluster has a leader that answers, and says which it is.
     pub fn leader(&self) -> usize {
         eventually("a leader", || {

@@ -1,7 +1,5 @@
 //! Several coordinators on a real etcd: one leads, the others say who, and a job runs on whatever becomes of them.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 

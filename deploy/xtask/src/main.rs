@@ -72,7 +72,7 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, libfaketime
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, libfaketime, Slurm
     #[arg(long)]
     tools: bool,
     /// Where to bring it instead of .deps: to try the set-up itself

@@ -109,7 +109,7 @@ pub struct Optional {
 }
 
 /// All of that kind. Apt checks what it downloads.
-pub fn optional() -> [Optional; 2] {
+pub fn optional() -> [Optional; 3] {
     let faketime = Part {
         name: "libfaketime",
         stamp: "lib/.libfaketime",
@@ -122,10 +122,25 @@ pub fn optional() -> [Optional; 2] {
         fingerprint: SLURM.join(" "),
         files: &["slurm/usr/sbin/slurmctld-wlm", "slurm/usr/sbin/slurmd-wlm", "slurm/usr/bin/srun"],
     };
+    let etcd = Part {
+        name: "etcd",
+        stamp: "etcd/.stamp",
+        fingerprint: ETCD.join(" "),
+        files: &["etcd/usr/bin/etcd", "etcd/usr/bin/etcdctl"],
+    };
     [
+        Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
         Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
         Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
     ]
+}
+
+/// Debian's packages of etcd.
+const ETCD: [&str; 2] = ["etcd-client", "etcd-server"];
+
+fn bring_etcd(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &ETCD)?, "etcd")?;
+    Ok("from Debian's packages".into())
 }
 
 /// Debian's packages of Slurm, and of the libraries that they need beside the system's own.
