@@ -50,7 +50,7 @@ fn main() {
         Some("stamp") => launch::stamp(),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `agents`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
+                "there is no bench {other}; there are `agents`, `durable`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
                  training"
             )
         }
