@@ -17,6 +17,7 @@ mod persist;
 mod seen;
 mod server;
 mod several;
+pub mod transfer;
 mod view;
 
 use std::io::{self, Write};
@@ -33,7 +34,7 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
-use tracing::info;
+use tracing::{info, warn};
 
 use clock::Clock;
 use office::{Following, Office, Reign, Standing};
@@ -143,6 +144,9 @@ pub enum Error {
     /// The store holds something that this version cannot read.
     #[error("failed to read the store: {0}")]
     Decode(String),
+    /// A store cannot be moved.
+    #[error("{0}")]
+    Transfer(String),
     /// The server broke.
     #[error("failed to serve gRPC: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -198,6 +202,14 @@ where
         StoreKind::Redb => Box::new(RedbStore::open(&config.data_dir.join("store.redb"))?),
         StoreKind::Memory => Box::new(MemoryStore::default()),
         StoreKind::Etcd(etcd) => {
+            if config.lease < config.leader_lease * 3 {
+                warn!(
+                    lease = ?config.lease,
+                    leader_lease = ?config.leader_lease,
+                    "where a leader's machine vanishes without a word, nodes may stop their ranks before another one leads; \
+                     give --lease three times --leader-lease"
+                );
+            }
             let (standing, office) = watch::channel(Standing::Following(Following::default()));
             let (office, url) = (Office::new(office, clock), advertised(&config));
             let candidate = several::Candidate {
@@ -211,14 +223,21 @@ where
             ready();
             info!(data_dir = %config.data_dir.display(), version, "coordinator serves; it leads when it is elected");
             let mut standing = tokio::spawn(candidate.run(shutdown.clone()));
-            // It has resigned before the last calls are answered: the next one need not wait for that.
+            let serving = server::serve(connections, &config, office, metrics, shutdown.clone());
+            tokio::pin!(serving);
             let served = tokio::select! {
-                served = server::serve(connections, &config, office, metrics, shutdown.clone()) => served,
-                // It only ends by itself when it cannot go on.
-                Err(error) = async { (&mut standing).await.map_err(Error::from).flatten() } => return Err(error),
+                served = &mut serving => {
+                    shutdown.cancel();
+                    standing.await??;
+                    served
+                }
+                // It has resigned before the last calls are answered, and the next one need not wait for that; or it cannot
+                // go on.
+                ended = &mut standing => {
+                    ended??;
+                    serving.await
+                }
             };
-            shutdown.cancel();
-            standing.await??;
             info!("coordinator stopped");
             return served;
         }

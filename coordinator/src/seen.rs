@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use muster_store::went_back;
+use muster_store::{Fence, Floor, went_back};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
@@ -37,8 +37,9 @@ impl Seen {
     }
 
     /// The last number of a time of leading there: the next one is higher, whatever etcd has forgotten.
-    pub fn fence_of_place(&self) -> Option<(String, u64)> {
-        (!self.now.place.is_empty()).then(|| (self.now.place.clone(), self.now.fence))
+    pub fn floor(&self) -> Option<Floor> {
+        let floor = Floor { place: Some(self.now.place.clone()), fence: Fence(self.now.fence) };
+        (!self.now.place.is_empty()).then_some(floor)
     }
 
     /// A time of leading begins.
@@ -98,12 +99,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let load = |accept| Seen::load(dir.path().join("seen.json"), accept);
         let mut seen = load(false);
-        assert_eq!(seen.fence_of_place(), None);
+        assert_eq!(seen.floor(), None);
         seen.begin("p", 10, 3).unwrap();
         seen.note(Some("p"), 12, 3).unwrap();
         seen.keep();
         let mut seen = load(false);
-        assert_eq!(seen.fence_of_place(), Some(("p".to_owned(), 3)));
+        assert_eq!(seen.floor(), Some(Floor { place: Some("p".to_owned()), fence: Fence(3) }));
         assert!(seen.begin("p", 11, 4).unwrap_err().contains("restored from a backup"));
         assert!(seen.note(None, 0, 0).is_ok(), "nothing was seen");
         let mut seen = load(true);

@@ -41,7 +41,7 @@ impl Candidate {
         let path: PathBuf = self.config.data_dir.join("etcd-seen.json");
         let mut seen = Seen::load(path, self.config.accept_restored_store);
         let etcd = Etcd::open(&self.etcd)?;
-        let election = etcd.stand(&self.url, self.config.leader_lease, seen.fence_of_place());
+        let election = etcd.stand(&self.url, self.config.leader_lease, seen.floor());
         let mut elected = election.standing();
         info!(members = self.etcd.members.join(","), url = self.url, "standing for election");
         let ended = loop {

@@ -40,10 +40,10 @@ impl Several {
     }
 
     /// The same with each coordinator on a host of its own; none where there can be none.
-    pub fn start_on_hosts(coordinators: usize, workers: usize) -> Option<Self> {
+    pub fn start_on_hosts(coordinators: usize, workers: usize, flags: &[&str]) -> Option<Self> {
         let netns = Netns::new(coordinators + 1)?;
         let etcd = Etcd::start_on(vec![(netns.prefix(0), address(0))], &[])?;
-        Some(Self::on(etcd, Some(netns), coordinators, workers, &FAST))
+        Some(Self::on(etcd, Some(netns), coordinators, workers, flags))
     }
 
     /// The same on an etcd that is there, with flags of the coordinators.

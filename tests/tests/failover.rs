@@ -195,7 +195,7 @@ fn one_fault_after_the_other_and_the_job_never_notices() {
     println!("{faults} faults, {} submissions acknowledged, {failures} refused", acknowledged.len());
 
     // No acknowledged submission is lost, and one request is one job.
-    let jobs = several.muster(&["jobs", "--output", "json"]).json();
+    let jobs = several.muster(&["jobs", "--all", "--output", "json"]).json();
     let there: BTreeSet<&str> = jobs.iter().filter_map(|job| job["id"].as_str()).collect();
     let lost: Vec<_> = acknowledged.iter().filter(|(_, job)| !there.contains(job.as_str())).collect();
     assert!(lost.is_empty(), "lost: {lost:?}");

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use muster_tests::{Several, eventually, grpcurl, grpcurl_path, skip};
+use muster_tests::{Cluster, Cut, Etcd, FAST, Settings, Several, eventually, grpcurl, grpcurl_path, skip};
 use nix::sys::signal::Signal;
 
 /// Such a cluster, or a word that there is no etcd.
@@ -131,4 +131,65 @@ fn without_etcd_training_goes_on_and_what_is_read_says_that_it_is_old() {
     several.leader();
     several.wait_for_nodes(2);
     finish(&several, &id);
+}
+
+#[test]
+fn a_leader_that_is_cut_off_steps_down_and_its_job_runs_on() {
+    if !muster_tests::has_etcd() {
+        return skip("a partition of coordinators", "there is no etcd here");
+    }
+    // A host that is cut off says nothing, so the next leader must be there before the nodes' lease ends: as by default.
+    let Some(several) = Several::start_on_hosts(2, 2, &[]) else {
+        return skip("a partition of coordinators", "no network namespaces can be made here");
+    };
+    let id = several.submit_beats(&[]);
+    let cut_off = several.leader();
+    let hosts = several.netns.as_ref().unwrap();
+    hosts.cut(cut_off + 1, Cut::Full);
+    eventually("the other's turn", || match several.leader_now() {
+        Some(now) if now != cut_off => Ok(()),
+        now => Err(now),
+    });
+    several.wait_for_nodes(2);
+    let log = several.coordinators[cut_off].as_ref().unwrap().log();
+    assert!(log.contains("stepped down"), "it has given up before the other one led: {log}");
+    hosts.mend(cut_off + 1, Cut::Full);
+    several.wait_for_nodes(2);
+    finish(&several, &id);
+}
+
+#[test]
+fn a_cluster_moves_from_redb_to_etcd_and_back() {
+    let Some(etcd) = Etcd::start(1) else {
+        return skip("moving a store to etcd", "there is no etcd here");
+    };
+    let mut cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
+    let ended = cluster.submit(&[], "true");
+    cluster.wait_for(&ended, "SUCCEEDED");
+    let waiting = cluster.submit(&["--nnodes", "3"], "true");
+    cluster.workers.clear();
+    cluster.coordinator.signal(Signal::SIGTERM);
+    assert_eq!(cluster.coordinator.wait(), 0);
+
+    let (store, dir) = (etcd.url(), cluster.dir.path().to_owned());
+    let path = |name: &str| dir.join(name).display().to_string();
+    let (redb, back) = (path("coordinator"), path("back"));
+    let (first, second) = (path("first"), path("second"));
+    cluster.muster(&["store", "export", "--data-dir", &redb, &first]).ok();
+    cluster.muster(&["store", "import", "--store", &store, &first]).ok();
+    let again = cluster.muster(&["store", "import", "--store", &store, &first]);
+    assert!(again.code == 1 && again.stderr.contains("records already"), "{again:?}");
+    cluster.muster(&["store", "export", "--store", &store, &second]).ok();
+    let [first, second] = [first, second].map(|file| std::fs::read_to_string(file).unwrap());
+    let records = |text: &str| text.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(records(&first), records(&second));
+    cluster.muster(&["store", "import", "--data-dir", &back, &path("second")]).ok();
+
+    let several = Several::on(etcd, None, 2, 0, &FAST);
+    several.wait_for(&ended, "SUCCEEDED");
+    several.wait_for(&waiting, "QUEUED");
+    let term = several.terms().into_iter().max().unwrap();
+    assert!(term > 1, "it goes on counting: {term}");
+    let busy = several.muster(&["store", "import", "--store", &store, &path("second")]);
+    assert!(busy.stderr.contains("stop every coordinator"), "{busy:?}");
 }

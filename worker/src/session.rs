@@ -169,7 +169,10 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         // To have waited long for a session is no success.
         if opened.is_some_and(|opened: Instant| opened.elapsed() > BACKOFF.1) {
             said.clear();
-            route.succeeded(&target);
+            route.succeeded();
+        }
+        if opened.is_some() {
+            route.lost(&target);
         }
         // Ranks live by what the attempts find out: there must be several in a lease.
         tokio::time::sleep(route.wait(signs.lease() / 4)).await;

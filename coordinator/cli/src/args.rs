@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::run::args::RunArgs;
-use crate::store::{EtcdArgs, Store};
+use crate::store::{EtcdArgs, Store, StoreCommand};
 use crate::units::{Bytes, KeyValue, NodeRange, Span};
 
 const EXIT_CODES: &str = "\
@@ -129,6 +129,9 @@ pub(crate) enum Command {
     /// Give a cordoned or drained node work again.
     #[command(after_help = "Example:\n  muster uncordon gpu-7")]
     Uncordon(NodeArgs),
+    /// Move a cluster between kinds of store, or keep a copy of it.
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Start a coordinator and two workers here, and train a small network with DDP on them.
     #[command(after_help = DEMO_EXAMPLE)]
     Demo(DemoArgs),

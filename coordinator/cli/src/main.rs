@@ -71,6 +71,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,
         Command::Uncordon(args) => nodes::uncordon(args, &global).await,
+        Command::Store(command) => store::run(command).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }

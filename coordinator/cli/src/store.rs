@@ -1,9 +1,12 @@
-//! `--store`, and what belongs to it.
+//! `--store` and what belongs to it, and `muster store`, which moves a cluster from one to another.
 
+use std::fs::File;
+use std::io::{BufReader, BufWriter};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use muster_coordinator::{EtcdConfig, StoreKind};
+use anyhow::Context;
+use muster_coordinator::{EtcdConfig, StoreKind, transfer};
 
 use crate::exit::Failure;
 
@@ -61,6 +64,70 @@ impl Store {
                 Err(Failure::Usage("--etcd-… is for --store etcd://HOST:PORT".to_owned()))
             }
             kind @ (StoreKind::Redb | StoreKind::Memory) => Ok(kind),
+        }
+    }
+}
+
+/// What is done with a store.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum StoreCommand {
+    /// Write everything that a store holds into a file. etcd may be in use meanwhile; a redb file must not be.
+    #[command(
+        after_help = "Example:\n  muster store export --store redb --data-dir /var/lib/muster cluster.jsonl"
+    )]
+    Export(TransferArgs),
+    /// Put such a file into a store that is empty, while no coordinator uses it.
+    #[command(after_help = "Example:\n  muster store import --store etcd://10.0.0.1:2379 cluster.jsonl")]
+    Import(TransferArgs),
+}
+
+/// From where to where.
+#[derive(Debug, clap::Args)]
+pub(crate) struct TransferArgs {
+    /// The store: `redb`, or `etcd://HOST:PORT,HOST:PORT/NAME`.
+    #[arg(long, default_value = "redb", value_name = "STORE")]
+    store: Store,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+    /// The directory of a redb file.
+    #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// The file.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// `muster store`.
+pub(crate) async fn run(command: StoreCommand) -> Result<(), Failure> {
+    let moved = tokio::task::spawn_blocking(move || transfer(command)).await;
+    let (moved, how) = moved.context("failed to move the store")??;
+    eprintln!("{how} {} records: {} jobs and {} nodes", moved.records, moved.jobs, moved.nodes);
+    Ok(())
+}
+
+fn transfer(command: StoreCommand) -> Result<(transfer::Moved, &'static str), Failure> {
+    let worded = |error: muster_coordinator::Error| anyhow::anyhow!("{error}");
+    match command {
+        StoreCommand::Export(args) => {
+            let kind = args.store.kind(&args.etcd)?;
+            // Not over an older one: that may be the only copy.
+            let file = File::create_new(&args.file)
+                .with_context(|| format!("failed to make the file {}", args.file.display()))?;
+            let mut writer = BufWriter::new(&file);
+            let exported = transfer::export(&kind, &args.data_dir, &mut writer);
+            drop(writer);
+            let moved = exported
+                .map_err(worded)
+                .and_then(|moved| Ok(file.sync_all().map(|()| moved)?))
+                .inspect_err(|_| drop(std::fs::remove_file(&args.file)))?;
+            Ok((moved, "exported"))
+        }
+        StoreCommand::Import(args) => {
+            let kind = args.store.kind(&args.etcd)?;
+            let file = File::open(&args.file)
+                .with_context(|| format!("failed to open the file {}", args.file.display()))?;
+            let moved = transfer::import(&kind, &args.data_dir, &mut BufReader::new(file)).map_err(worded)?;
+            Ok((moved, "imported and verified"))
         }
     }
 }

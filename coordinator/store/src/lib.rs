@@ -10,7 +10,7 @@ mod redb_store;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use etcd::{Election, Etcd, EtcdConfig, EtcdStore, Standing, Term, View, went_back};
+pub use etcd::{Election, Etcd, EtcdConfig, EtcdStore, Floor, Standing, Term, View, went_back};
 pub use memory::MemoryStore;
 pub use redb_store::RedbStore;
 

@@ -75,12 +75,20 @@ impl Route {
         self.hops += 1;
     }
 
-    /// A session that lasted was a success: the next attempt is quick, and with the same coordinator.
-    pub fn succeeded(&mut self, target: &Target) {
+    /// A session with it has broken. It may hang: the others are asked first, even if they name it.
+    pub fn lost(&mut self, target: &Target) {
+        self.visited.insert(target.url.clone());
+        if let Some(index) = target.index.filter(|_| self.all.len() > 1) {
+            self.next = (index + 1) % self.all.len();
+            self.tried = 0;
+        }
+    }
+
+    /// A session that lasted was a success: the next attempt is quick.
+    pub fn succeeded(&mut self) {
         self.pause = BACKOFF.0;
         self.tried = 0;
         self.visited.clear();
-        self.next = target.index.unwrap_or(self.next);
     }
 
     /// How long to wait before the next attempt. `most` is the longest wait that the ranks can live with.
@@ -133,6 +141,22 @@ mod tests {
             assert_eq!(route(&[url]).is_ok(), ok, "{url}");
         }
         assert!(route(&[]).is_err());
+    }
+
+    #[test]
+    fn the_others_are_asked_before_one_that_was_lost() {
+        let mut route = route(&["http://a:1", "http://b:1", "http://c:1"]).unwrap();
+        let lost = route.next();
+        route.succeeded();
+        route.lost(&lost);
+        let asked: Vec<String> = (0..4)
+            .map(|_| {
+                let target = route.next();
+                route.follow("http://a:1");
+                target.url
+            })
+            .collect();
+        assert_eq!(asked, ["http://b:1", "http://c:1", "http://a:1", "http://b:1"]);
     }
 
     #[test]

@@ -98,7 +98,9 @@ impl Signs {
     /// The endpoint, with probes that end a connection which stalls while there is time for another in the lease.
     pub fn probed(&self, endpoint: &Endpoint) -> Endpoint {
         let probe = self.lease() / 8;
-        endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe)
+        let endpoint = endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe);
+        // Where there are others, one whose machine is gone without a word does not cost the lease.
+        if self.urls.len() > 1 { endpoint.connect_timeout(probe.min(CONNECT_MAX)) } else { endpoint }
     }
 
     /// Waits for an answer on a connection that was made, and learns from it if none comes.
@@ -132,6 +134,10 @@ impl Signs {
                 coordinators: 0,
             }))
             .await;
+            // Another one may lead already.
+            if silent.is_some() && self.urls.len() > 1 {
+                return Err(Status::deadline_exceeded("the coordinator hangs"));
+            }
             // A sign is good for a lease. Ten thousand nodes that ask more often keep a coordinator that is merely slow
             // from answering any of them. But it must be young enough, should this connection break, to last until there
             // is another.

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::Etcd;
-use super::election::{Standing, Stop, Term, View};
+use super::election::{Floor, Standing, Stop, Term, View};
 use super::endpoints::{Patience, Trouble};
 use super::store::Head;
 use crate::Fence;
@@ -46,8 +46,7 @@ pub(super) struct Candidacy {
     pub etcd: Etcd,
     pub url: String,
     pub lease: Duration,
-    /// A place, and a number that a term there must be above.
-    pub floor: Option<(String, u64)>,
+    pub floor: Option<Floor>,
     pub stopped: watch::Receiver<Stop>,
     pub standing: watch::Sender<Standing>,
 }
@@ -289,8 +288,8 @@ impl Candidacy {
             Some(kv) => String::from_utf8_lossy(kv.value()).into_owned(),
             None => format!("{:x}-{:x}", place.lease, place.create_revision),
         };
-        let floor =
-            self.floor.as_ref().filter(|(place, _)| *place == identity).map_or(0, |(_, fence)| *fence);
+        let here = |floor: &&Floor| floor.place.as_ref().is_none_or(|place| *place == identity);
+        let floor = self.floor.as_ref().filter(here).map_or(0, |floor| floor.fence.0);
         let fence = fence_before.max(floor) + 1;
         let head = Head { fence, commits: head_before.map_or(0, |head| head.commits), attempt: 0 };
         let at = (place.key.clone(), place.create_revision);

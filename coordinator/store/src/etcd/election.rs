@@ -14,6 +14,15 @@ use super::store::Head;
 use crate::clock::boot_now;
 use crate::{Error, Fence};
 
+/// A term must be above this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Floor {
+    /// At this place in etcd alone; none: at any.
+    pub place: Option<String>,
+    /// Its number.
+    pub fence: Fence,
+}
+
 /// Where this coordinator stands.
 #[derive(Clone, Debug)]
 pub enum Standing {
@@ -129,7 +138,7 @@ pub(super) enum Stop {
 }
 
 impl Election {
-    pub(super) fn stand(etcd: Etcd, url: String, lease: Duration, floor: Option<(String, u64)>) -> Self {
+    pub(super) fn stand(etcd: Etcd, url: String, lease: Duration, floor: Option<Floor>) -> Self {
         let (stop, stopped) = watch::channel(Stop::No);
         let (sender, standing) = watch::channel(Standing::Following(View::default()));
         let candidacy = Candidacy { etcd: etcd.clone(), url, lease, floor, stopped, standing: sender };

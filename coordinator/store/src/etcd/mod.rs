@@ -31,7 +31,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 
 use crate::Error;
-pub use election::{Election, Standing, Term, View};
+pub use election::{Election, Floor, Standing, Term, View};
 use endpoints::Endpoints;
 pub use store::{EtcdStore, went_back};
 
@@ -119,9 +119,9 @@ impl Etcd {
         Ok(Self(Arc::new(Inner { name: config.name.clone(), endpoints, runtime: Own(Some(runtime)) })))
     }
 
-    /// Stands for election, with this lease; `url` is where clients reach us. A term at the place of `floor` gets a
-    /// number above the one there.
-    pub fn stand(&self, url: &str, lease: Duration, floor: Option<(String, u64)>) -> Election {
+    /// Stands for election, with this lease; `url` is where clients reach us. Its terms get
+    /// numbers above `floor`.
+    pub fn stand(&self, url: &str, lease: Duration, floor: Option<Floor>) -> Election {
         Election::stand(self.clone(), url.to_owned(), lease, floor)
     }
 

@@ -104,6 +104,11 @@ impl EtcdStore {
         }
     }
 
+    /// Of the last term that there was, once it was read.
+    pub fn fence(&self) -> Fence {
+        Fence(self.head.fence)
+    }
+
     /// Commits so far, over all terms.
     pub fn commits(&self) -> u64 {
         self.head.commits
