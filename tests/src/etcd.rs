@@ -103,16 +103,31 @@ impl Etcd {
         });
     }
 
-    /// Writes what becomes of a key into a file, from now on, over whatever becomes of members.
-    pub fn watch(&self, key: &str, output: std::fs::File) -> Child {
+    /// Every value that a key has had, the oldest first, as far as history is not compacted.
+    pub fn history(&self, key: &str) -> Vec<String> {
+        let file = self.dir.path().join("history");
+        let output = std::fs::File::create(&file).unwrap();
         let ctl = self.ctl_command();
         let mut command = Command::new("setpriv");
-        command
-            .args(["--pdeathsig", "KILL"])
-            .arg(ctl.get_program())
-            .args(ctl.get_args())
-            .args(["watch", key]);
-        command.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()).spawn().unwrap()
+        command.args(["--pdeathsig", "KILL"]).arg(ctl.get_program()).args(ctl.get_args());
+        command.args(["watch", key, "--rev", "1"]).stdin(Stdio::null()).stdout(output).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let newest = self.ctl(&["get", key, "--print-value-only"]).ok();
+        let values = eventually("the newest value", || {
+            let text = std::fs::read_to_string(&file).unwrap();
+            // Of each change a line says what it is, one of which key, and one the value.
+            let lines: Vec<&str> = text.lines().collect();
+            let values: Vec<String> =
+                lines.chunks(3).filter_map(|of| Some((*of.get(2)?).to_owned())).collect();
+            if values.last().is_some_and(|last| last == newest.trim()) {
+                Ok(values)
+            } else {
+                Err(values.last().cloned())
+            }
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        values
     }
 
     /// Runs etcdctl against all members.
