@@ -1,12 +1,13 @@
-//! A program that does nothing under `muster run` and under torchrun, in one run, in turn: how soon its ranks run, how soon the
-//! command is over when they are, and what it costs. The last line is JSON.
+//! A program that does nothing under `muster run`, `muster submit`, Slurm's srun and torchrun, in one run, in turn: how soon its
+//! ranks run, how soon the command is over when they are, and what it costs. The last line is JSON.
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use muster_tests::{Cluster, Settings, Slurm};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -31,15 +32,35 @@ fn now_ms() -> f64 {
     now.tv_sec() as f64 * 1e3 + now.tv_nsec() as f64 / 1e6
 }
 
+/// Who starts it: ourselves without daemons, ourselves and Slurm with daemons that are there already, and torchrun.
+const SIDES: [&str; 4] = ["muster run", "muster submit", "srun", "torchrun"];
+
+/// What is there before a command is typed.
+struct Bench {
+    python: PathBuf,
+    cluster: Cluster,
+    slurm: Option<Slurm>,
+}
+
+type Measured = BTreeMap<&'static str, f64>;
+
 /// Runs the bench.
 pub(crate) fn run(root: &Path) {
     let python = root.join(".deps/python/bin/python3");
     assert!(python.is_file(), "Python's torch is not there; run this as `cargo xtask bench launch`");
-    let mut all: BTreeMap<(String, &str), Vec<BTreeMap<&str, f64>>> = BTreeMap::new();
+    // As they are by default: no time is set for a test's sake.
+    let cluster = Cluster::start(Settings { workers: 2, lease: "", ..Settings::default() });
+    let bench = Bench { python, cluster, slurm: Slurm::start(2) };
+    if bench.slurm.is_none() {
+        muster_tests::skip("srun", "there is no Slurm; `cargo xtask setup --tools` brings one");
+    }
+    let sides: Vec<&'static str> =
+        SIDES.into_iter().filter(|side| *side != "srun" || bench.slurm.is_some()).collect();
+    let mut all: BTreeMap<(String, &str), Vec<Measured>> = BTreeMap::new();
     for round in 0..=ROUNDS {
         for (nodes, procs) in SHAPES {
-            for side in ["muster", "torchrun"] {
-                let measured = measure(side, &python, nodes, procs);
+            for side in &sides {
+                let measured = bench.measure(side, nodes, procs);
                 let shape = format!("{nodes}x{procs}");
                 println!(
                     "{}",
@@ -51,60 +72,98 @@ pub(crate) fn run(root: &Path) {
             }
         }
     }
-    println!("\n{:<34}{:>12}{:>12}{:>10}", "median", "muster", "torchrun", "ratio");
+    let row = |title: &str, cells: Vec<String>| {
+        println!("{title:<34}{}", cells.iter().map(|cell| format!("{cell:>15}")).collect::<String>());
+    };
+    println!();
+    row("median", sides.iter().map(ToString::to_string).collect());
     let mut last: BTreeMap<String, Value> = BTreeMap::new();
     for (nodes, procs) in SHAPES {
         let shape = format!("{nodes}x{procs}");
         let of = |side: &'static str| &all[&(shape.clone(), side)];
-        for name in of("muster")[0].keys() {
-            let [ours, theirs] =
-                ["muster", "torchrun"].map(|side| median(of(side).iter().map(|round| round[name])));
-            let (title, ratio) = (format!("{shape} {name}"), ours / theirs);
-            println!("{title:<34}{ours:>12.1}{theirs:>12.1}{ratio:>9.3}x");
-            last.insert(title, json!({ "muster": ours, "torchrun": theirs, "ratio": ratio }));
+        for name in of("muster run")[0].keys() {
+            let medians: Vec<f64> =
+                sides.iter().map(|side| median(of(side).iter().map(|round| round[name]))).collect();
+            let title = format!("{shape} {name}");
+            row(&title, medians.iter().map(|median| format!("{median:.1}")).collect());
+            let medians: BTreeMap<&str, f64> = sides.iter().copied().zip(medians).collect();
+            last.insert(title, json!(medians));
         }
     }
     println!("{}", json!({ "bench": "launch", "rounds": ROUNDS, "medians": last }));
 }
 
-fn measure(side: &str, python: &Path, nodes: usize, procs: usize) -> BTreeMap<&'static str, f64> {
-    let port = muster_tests::free_port();
-    let cpu_before = cpu_ms();
-    let began = now_ms();
-    let commands: Vec<Child> =
-        (0..nodes).map(|node| command(side, python, nodes, procs, node, &port).spawn().unwrap()).collect();
-    let ends: Vec<(String, f64, f64)> = commands.into_iter().map(follow).collect();
-    let stamps: Vec<f64> =
-        ends.iter().flat_map(|(said, ..)| said.lines().map(|line| line.parse().unwrap())).collect();
-    assert_eq!(stamps.len(), nodes * procs, "{side}: {ends:?}");
-    let last = stamps.into_iter().fold(0.0, f64::max);
-    let over = ends.iter().map(|(_, at, _)| *at).fold(0.0, f64::max);
-    BTreeMap::from([
-        ("until all ranks run, ms", last - began),
-        ("until the command is over, ms", over - last),
-        ("processor time, ms", cpu_ms() - cpu_before),
-        ("memory of a command, MiB", ends.iter().map(|(.., mib)| *mib).fold(0.0, f64::max)),
-    ])
-}
+impl Bench {
+    fn measure(&self, side: &str, nodes: usize, procs: usize) -> Measured {
+        let port = muster_tests::free_port();
+        let mut commands = self.commands(side, nodes, procs, &port);
+        let cpu_before = cpu_ms();
+        let began = now_ms();
+        let commands: Vec<Child> = commands.iter_mut().map(|command| command.spawn().unwrap()).collect();
+        let ends: Vec<(String, f64, f64)> = commands.into_iter().map(follow).collect();
+        // A rank's line may come with the rank before it.
+        let stamp = |line: &str| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+        let stamps: Vec<f64> = ends.iter().flat_map(|(said, ..)| said.lines().map(stamp)).collect();
+        assert_eq!(stamps.len(), nodes * procs, "{side}: {ends:?}");
+        let last = stamps.into_iter().fold(0.0, f64::max);
+        let over = ends.iter().map(|(_, at, _)| *at).fold(0.0, f64::max);
+        BTreeMap::from([
+            ("until all ranks run, ms", last - began),
+            ("until the command is over, ms", over - last),
+            ("processor time, ms", cpu_ms() - cpu_before),
+            ("memory of a command, MiB", ends.iter().map(|(.., mib)| *mib).fold(0.0, f64::max)),
+        ])
+    }
 
-fn command(side: &str, python: &Path, nodes: usize, procs: usize, node: usize, port: &str) -> Command {
-    let mut command = if side == "muster" {
-        let mut command = Command::new(muster_tests::binary("muster"));
-        command.arg("run");
-        command
-    } else {
-        let mut command = Command::new(python);
-        command.args(["-m", "torch.distributed.run"]);
-        command
-    };
-    command.args([
-        format!("--nnodes={nodes}"),
-        format!("--nproc-per-node={procs}"),
-        format!("--node-rank={node}"),
-    ]);
-    command.args(["--master-port", port, "--no-python"]).arg(std::env::current_exe().unwrap()).arg("stamp");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    command
+    /// What is typed: on each node, or once where daemons are there.
+    fn commands(&self, side: &str, nodes: usize, procs: usize, port: &str) -> Vec<Command> {
+        let here = |node: usize| {
+            let mut command = if side == "torchrun" {
+                let mut command = Command::new(&self.python);
+                command.args(["-m", "torch.distributed.run"]);
+                command
+            } else {
+                let mut command = Command::new(muster_tests::binary("muster"));
+                command.arg("run");
+                command
+            };
+            command.args([
+                format!("--nnodes={nodes}"),
+                format!("--nproc-per-node={procs}"),
+                format!("--node-rank={node}"),
+            ]);
+            command.args(["--master-port", port, "--no-python"]);
+            command
+        };
+        let mut commands: Vec<Command> = match side {
+            "srun" => {
+                let mut command = self.slurm.as_ref().unwrap().command("srun");
+                let ranks = nodes * procs;
+                command.args([
+                    format!("--nodes={nodes}"),
+                    format!("--ntasks={ranks}"),
+                    "--overlap".to_owned(),
+                ]);
+                vec![command]
+            }
+            "muster submit" => {
+                let mut command = Command::new(muster_tests::binary("muster"));
+                command.args(["submit", "--follow", "--coordinator", &self.cluster.url()]);
+                command.args([
+                    format!("--nnodes={nodes}"),
+                    format!("--nproc-per-node={procs}"),
+                    "--".to_owned(),
+                ]);
+                vec![command]
+            }
+            _ => (0..nodes).map(here).collect(),
+        };
+        for command in &mut commands {
+            command.arg(std::env::current_exe().unwrap()).arg("stamp");
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        }
+        commands
+    }
 }
 
 /// What a command's ranks said, when it was over, and the most memory it had, as far as that was seen.

@@ -8,6 +8,7 @@ mod bed;
 mod cluster;
 mod netns;
 mod place;
+mod slurm;
 mod tools;
 
 use std::fmt::Debug;
@@ -17,6 +18,7 @@ pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use netns::{Cut, Netns};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
+pub use slurm::Slurm;
 pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

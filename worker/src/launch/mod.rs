@@ -11,6 +11,7 @@ pub(crate) mod oom;
 pub(crate) mod prepare;
 pub(crate) mod process;
 pub(crate) mod procfs;
+mod script;
 pub(crate) mod stacks;
 pub(crate) mod store;
 pub(crate) mod sweep;
