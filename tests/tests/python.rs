@@ -208,10 +208,12 @@ if __name__ == "__main__":
     assert_eq!(outcome.stdout.lines().next(), Some("2016.0"), "{outcome:?}");
 }
 
+/// Of a hundred bytes each.
+const LINES: usize = 1_000_000;
+
 #[test]
 fn a_hundred_megabytes_of_output_are_all_there() {
     let Some(place) = place("ranks that print much") else { return };
-    const LINES: usize = 1_000_000;
     let program = format!(
         "import sys\nfor i in range({LINES}):\n    sys.stdout.write(f'{{i:099}}\\n')\n    sys.stderr.write('.' if i % 100 else '\\n')\n"
     );
