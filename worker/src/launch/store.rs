@@ -20,13 +20,13 @@ const WAITS_LOGGED_MAX: usize = 16;
 pub(crate) struct RankStore(Running);
 
 impl RankStore {
-    /// Serves at a free port of `address`, which must be one of this node's, and at no other address.
-    pub fn host(address: IpAddr) -> io::Result<Self> {
+    /// Serves at `port` of `address`, which must be one of this node's, and at no other address. 0 stands for any that is free.
+    pub fn host(address: IpAddr, port: u16) -> io::Result<Self> {
         // A thousand ranks have a few connections each, and most shells and service managers allow a thousand in all.
         if let Err(error) = files::allow_many() {
             warn!(%error, "the store of the ranks may have too few file descriptors");
         }
-        let store = Server::bind(SocketAddr::new(address, 0), Limits::default())?.start()?;
+        let store = Server::bind(SocketAddr::new(address, port), Limits::default())?.start()?;
         info!(address = %store.address(), "the store of the ranks serves");
         Ok(Self(store))
     }
@@ -65,11 +65,11 @@ mod tests {
 
     #[test]
     fn the_store_serves_at_the_nodes_address_alone_and_nobody_else_gets_its_port() {
-        let store = RankStore::host(Ipv4Addr::LOCALHOST.into()).unwrap();
+        let store = RankStore::host(Ipv4Addr::LOCALHOST.into(), 0).unwrap();
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, store.port())).unwrap_err();
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
         TcpStream::connect((Ipv4Addr::LOCALHOST, store.port())).unwrap();
         TcpStream::connect((Ipv4Addr::new(127, 0, 0, 2), store.port())).unwrap_err();
-        assert!(RankStore::host([192, 0, 2, 1].into()).is_err(), "not an address of this node");
+        assert!(RankStore::host([192, 0, 2, 1].into(), 0).is_err(), "not an address of this node");
     }
 }
