@@ -73,7 +73,9 @@ fn every_attempt_keeps_its_logs_and_only_faults_are_counted() {
     let logs_arg = logs.to_str().unwrap();
     let args =
         ["--nproc-per-node=2", "--max_restarts=2", "--log_dir", logs_arg, "-r", "1", "--rdzv-id", "a/b"];
-    let outcome = place.run(&[&args[..], &["--no-python", &script]].concat());
+    // Each attempt has its own store at the same port.
+    let port = free_port();
+    let outcome = place.run(&[&args[..], &["--master-port", &port, "--no-python", &script]].concat());
     assert_eq!((outcome.code, outcome.stdout.as_str()), (0, ""), "{outcome:?}");
     assert!(outcome.stderr.contains("was ended by signal 9 (SIGKILL); restart 1 of 2"), "{outcome:?}");
     let dir = run_dir(&logs);

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use muster_tcpstore::{Limits, Running, Server, Snapshot};
 use tracing::{info, warn};
@@ -14,6 +15,10 @@ use super::files;
 
 /// Lines about waits that are logged at once: ranks that hang all wait for the same few.
 const WAITS_LOGGED_MAX: usize = 16;
+/// How often a port that was named is tried while it is taken, and the pause between: the store of the generation before goes
+/// with its shim, which may still be tidying up.
+const TAKEN_TRIES: u32 = 200;
+const TAKEN_PAUSE: Duration = Duration::from_millis(10);
 
 /// A store that serves until it is dropped.
 #[derive(Debug)]
@@ -26,7 +31,16 @@ impl RankStore {
         if let Err(error) = files::allow_many() {
             warn!(%error, "the store of the ranks may have too few file descriptors");
         }
-        let store = Server::bind(SocketAddr::new(address, port), Limits::default())?.start()?;
+        let bind = || Server::bind(SocketAddr::new(address, port), Limits::default());
+        let mut bound = bind();
+        for _ in 0..TAKEN_TRIES {
+            if port == 0 || !matches!(&bound, Err(error) if error.kind() == io::ErrorKind::AddrInUse) {
+                break;
+            }
+            std::thread::sleep(TAKEN_PAUSE);
+            bound = bind();
+        }
+        let store = bound?.start()?;
         info!(address = %store.address(), "the store of the ranks serves");
         Ok(Self(store))
     }
