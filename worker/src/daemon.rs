@@ -1,10 +1,12 @@
 //! The one task that owns the node's core: what the coordinator wants and what the shims observe go in,
 //! commands to the shims and reports go out.
 
+mod machine;
 mod sending;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode, StopSignal};
@@ -21,11 +23,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::clock::boot_now;
+use crate::devices::Machine;
 use crate::logs::{Live, Subscriptions};
 use crate::session::{self, Event, Identity, Queues, request};
 use crate::shim::{Command, Context, Shim, find};
 use crate::telemetry::Outbox;
 use crate::{Config, Error, data_dir, devices};
+use machine::find_out;
 use sending::{observed, room_from};
 
 /// Observations and messages that may wait for the daemon; senders wait beyond it.
@@ -57,13 +61,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = data_dir::lock(&data_dir)?;
-    let root = Path::new("/");
+    let (machine, inventory) = find_out(&config).await?;
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
-        boot_id: devices::boot_id(root),
+        boot_id: devices::boot_id(Path::new("/")),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
-        inventory: devices::here(config.labels.clone()),
+        inventory,
         config,
     };
     let total = &identity.inventory.total;
@@ -93,6 +97,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         leaving: None,
         hellos: 0,
         points_at: None,
+        machine,
         identity,
     };
     daemon.run(shutdown).await
@@ -126,6 +131,7 @@ struct Daemon {
     leaving: Option<String>,
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
+    machine: Arc<Machine>,
     identity: Identity,
 }
 
@@ -337,7 +343,11 @@ impl Daemon {
                 Effect::Start(assignment) => {
                     let gang = assignment.gang.clone();
                     self.live.insert(gang.clone());
-                    let shim = Shim::start(*assignment, self.context.clone(), self.events.clone());
+                    let surroundings = Box::new(self.surroundings(&assignment));
+                    let known = Input::Surroundings(gang.clone(), surroundings.clone());
+                    effects.extend(self.core.step(boot_now(), known));
+                    let (context, events) = (self.context.clone(), self.events.clone());
+                    let shim = Shim::start(*assignment, surroundings, context, events);
                     self.shims.insert(gang, shim);
                 }
                 Effect::Launch(assignment, fence) => {

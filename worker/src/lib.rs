@@ -36,6 +36,7 @@ use muster_core::types::NodeName;
 
 pub use attached::{Attached, Streams};
 pub use daemon::run;
+pub use devices::Given;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
 pub use shim::main as shim;
@@ -57,6 +58,10 @@ pub struct Config {
     pub shim: Vec<OsString>,
     /// The ranks are those of `muster run`: they end with this process.
     pub attached: Option<Attached>,
+    /// Stands in the place of `/sys` where devices are looked for.
+    pub sysfs_root: Option<PathBuf>,
+    /// Says what the machine has that is not there.
+    pub given: Option<Given>,
 }
 
 impl Config {
@@ -70,6 +75,8 @@ impl Config {
             labels: BTreeMap::new(),
             shim: own_shim(),
             attached: None,
+            sysfs_root: None,
+            given: None,
         }
     }
 }
@@ -81,7 +88,8 @@ pub fn own_shim() -> Vec<OsString> {
 
 /// CPU cores and GPUs that ranks on this machine may use.
 pub fn cores_and_gpus() -> (u32, u32) {
-    let total = devices::here(BTreeMap::new()).total;
+    let found = devices::Machine::at_a_glance(BTreeMap::new()).inventory();
+    let total = found.unwrap_or_default().total;
     ((total.cpu_millis / 1000).max(1), total.gpus)
 }
 
@@ -107,6 +115,9 @@ pub enum Error {
     /// Another daemon holds the data directory.
     #[error("another node daemon uses the data directory {0}; stop it or choose another --data-dir")]
     DataDirHeld(PathBuf),
+    /// What describes the machine cannot be used.
+    #[error("failed to find out what this machine has: {0}")]
+    Inventory(String),
     /// The coordinator refuses this node for good.
     #[error("the coordinator refuses this node: {0}")]
     Refused(String),

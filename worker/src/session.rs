@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use muster_core::types::{Millis, limits};
-use muster_proto::convert::{resources_to_wire, span_from_wire};
+use muster_proto::convert::{inventory_to_wire, span_from_wire};
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
@@ -330,26 +330,13 @@ pub fn request(message: Up) -> v1::SessionRequest {
 }
 
 fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
-    let found = &identity.inventory;
-    let gpus = found.gpus.iter().map(|gpu| v1::Device {
-        index: Some(gpu.index),
-        uuid: gpu.uuid.clone(),
-        model: gpu.model.clone(),
-        memory_bytes: gpu.memory_bytes,
-    });
     v1::JoinRequest {
         node_name: identity.config.name.to_string(),
         address: address.to_string(),
         incarnation: identity.incarnation.clone(),
         boot_id: identity.boot_id.clone(),
         data_id: identity.data_id.clone(),
-        inventory: Some(v1::Inventory {
-            total: Some(resources_to_wire(found.total)),
-            gpus: gpus.collect(),
-            labels: found.labels.clone(),
-            hostname: found.hostname.clone(),
-            version: found.version.clone(),
-        }),
+        inventory: Some(inventory_to_wire(&identity.inventory)),
     }
 }
 

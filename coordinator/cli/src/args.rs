@@ -1,9 +1,13 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
+mod machine;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub(crate) use machine::MachineArgs;
 
 use crate::run::args::RunArgs;
 use crate::units::{Bytes, KeyValue, NodeRange, Span};
@@ -97,7 +101,7 @@ pub(crate) enum Command {
     Jobs(JobsArgs),
     /// Show one job.
     #[command(after_help = "Example:\n  muster job k3v9x2ma --output json")]
-    Job(JobArgs),
+    Job(ShowJobArgs),
     /// Say why a job is where it is, and what to do.
     #[command(after_help = "Example:\n  muster explain k3v9x2ma")]
     Explain(JobArgs),
@@ -201,6 +205,8 @@ pub(crate) struct WorkerArgs {
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<KeyValue>,
     #[command(flatten)]
+    pub machine: MachineArgs,
+    #[command(flatten)]
     pub daemon: DaemonArgs,
 }
 
@@ -298,6 +304,15 @@ pub(crate) struct JobArgs {
     /// The job's id.
     #[arg(value_name = "ID")]
     pub job_id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShowJobArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Only what its nodes add to the environment of the ranks of their own accord, and why.
+    #[arg(long)]
+    pub env: bool,
 }
 
 #[derive(Debug, clap::Args)]

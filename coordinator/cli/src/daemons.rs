@@ -64,6 +64,8 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
         shim: muster_worker::own_shim(),
         attached: None,
+        given: args.machine.given(),
+        sysfs_root: args.machine.sysfs_root,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
+use crate::health::{Finding, Fleet};
+use crate::inventory::Inventory;
 use crate::job::{Job, Observed};
 use crate::lease::Hello;
 use crate::node::{Join, Node, NodeState, Reserved};
@@ -152,6 +154,17 @@ pub enum Input {
         /// What the node observes.
         report: Box<GangReport>,
     },
+    /// What a node has found to be wrong with it, all of it.
+    Health {
+        /// The node.
+        node: NodeName,
+        /// The session it came on.
+        session: Session,
+        /// What is wrong.
+        findings: Vec<Finding>,
+        /// What the machine has, if that has changed.
+        inventory: Option<Box<Inventory>>,
+    },
     /// A session's stream broke.
     Disconnected {
         /// The node.
@@ -176,6 +189,8 @@ pub enum Input {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Timer {
     Lease(NodeName),
+    /// A node may be fit for work again.
+    Recover(NodeName),
     ForgetNode(NodeName),
     StartTimeout(JobId, Generation),
     Requeue(JobId),
@@ -198,6 +213,8 @@ pub struct Core {
     pub(crate) nodes: BTreeMap<NodeName, Node>,
     pub(crate) timers: BTreeSet<(Millis, Timer)>,
     pub(crate) room: Room,
+    /// What nodes of a kind have in common.
+    pub(crate) fleet: Fleet,
     /// Jobs that have just come into the queue: only they need a look.
     pub(crate) fresh: BTreeSet<QueueKey>,
     /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
@@ -219,12 +236,15 @@ impl Core {
             nodes: BTreeMap::new(),
             timers: BTreeSet::new(),
             room: Room::default(),
+            fleet: Fleet::default(),
             fresh: BTreeSet::new(),
             growable: BTreeSet::new(),
         };
         for mut node in snapshot.nodes {
             (node.state, node.session) = (NodeState::Disconnected, None);
             node.reserved = Reserved::default();
+            node.set_inventory(node.inventory.clone());
+            core.fleet.add(&node.inventory);
             node.lease_expires = now.plus(core.config.lease);
             core.timers.insert((node.lease_expires, Timer::Lease(node.name.clone())));
             core.nodes.insert(node.name.clone(), node);
@@ -309,6 +329,9 @@ impl Core {
                     self.report(now, &node, &report, &mut fx);
                 }
             }
+            Input::Health { node, session, findings, inventory } => {
+                self.health(now, &node, session, (findings, inventory), &mut fx);
+            }
             Input::Disconnected { node, session } => {
                 if self.has_session(&node, session) {
                     self.set_node_state(now, &node, NodeState::Disconnected, &mut fx);
@@ -346,6 +369,7 @@ impl Core {
             let Some((_, timer)) = self.timers.pop_first() else { return };
             match timer {
                 Timer::Lease(name) => self.lease_timer(now, &name, fx),
+                Timer::Recover(name) => self.judge(now, &name, fx),
                 Timer::ForgetNode(name) => self.forget_node(now, &name, fx),
                 Timer::StartTimeout(id, generation) => self.start_timeout(now, &id, generation, fx),
                 // The pass comes after all timers.

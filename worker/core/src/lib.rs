@@ -8,8 +8,10 @@ mod core;
 mod lease;
 mod messages;
 mod part;
+mod surroundings;
 
 pub use adopt::{Adoption, ShimRecord, adopt};
 pub use core::Core;
 pub use lease::Fence;
 pub use messages::{Adopted, Effect, Input};
+pub use surroundings::{Facts, compute_ports, derive};

@@ -13,7 +13,8 @@ use std::process::{Command, Stdio};
 use super::cgroup::Entrance;
 use super::files;
 use crate::attached::{Output, Sink};
-use muster_core::types::Rank;
+use muster_core::types::{CpuList, Rank};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getppid, setsid};
@@ -44,6 +45,7 @@ pub(crate) fn start(
     output: &Output,
     env: BTreeMap<OsString, OsString>,
     entrance: Option<Entrance>,
+    cpus: Option<CpuList>,
 ) -> Result<RankProcess, String> {
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
     // what is there is never lost.
@@ -67,6 +69,7 @@ pub(crate) fn start(
         .stdin(stdin)
         .stdout(open(&output.stdout)?)
         .stderr(open(&output.stderr)?);
+    let cpus = cpus.as_ref().map(cpu_set).transpose()?;
     let shim = Pid::this();
     // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
     // allocated: each function of nix used here is a plain wrapper of its system call, and entering a group is a write.
@@ -74,6 +77,9 @@ pub(crate) fn start(
         process.pre_exec(move || {
             if let Some(entrance) = &entrance {
                 entrance.enter()?;
+            }
+            if let Some(cpus) = &cpus {
+                sched_setaffinity(Pid::from_raw(0), cpus)?;
             }
             setsid()?;
             files::as_before()?;
@@ -86,6 +92,16 @@ pub(crate) fn start(
     let child = child.map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
     // Whoever reaps the shim's children reaps it; dropping the handle does not touch it.
     Ok(RankProcess { rank, pid: child.id() as i32 })
+}
+
+/// As the kernel takes it. What does not fit is beyond the thousand processors that it is made for, and is left out.
+fn cpu_set(cpus: &CpuList) -> Result<CpuSet, String> {
+    let mut set = CpuSet::new();
+    for cpu in cpus.0.iter().filter(|cpu| (**cpu as usize) < CpuSet::count()) {
+        set.set(*cpu as usize)
+            .map_err(|error| format!("failed to bind a rank to processor {cpu}: {error}"))?;
+    }
+    Ok(set)
 }
 
 impl RankProcess {
