@@ -6,7 +6,6 @@ mod sending;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode, StopSignal};
@@ -23,13 +22,12 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::clock::boot_now;
-use crate::devices::Machine;
 use crate::logs::{Live, Subscriptions};
 use crate::session::{self, Event, Identity, Queues, request};
 use crate::shim::{Command, Context, Shim, find};
 use crate::telemetry::Outbox;
 use crate::{Config, Error, data_dir, devices};
-use machine::find_out;
+use machine::Watched;
 use sending::{observed, room_from};
 
 /// Observations and messages that may wait for the daemon; senders wait beyond it.
@@ -61,17 +59,15 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = data_dir::lock(&data_dir)?;
-    let (machine, inventory) = find_out(&config).await?;
+    let watched = Watched::start(&config, data_dir.clone()).await?;
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(Path::new("/")),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
-        inventory,
+        inventory: watched.inventory(),
         config,
     };
-    let total = &identity.inventory.total;
-    info!(node = %identity.config.name, gpus = total.gpus, cpu_millis = total.cpu_millis, memory_bytes = total.memory_bytes, "inventory");
     let (events, observed) = mpsc::channel(INBOX_MAX);
     let outbox = Outbox::default();
     let context = Context {
@@ -97,7 +93,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         leaving: None,
         hellos: 0,
         points_at: None,
-        machine,
+        watched,
         identity,
     };
     daemon.run(shutdown).await
@@ -131,7 +127,7 @@ struct Daemon {
     leaving: Option<String>,
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
-    machine: Arc<Machine>,
+    watched: Watched,
     identity: Identity,
 }
 
@@ -255,13 +251,15 @@ impl Daemon {
             () = until(self.core.next_deadline()) => self.step(Input::Tick),
             // The next turn looks at it.
             () = outbox.added(), if send_at.is_none() => {}
+            Some(seen) = self.watched.seen.recv() => self.watched.take(seen),
             Some(_) = self.released.join_next() => {}
         }
     }
 
     fn on_session(&mut self, event: Event) {
         match event {
-            Event::Open { coordinator, hello, queues } => {
+            Event::Open { coordinator, inventory, hello, queues } => {
+                self.watched.opened(inventory);
                 let (name, incarnation) = (&self.identity.config.name, self.identity.incarnation.clone());
                 let gangs = observed(&self.core);
                 let reason = self.leaving_since_shutdown();

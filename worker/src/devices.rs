@@ -3,12 +3,13 @@
 //!
 //! A tree that a test made can stand in the place of `/sys`, and a file can say what a machine has that is not there.
 
-pub(crate) mod fabric;
+mod fabric;
 mod given;
 mod gpus;
 pub(crate) mod network;
 mod numa;
 mod pci;
+mod readings;
 mod system;
 
 use std::collections::BTreeMap;
@@ -45,11 +46,6 @@ impl Machine {
     /// This machine as far as files show it: loading the GPU driver's library can take seconds.
     pub fn at_a_glance(labels: BTreeMap<String, String>) -> Self {
         Self { sys: "/sys".into(), labels, given: None, gpus: gpus::Gpus::by_files() }
-    }
-
-    /// What the kernel shows in the place of `/sys`.
-    pub fn sys(&self) -> &Path {
-        &self.sys
     }
 
     /// What the machine has now. The error says what is wrong with the file that describes it. May take seconds.

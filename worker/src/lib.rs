@@ -12,6 +12,7 @@ mod devices;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
+mod health;
 mod launch;
 #[doc(hidden)]
 pub mod load {
@@ -37,6 +38,7 @@ use muster_core::types::NodeName;
 pub use attached::{Attached, Streams};
 pub use daemon::run;
 pub use devices::Given;
+pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
 pub use shim::main as shim;
@@ -62,6 +64,8 @@ pub struct Config {
     pub sysfs_root: Option<PathBuf>,
     /// Says what the machine has that is not there.
     pub given: Option<Given>,
+    /// How the machine is watched; not at all without.
+    pub watch: Option<Watch>,
 }
 
 impl Config {
@@ -77,6 +81,7 @@ impl Config {
             attached: None,
             sysfs_root: None,
             given: None,
+            watch: None,
         }
     }
 }

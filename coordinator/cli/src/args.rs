@@ -1,13 +1,13 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
-mod machine;
+mod worker;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-pub(crate) use machine::MachineArgs;
+pub(crate) use worker::WorkerArgs;
 
 use crate::run::args::RunArgs;
 use crate::units::{Bytes, KeyValue, NodeRange, Span};
@@ -188,26 +188,6 @@ pub(crate) enum Store {
     Redb,
     /// Memory: gone with the process.
     Memory,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct WorkerArgs {
-    /// Name of the node, unique in the cluster. Default: the host name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Directory for logs; one daemon at a time.
-    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
-    pub data_dir: PathBuf,
-    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
-    #[arg(long, value_name = "IP")]
-    pub address: Option<IpAddr>,
-    /// Label for node selectors; may be repeated.
-    #[arg(long = "label", value_name = "KEY=VALUE")]
-    pub labels: Vec<KeyValue>,
-    #[command(flatten)]
-    pub machine: MachineArgs,
-    #[command(flatten)]
-    pub daemon: DaemonArgs,
 }
 
 #[derive(Debug, clap::Args)]

@@ -14,6 +14,7 @@ mod effects;
 mod fault;
 mod gang;
 pub mod health;
+mod input;
 mod invariants;
 mod inventory;
 mod job;
@@ -28,8 +29,9 @@ mod topology;
 pub mod types;
 mod waiting;
 
-pub use core::{Config, Core, Input, Meta, Snapshot};
+pub use core::{Config, Core, Meta, Snapshot};
 pub use effects::{Effects, Event, Refusal, Reply, ToNode, Write};
+pub use input::Input;
 pub use inventory::{Device, FabricPort, Inventory, LinkLayer, NetworkInterface, NumaNode, PortState};
 pub use job::{Gang, Job, JobState, PastGeneration, RootCause};
 pub use node::{Drain, Held, Join, Node, NodeState, Reserved};

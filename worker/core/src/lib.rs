@@ -5,6 +5,7 @@
 
 mod adopt;
 mod core;
+pub mod health;
 mod lease;
 mod messages;
 mod part;

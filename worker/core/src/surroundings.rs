@@ -109,14 +109,12 @@ fn pass_over<'a>(
     passed: &mut PassedOver<'a>,
     against: impl Fn(&FabricPort) -> Option<String>,
 ) {
-    let kept = std::mem::take(chosen).into_iter().filter_map(|port| match against(port) {
-        None => Some(port),
-        Some(why) => {
-            passed.push((port, why));
-            None
+    for port in std::mem::take(chosen) {
+        match against(port) {
+            None => chosen.push(port),
+            Some(why) => passed.push((port, why)),
         }
-    });
-    chosen.extend(kept.collect::<Vec<_>>());
+    }
 }
 
 fn hca_list(inventory: &Inventory) -> Option<(String, String)> {
@@ -130,12 +128,11 @@ fn hca_list(inventory: &Inventory) -> Option<(String, String)> {
     if value.len() > VALUE_BYTES_MAX {
         return None;
     }
-    let mut reason =
+    let of =
         format!("{} of {} ports are active and for training", chosen.len(), inventory.fabric_ports.len());
-    for (port, why) in &passed {
-        reason.push_str(&format!("; {} {why}", port.name()));
-    }
-    Some((value, reason))
+    let others = passed.iter().map(|(port, why)| format!("{} {why}", port.name()));
+    let reason: Vec<String> = std::iter::once(of).chain(others).collect();
+    Some((value, reason.join("; ")))
 }
 
 fn bindings(assignment: &Assignment, facts: &Facts<'_>) -> Vec<RankBinding> {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use muster_core::{FabricPort, Inventory, LinkLayer, PortState};
+use muster_worker_core::health::PortCounters;
 
 use super::{Discovery, entries, number, pci, text};
 
@@ -84,19 +85,12 @@ fn interface(port_dir: &Path, hardware: &Path, port: u32) -> Option<String> {
     names.iter().find(|name| number_of(name) + 1 == port).cloned()
 }
 
-/// What has gone wrong on a port since it was made: times that the link went down, and errors on it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counters {
-    pub link_downed: u64,
-    pub errors: u64,
-}
-
-/// Those of one port, as far as its device counts.
-pub(crate) fn counters(sys: &Path, port: &FabricPort) -> Counters {
+/// What has gone wrong on a port since it was made, as far as its device counts.
+pub(super) fn counters(sys: &Path, port: &FabricPort) -> PortCounters {
     let dir = sys.join("class/infiniband").join(&port.device).join("ports");
     let dir: PathBuf = dir.join(port.port.to_string()).join("counters");
     let count = |name: &str| number::<u64>(&dir.join(name)).unwrap_or(0);
-    Counters {
+    PortCounters {
         link_downed: count("link_downed"),
         errors: ERROR_COUNTERS.iter().map(|name| count(name)).fold(0, u64::saturating_add),
     }

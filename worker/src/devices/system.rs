@@ -28,8 +28,7 @@ impl Discovery for System<'_> {
         let hostname = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
         found.hostname = hostname.unwrap_or_default();
         let shm = statvfs(&self.root.join("dev/shm")).ok();
-        // The types of the fields differ between machines.
-        found.shm_bytes = shm.map_or(0, |shm| u64::from(shm.blocks()) * u64::from(shm.fragment_size()));
+        found.shm_bytes = shm.map_or(0, |shm| shm.blocks() * shm.fragment_size());
         found.memlock_bytes = limit(Resource::RLIMIT_MEMLOCK);
         found.open_files_max = limit(Resource::RLIMIT_NOFILE);
     }

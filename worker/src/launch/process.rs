@@ -45,7 +45,7 @@ pub(crate) fn start(
     output: &Output,
     env: BTreeMap<OsString, OsString>,
     entrance: Option<Entrance>,
-    cpus: Option<CpuList>,
+    cpus: Option<&CpuList>,
 ) -> Result<RankProcess, String> {
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
     // what is there is never lost.
@@ -69,7 +69,7 @@ pub(crate) fn start(
         .stdin(stdin)
         .stdout(open(&output.stdout)?)
         .stderr(open(&output.stderr)?);
-    let cpus = cpus.as_ref().map(cpu_set).transpose()?;
+    let cpus = cpus.map(cpu_set).transpose()?;
     let shim = Pid::this();
     // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
     // allocated: each function of nix used here is a plain wrapper of its system call, and entering a group is a write.

@@ -25,7 +25,7 @@ pub(super) fn show(inventory: &v1::Inventory) -> String {
         ]
     };
     let header = ["GPU", "MODEL", "MEMORY", "PCI", "NUMA", "NEXT TO", "UUID", "STATE"];
-    add(&mut all, &header, inventory.gpus.iter().map(gpu).collect());
+    add(&mut all, &header, &inventory.gpus.iter().map(gpu).collect::<Vec<_>>());
     let port = |port: &v1::FabricPort| {
         let layer = match port.link_layer() {
             v1::LinkLayer::Unspecified => "?",
@@ -44,7 +44,7 @@ pub(super) fn show(inventory: &v1::Inventory) -> String {
         ]
     };
     let header = ["PORT", "LINK", "STATE", "RATE", "PCI", "NUMA", "INTERFACE"];
-    add(&mut all, &header, inventory.fabric_ports.iter().map(port).collect());
+    add(&mut all, &header, &inventory.fabric_ports.iter().map(port).collect::<Vec<_>>());
     let interface = |nic: &v1::NetworkInterface| {
         let speed = if nic.speed_mbps == 0 { "-".to_owned() } else { format!("{} Mb/s", nic.speed_mbps) };
         let link = if nic.up { "up" } else { "down" };
@@ -59,33 +59,30 @@ pub(super) fn show(inventory: &v1::Inventory) -> String {
         ]
     };
     let header = ["INTERFACE", "ADDRESSES", "LINK", "SPEED", "MTU", "NUMA"];
-    add(&mut all, &header, inventory.interfaces.iter().map(interface).collect());
+    add(&mut all, &header, &inventory.interfaces.iter().map(interface).collect::<Vec<_>>());
     let node =
         |node: &v1::NumaNode| vec![node.id.to_string(), node.cpus.clone(), show_bytes(node.memory_bytes)];
-    add(&mut all, &["NUMA", "CPUS", "MEMORY"], inventory.numa_nodes.iter().map(node).collect());
+    add(&mut all, &["NUMA", "CPUS", "MEMORY"], &inventory.numa_nodes.iter().map(node).collect::<Vec<_>>());
     all
 }
 
 fn limits(inventory: &v1::Inventory) -> String {
     let limit = |value: Option<u64>, show: fn(u64) -> String| value.map_or("unlimited".to_owned(), show);
-    let mut line = format!(
+    let line = format!(
         "/dev/shm {}, memory that may be locked {}, open files {}\n",
         show_bytes(inventory.shm_bytes),
         limit(inventory.memlock_bytes, show_bytes),
         limit(inventory.open_files_max, |files| files.to_string()),
     );
-    if !inventory.driver_version.is_empty() {
-        line.push_str(&format!(
-            "GPU driver {}, for CUDA up to {}\n",
-            inventory.driver_version, inventory.cuda_version
-        ));
+    if inventory.driver_version.is_empty() {
+        return line;
     }
-    line
+    format!("{line}GPU driver {}, for CUDA up to {}\n", inventory.driver_version, inventory.cuda_version)
 }
 
-fn add(all: &mut String, header: &[&str], rows: Vec<Vec<String>>) {
+fn add(all: &mut String, header: &[&str], rows: &[Vec<String>]) {
     if !rows.is_empty() {
         all.push('\n');
-        all.push_str(&table(header, &rows));
+        all.push_str(&table(header, rows));
     }
 }
