@@ -1,7 +1,6 @@
 //! A machine that is not there: 8 GPUs, each below one PCI switch with an HCA, on two NUMA nodes, and an HCA for storage
 //! elsewhere. A tree in the form of /sys, and a file that says what has no place in it.
 
-use std::fmt::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -65,22 +64,27 @@ impl FakeMachine {
 
     /// Which GPUs have a fault from now on.
     pub fn set_faults(&self, faulty: &[usize]) {
-        let mut gpus = String::new();
-        for index in 0..RAILS {
-            let fault = if faulty.contains(&index) { "it has fallen off the bus" } else { "" };
-            let comma = if index == 0 { "" } else { "," };
-            write!(
-                gpus,
-                r#"{comma}{{"index":{index},"uuid":"GPU-{index}","model":"NVIDIA H100 80GB HBM3","memoryBytes":"85520809984","pciAddress":"0000:{index}2:00.0","fault":"{fault}"}}"#
-            )
-            .unwrap();
-        }
-        let text = format!(
-            r#"{{"gpus":[{gpus}],"total":{{"cpuMillis":64000,"memoryBytes":"2164663517184"}},"hostname":"fake","shmBytes":"1082331758592","driverVersion":"550.54.15","cudaVersion":"12.4"}}"#
-        );
+        let gpu = |index: usize| {
+            serde_json::json!({
+                "index": index,
+                "uuid": format!("GPU-{index}"),
+                "model": "NVIDIA H100 80GB HBM3",
+                "memoryBytes": "85520809984",
+                "pciAddress": format!("0000:{index}2:00.0"),
+                "fault": if faulty.contains(&index) { "it has fallen off the bus" } else { "" },
+            })
+        };
+        let text = serde_json::json!({
+            "gpus": (0..RAILS).map(gpu).collect::<Vec<_>>(),
+            "total": { "cpuMillis": 64000, "memoryBytes": "2164663517184" },
+            "hostname": "fake",
+            "shmBytes": "1082331758592",
+            "driverVersion": "550.54.15",
+            "cudaVersion": "12.4",
+        });
         // Renamed, so that nobody reads half of it.
         let new = self.inventory.with_extension("new");
-        std::fs::write(&new, text).unwrap();
+        std::fs::write(&new, text.to_string()).unwrap();
         std::fs::rename(new, &self.inventory).unwrap();
     }
 
