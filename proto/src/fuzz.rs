@@ -76,9 +76,8 @@ fn check_spec(spec: &JobSpec) {
     assert_eq!(spec.clone().check().as_ref(), Ok(spec), "checking changes nothing the second time");
     assert!((1..=spec.max_nodes).contains(&spec.min_nodes) && spec.max_nodes <= limits::NODES_MAX);
     assert!((1..=limits::WORLD_SIZE_MAX).contains(&spec.world_size(spec.max_nodes)));
-    assert!(
-        [spec.stop_grace, spec.start_timeout, spec.progress_timeout].iter().all(|s| *s <= limits::SPAN_MAX)
-    );
+    let spans = [spec.stop_grace, spec.start_timeout, spec.progress_timeout, spec.last_call];
+    assert!(spans.iter().all(|span| *span <= limits::SPAN_MAX));
     survives(spec, convert::spec_to_wire, convert::spec_from_wire);
 }
 
@@ -236,6 +235,7 @@ fn sample_spec() -> v1::JobSpec {
         stop_grace: Some(prost_types::Duration { seconds: 5, nanos: 500_000_000 }),
         start_timeout: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
         progress_timeout: Some(prost_types::Duration { seconds: 600, nanos: 0 }),
+        last_call: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
         stop_signal: "SIGINT".into(),
         on_coordinator_loss: v1::CoordinatorLossPolicy::Stop.into(),
     }

@@ -47,7 +47,7 @@ fn main() {
         Some("store") => store::run(root),
         Some("launch") => launch::run(root),
         // A rank of that bench.
-        Some("stamp") => launch::stamp(),
+        Some("stamp") => launch::stamp(Path::new(&args[1])),
         Some(other) => {
             panic!(
                 "there is no bench {other}; there are `agents`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \

@@ -9,6 +9,7 @@ mod cluster;
 mod machine;
 mod netns;
 mod place;
+mod slurm;
 mod tools;
 
 use std::fmt::Debug;
@@ -19,6 +20,7 @@ pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use machine::{FakeMachine, RAILS, Rail};
 pub use netns::{Cut, Netns};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
+pub use slurm::Slurm;
 pub use tools::{
     Outcome, binary, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors, python, skip,
     torch_python, trainer,

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 pub(crate) use worker::WorkerArgs;
 
 use crate::run::args::RunArgs;
-use crate::units::{Bytes, KeyValue, NodeRange, Span};
+use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -31,7 +31,8 @@ Examples:
 
 const SUBMIT_EXAMPLES: &str = "\
 Examples:
-  muster submit --nnodes 2 --nproc-per-node 4 --follow -- python3 train.py --lr 0.1
+  muster submit --nnodes 2 --nproc-per-node 4 --follow -- train.py --lr 0.1
+  muster submit --nnodes 2 --gpus-per-proc 1 -- /opt/env/bin/python -m pkg.train
   muster submit --file job.toml";
 
 const DEMO_EXAMPLE: &str = "\
@@ -216,10 +217,15 @@ pub(crate) struct SubmitArgs {
     /// Memory for each rank, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     pub memory_per_proc: Option<Bytes>,
-    /// Variable for every rank; may be repeated.
-    #[arg(long = "env", value_name = "KEY=VALUE")]
-    pub env: Vec<KeyValue>,
-    /// Absolute directory in which the ranks start.
+    /// Variable for every rank, or the name of one that has the value it has here; may be repeated.
+    #[arg(long = "env", value_name = "KEY[=VALUE]")]
+    pub env: Vec<Variable>,
+    /// Python that runs a script.py: a path, or a name in the PATH of the nodes. Default: PYTHON_EXEC, that of the virtual
+    /// environment that is active here, or python3.
+    #[arg(long, value_name = "PATH")]
+    pub python: Option<String>,
+    /// Absolute directory in which the ranks start. Default: this one where the program or script is named by a relative path,
+    /// else the log directory.
     #[arg(long, value_name = "DIR")]
     pub working_dir: Option<String>,
     /// Directory handed to the ranks as MUSTER_CHECKPOINT_DIR.
@@ -240,6 +246,9 @@ pub(crate) struct SubmitArgs {
     /// Longest time without a point or a line of output of any rank; then the job hangs and starts again. Default: none.
     #[arg(long, value_name = "SPAN")]
     pub progress_timeout: Option<Span>,
+    /// Once the fewest nodes are there, how long the first start waits for more. Default: not at all.
+    #[arg(long, value_name = "SPAN")]
+    pub last_call: Option<Span>,
     /// Signal that asks ranks to end, such as SIGINT. Default: SIGTERM.
     #[arg(long, value_name = "SIGNAL")]
     pub stop_signal: Option<String>,
@@ -255,7 +264,7 @@ pub(crate) struct SubmitArgs {
     /// Say where the job would go, and submit nothing.
     #[arg(long, conflicts_with = "follow")]
     pub dry_run: bool,
-    /// Program and arguments.
+    /// Program and arguments. A script.py is run by --python.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
 }

@@ -14,6 +14,7 @@ use std::fs::DirBuilder;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use muster_core::types::{Generation, RUN_LABEL};
@@ -29,6 +30,9 @@ use args::{ProcsPerNode, RunArgs};
 use meeting::{Meeting, Place};
 use node::Node;
 use tee::Tees;
+
+/// Nodes come within seconds of each other; when they do not, it is said what the run waits for.
+const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(3);
 
 /// `muster run`.
 pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
@@ -55,6 +59,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
         procs_per_node: Some(procs),
         max_restarts: Some(args.max_restarts),
         stop_grace: Some(duration_to_wire_std(args.stop_grace.0)),
+        last_call: Some(duration_to_wire_std(meeting.last_call)),
         node_selector: [(RUN_LABEL.to_owned(), run_id.clone())].into(),
         // Whoever serves the run was the only one to know what becomes of it.
         on_coordinator_loss: match meeting.place {
@@ -64,7 +69,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
         .into(),
         ..v1::JobSpec::default()
     };
-    let mut follower = Follower { signals, tees, restarting: 0, stopping: false };
+    let mut follower = Follower { signals, tees, restarting: 0, stopping: false, waiting: String::new() };
     let node = tokio::select! {
         node = Node::enter(&meeting, &args, &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
@@ -109,6 +114,8 @@ struct Follower {
     /// The last generation of which it was said that it ends.
     restarting: u32,
     stopping: bool,
+    /// What the run waits for.
+    waiting: String,
 }
 
 impl Follower {
@@ -137,8 +144,9 @@ impl Follower {
             }
         };
         let late = tokio::time::sleep(node.join_timeout);
-        tokio::pin!(late);
-        let (mut retries, mut has_started) = (node.retries(), false);
+        let patient = tokio::time::sleep(WAITING_SHOWN_AFTER);
+        tokio::pin!(late, patient);
+        let (mut retries, mut has_started, mut says) = (node.retries(), false, false);
         loop {
             let request = v1::WatchJobRequest { job_id: job.id.clone() };
             let mut changes = match node.client.jobs().watch_job(request).await {
@@ -156,6 +164,11 @@ impl Follower {
                         continue;
                     }
                     () = node.broken.cancelled() => return Err(Failure::JobFailed),
+                    () = &mut patient, if !says => {
+                        says = true;
+                        self.say_waiting();
+                        continue;
+                    }
                     () = &mut late, if !has_started => return Err(self.too_late(node, &job.id).await),
                 };
                 match change {
@@ -163,6 +176,9 @@ impl Follower {
                         retries.reset();
                         has_started |= job.generation.unwrap_or(0) > 0;
                         self.show(&job);
+                        if says {
+                            self.say_waiting();
+                        }
                         if show::is_terminal(&job) {
                             return Ok(job);
                         }
@@ -181,9 +197,19 @@ impl Follower {
         if matches!(job.state(), v1::JobState::Starting | v1::JobState::Running) {
             self.tees.follow(Generation(generation));
         }
+        let waits = job.state() == v1::JobState::Queued;
+        self.waiting = if waits { job.reason.clone() } else { String::new() };
         if job.state() == v1::JobState::Restarting && generation > self.restarting {
             self.restarting = generation;
             eprintln!("muster run: {}", job.reason);
+        }
+    }
+
+    /// Once: what has been said is forgotten.
+    fn say_waiting(&mut self) {
+        let waiting = std::mem::take(&mut self.waiting);
+        if !waiting.is_empty() {
+            eprintln!("muster run: {waiting}");
         }
     }
 

@@ -16,7 +16,7 @@ use crate::types::{
 };
 
 /// So many of them, in words.
-fn counted(count: usize, what: &str) -> String {
+pub(crate) fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 

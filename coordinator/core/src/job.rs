@@ -77,6 +77,9 @@ pub struct Job {
     pub finished: Option<Millis>,
     /// Not to be placed again before this.
     pub not_before: Millis,
+    /// When it starts with the nodes that are there, once the fewest are. Not stored: whoever loads it waits anew.
+    #[serde(skip)]
+    pub last_call_ends: Option<Millis>,
     /// Generations that ended because another program took the master port.
     #[serde(default)]
     pub port_retries: u32,

@@ -47,6 +47,7 @@ impl Core {
             finished: None,
             not_before: Millis(0),
             port_retries: 0,
+            last_call_ends: None,
         };
         self.by_order.insert(job.order, id.clone());
         self.jobs.insert(id.clone(), job);

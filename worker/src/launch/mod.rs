@@ -12,6 +12,8 @@ pub(crate) mod oom;
 pub(crate) mod prepare;
 pub(crate) mod process;
 pub(crate) mod procfs;
+mod script;
+mod spawn;
 pub(crate) mod stacks;
 pub(crate) mod store;
 pub(crate) mod sweep;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use muster_core::types::{Assignment, GangId};
 use nix::unistd::{AccessFlags, access};
 
+use super::script;
 use super::store::RankStore;
 
 /// What a gang needs on this node, checked and made.
@@ -63,6 +64,7 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
         }
     }
     let program = find_program(assignment)?;
+    check_script(assignment)?;
     let gang = &assignment.gang;
     let log_dirs: Vec<PathBuf> =
         (0..assignment.placement.procs).map(|local_rank| log_dir(data_dir, gang, local_rank)).collect();
@@ -87,6 +89,28 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
 pub(crate) fn make_log_dir(dir: &Path) -> Result<(), String> {
     fs::create_dir_all(dir)
         .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))
+}
+
+/// A script that is missing on one node is found here, and not by the ranks of all the others, which would run already.
+fn check_script(assignment: &Assignment) -> Result<(), String> {
+    let spec = &assignment.spec;
+    let Some(script) = script::of_python(&spec.command) else { return Ok(()) };
+    let path = match &spec.working_dir {
+        Some(dir) => Path::new(dir).join(script),
+        None => PathBuf::from(script),
+    };
+    if path.is_relative() {
+        return Err(format!(
+            "script {script:?} is a relative path; give an absolute one, or set working_dir"
+        ));
+    }
+    access(&path, AccessFlags::R_OK).map_err(|error| {
+        format!(
+            "script {} cannot be read: {}; put it there on this node, or on a disk that all nodes see",
+            path.display(),
+            error.desc()
+        )
+    })
 }
 
 fn is_program(path: &Path) -> bool {

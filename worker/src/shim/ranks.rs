@@ -107,7 +107,7 @@ impl Ranks {
             let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;
             let before = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
             let cpus = order.cpus_of(local_rank);
-            let process = process::start(*rank, program, &output, env, entrance, cpus.as_ref())?;
+            let process = process::start(*rank, program, &output, env, entrance.as_ref(), cpus.as_ref())?;
             self.has_children = true;
             self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }

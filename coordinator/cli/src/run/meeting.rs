@@ -10,6 +10,9 @@ const PORT_DEFAULT: u16 = 29400;
 /// torchrun's time for all nodes to come.
 const JOIN_TIMEOUT_DEFAULT: Duration = Duration::from_mins(10);
 
+/// torchrun's time for more than the fewest nodes to come.
+const LAST_CALL_DEFAULT: Duration = Duration::from_secs(30);
+
 /// Whether this node serves the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Serve {
@@ -40,6 +43,8 @@ pub(super) struct Meeting {
     pub rank: Option<u32>,
     /// Time for all of them to come.
     pub join_timeout: Duration,
+    /// Once the fewest are there, time for more to come before the first start.
+    pub last_call: Duration,
 }
 
 impl Meeting {
@@ -50,6 +55,7 @@ impl Meeting {
             port: 0,
             rank: None,
             join_timeout: JOIN_TIMEOUT_DEFAULT,
+            last_call: LAST_CALL_DEFAULT,
         };
         let is_host = meeting.configure(&args.rdzv_conf)?;
         if args.standalone && args.nnodes.max > 1 {
@@ -106,9 +112,12 @@ impl Meeting {
             let bad = || Failure::Usage(format!("--rdzv-conf: {pair:?} is not understood"));
             let (key, value) = pair.split_once('=').ok_or_else(bad)?;
             match key.trim() {
-                "join_timeout" | "timeout" => {
+                key @ ("join_timeout" | "timeout" | "last_call_timeout") => {
                     let seconds: f64 = value.trim().parse().map_err(|_| bad())?;
-                    self.join_timeout = Duration::try_from_secs_f64(seconds).map_err(|_| bad())?;
+                    let span = Duration::try_from_secs_f64(seconds).map_err(|_| bad())?;
+                    let which =
+                        if key == "last_call_timeout" { &mut self.last_call } else { &mut self.join_timeout };
+                    *which = span;
                 }
                 "is_host" => {
                     is_host = Some(match value.trim().to_lowercase().as_str() {
