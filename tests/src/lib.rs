@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use machine::{FakeMachine, RAILS, Rail};
-pub use netns::{Cut, Netns};
+pub use netns::{Cut, Netns, address as netns_address};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use slurm::Slurm;
 pub use tools::{

@@ -3,6 +3,7 @@
 //!
 //! A tree that a test made can stand in the place of `/sys`, and a file can say what a machine has that is not there.
 
+pub mod doctor;
 mod fabric;
 mod given;
 mod gpus;

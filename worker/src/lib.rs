@@ -38,9 +38,11 @@ use muster_core::types::NodeName;
 pub use attached::{Attached, Streams};
 pub use daemon::run;
 pub use devices::Given;
+pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
+pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
 
 /// Settings of a node daemon.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-pub(crate) use worker::WorkerArgs;
+pub(crate) use worker::{DoctorArgs, WorkerArgs};
 
 use crate::run::args::RunArgs;
 use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
@@ -121,6 +121,11 @@ pub(crate) enum Command {
     /// Show one node.
     #[command(after_help = "Example:\n  muster node gpu-7")]
     Node(NodeArgs),
+    /// Say what is wrong with this host before its first job, and how to mend it.
+    #[command(
+        after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
+    )]
+    Doctor(DoctorArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),

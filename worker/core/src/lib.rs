@@ -5,6 +5,7 @@
 
 mod adopt;
 mod core;
+pub mod doctor;
 pub mod health;
 mod lease;
 mod messages;

@@ -75,6 +75,15 @@ pub(crate) fn interface_towards(target: IpAddr) -> Option<String> {
     })
 }
 
+/// An address of this host that others may reach.
+pub(super) fn address_for_others() -> Option<IpAddr> {
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    };
+    own_addresses().into_iter().map(|(_, ip)| ip).find(usable)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -37,6 +37,18 @@ pub(crate) struct WorkerArgs {
     pub daemon: DaemonArgs,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Another host whose ports are tried; may be repeated.
+    #[arg(long = "peer", value_name = "HOST")]
+    pub peers: Vec<String>,
+    /// The data directory of the node daemon that is to run here.
+    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
+    pub data_dir: PathBuf,
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
+
 /// Flags that tell a daemon, or the doctor, about its machine.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct MachineArgs {
