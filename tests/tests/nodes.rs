@@ -342,3 +342,29 @@ fn a_node_with_a_rail_less_than_its_fleet_is_named() {
         nodes.as_array().unwrap().iter().map(|node| node["nodeName"].as_str().unwrap()).collect();
     assert_eq!(names, ["n1", "n2", "n3"]);
 }
+
+#[test]
+fn a_gang_is_placed_by_slurms_topology_so_that_it_crosses_the_fewest_uplinks() {
+    let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let file = cluster.dir.path().join("topology.conf");
+    let text = "SwitchName=l1 Nodes=n[1-2]\nSwitchName=l2 Nodes=n[3-5]\nSwitchName=top Switches=l[1-2]\n";
+    std::fs::write(&file, text).unwrap();
+    // The addresses would have it otherwise: all are the same, and then names decide.
+    for host in 1..=5 {
+        let name = format!("n{host}");
+        let worker = cluster.spawn_worker_with(&name, &name, &["--topology-conf", file.to_str().unwrap()]);
+        cluster.workers.push(worker);
+    }
+    cluster.wait_for_nodes(5);
+    let shown = cluster.muster(&["node", "n3"]).ok();
+    assert!(shown.contains("in the network: spine top, leaf l2\n"), "{shown}");
+    let placed = |nodes: &str| -> Vec<String> {
+        let flags = ["submit", "--dry-run", "--nnodes", nodes, "--output", "json", "--", "true"];
+        let plan = cluster.muster(&flags).json().remove(0);
+        let names = plan["placement"].as_array().unwrap().iter();
+        names.map(|node| node["nodeName"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(placed("3"), ["n3", "n4", "n5"]);
+    assert_eq!(placed("2"), ["n1", "n2"]);
+    assert_eq!(placed("4"), ["n1", "n3", "n4", "n5"]);
+}

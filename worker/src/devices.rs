@@ -7,6 +7,7 @@ pub mod doctor;
 mod fabric;
 mod given;
 mod gpus;
+pub(crate) mod location;
 pub(crate) mod network;
 mod numa;
 mod pci;

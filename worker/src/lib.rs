@@ -66,6 +66,8 @@ pub struct Config {
     pub sysfs_root: Option<PathBuf>,
     /// Says what the machine has that is not there.
     pub given: Option<Given>,
+    /// Slurm's topology.conf, which says where the machine is in the network.
+    pub topology_conf: Option<PathBuf>,
     /// How the machine is watched; not at all without.
     pub watch: Option<Watch>,
 }
@@ -83,6 +85,7 @@ impl Config {
             attached: None,
             sysfs_root: None,
             given: None,
+            topology_conf: None,
             watch: None,
         }
     }

@@ -65,6 +65,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         shim: muster_worker::own_shim(),
         attached: None,
         given: args.machine.given(),
+        topology_conf: args.topology_conf,
         watch: Some(args.watch.into()),
         sysfs_root: args.machine.sysfs_root,
     };

@@ -88,8 +88,11 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
     for (key, value) in &inventory.labels {
         out!("label {key}={value}\n");
     }
-    if !node.location.is_empty() {
-        out!("in the network: {}\n", node.location.join("/"));
+    let levels = ["zone", "spine", "leaf"].into_iter().zip(&node.location);
+    let place: Vec<String> =
+        levels.filter(|(_, name)| !name.is_empty()).map(|(level, name)| format!("{level} {name}")).collect();
+    if !place.is_empty() {
+        out!("in the network: {}\n", place.join(", "));
     }
     for finding in node.health.iter().flat_map(|health| &health.findings) {
         let severity = finding.severity().as_str_name().trim_start_matches("HEALTH_VERDICT_").to_lowercase();

@@ -47,7 +47,8 @@ pub struct Location {
 }
 
 impl Location {
-    pub(crate) fn of(labels: &BTreeMap<String, String>) -> Self {
+    /// As labels say.
+    pub fn of(labels: &BTreeMap<String, String>) -> Self {
         let first =
             |names: &[&str]| names.iter().find_map(|name| labels.get(*name)).cloned().unwrap_or_default();
         Self { zone: first(&ZONE), spine: first(&SPINE), leaf: first(&LEAF) }

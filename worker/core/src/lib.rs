@@ -10,6 +10,7 @@ pub mod health;
 mod lease;
 mod messages;
 mod part;
+pub mod slurm;
 mod surroundings;
 
 pub use adopt::{Adoption, ShimRecord, adopt};

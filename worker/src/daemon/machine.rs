@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
 use super::Daemon;
-use crate::devices::{Machine, allowed_cpus, network};
+use crate::devices::{Machine, allowed_cpus, location, network};
 use crate::health::{self, Seen};
 use crate::{Config, Error};
 
@@ -43,9 +43,14 @@ pub(super) struct Watched {
 impl Watched {
     /// Looks at the machine for the first time, and goes on looking.
     pub async fn start(config: &Config, data_dir: PathBuf) -> Result<Self, Error> {
-        let machine = Arc::new(match &config.attached {
-            Some(_) => Machine::at_a_glance(config.labels.clone()),
-            None => Machine::new(config.sysfs_root.clone(), config.given.clone(), config.labels.clone()),
+        let mut labels = config.labels.clone();
+        let machine = Arc::new(if config.attached.is_some() {
+            Machine::at_a_glance(labels)
+        } else {
+            let file = config.topology_conf.as_deref();
+            let more = location::labels(file, config.name.as_str(), &labels).map_err(Error::Inventory)?;
+            labels.extend(more);
+            Machine::new(config.sysfs_root.clone(), config.given.clone(), labels)
         });
         let looking = tokio::task::spawn_blocking({
             let machine = machine.clone();

@@ -26,9 +26,13 @@ pub(crate) struct WorkerArgs {
     /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
-    /// Label for node selectors; may be repeated.
+    /// Label for node selectors; may be repeated. Where the node is in the network is taken from zone, spine and leaf, or as
+    /// Kubernetes and clouds name them (topology.kubernetes.io/zone, network.topology.nvidia.com/leaf).
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<KeyValue>,
+    /// Slurm's topology.conf, from which the node takes the labels leaf, spine and zone where --label names none.
+    #[arg(long, value_name = "FILE")]
+    pub topology_conf: Option<PathBuf>,
     #[command(flatten)]
     pub watch: WatchArgs,
     #[command(flatten)]
