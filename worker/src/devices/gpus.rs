@@ -84,8 +84,9 @@ fn ask(nvml: &Nvml, index: u32) -> Device {
     };
     let memory = match device.memory_info() {
         Ok(memory) => memory.total,
-        Err(NvmlError::NotSupported) => 0,
-        Err(error) => return lost(error),
+        Err(error @ (NvmlError::GpuLost | NvmlError::Unknown)) => return lost(error),
+        // An older driver, or a GPU that shares the memory of the host.
+        Err(_) => 0,
     };
     // Those since the driver was loaded: a reset begins anew. GPUs without ECC cannot tell.
     let errors = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).unwrap_or(0);
