@@ -1,8 +1,6 @@
 //! Nodes that are not fit for work, seen through the real daemons: what is noticed, what becomes of jobs, and how a node
 //! comes back.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use muster_tests::{Cluster, FakeMachine, Rail, Settings, eventually};
 use serde_json::Value;
 
