@@ -1,7 +1,5 @@
 //! Where nodes are in the network, as Slurm says, and where gangs are put: beside the real Slurm.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::process::Stdio;
 
 use muster_tests::{Cluster, Settings, Slurm, binary, skip};
