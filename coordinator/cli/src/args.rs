@@ -1,9 +1,13 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
-use std::net::{IpAddr, SocketAddr};
+mod worker;
+
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub(crate) use worker::{DoctorArgs, WorkerArgs};
 
 use crate::run::args::RunArgs;
 use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
@@ -98,7 +102,7 @@ pub(crate) enum Command {
     Jobs(JobsArgs),
     /// Show one job.
     #[command(after_help = "Example:\n  muster job k3v9x2ma --output json")]
-    Job(JobArgs),
+    Job(ShowJobArgs),
     /// Say why a job is where it is, and what to do.
     #[command(after_help = "Example:\n  muster explain k3v9x2ma")]
     Explain(JobArgs),
@@ -117,6 +121,11 @@ pub(crate) enum Command {
     /// Show one node.
     #[command(after_help = "Example:\n  muster node gpu-7")]
     Node(NodeArgs),
+    /// Say what is wrong with this host before its first job, and how to mend it.
+    #[command(
+        after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
+    )]
+    Doctor(DoctorArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),
@@ -185,24 +194,6 @@ pub(crate) enum Store {
     Redb,
     /// Memory: gone with the process.
     Memory,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct WorkerArgs {
-    /// Name of the node, unique in the cluster. Default: the host name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Directory for logs; one daemon at a time.
-    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
-    pub data_dir: PathBuf,
-    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
-    #[arg(long, value_name = "IP")]
-    pub address: Option<IpAddr>,
-    /// Label for node selectors; may be repeated.
-    #[arg(long = "label", value_name = "KEY=VALUE")]
-    pub labels: Vec<KeyValue>,
-    #[command(flatten)]
-    pub daemon: DaemonArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -307,6 +298,15 @@ pub(crate) struct JobArgs {
     /// The job's id.
     #[arg(value_name = "ID")]
     pub job_id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShowJobArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Only what its nodes add to the environment of the ranks of their own accord, and why.
+    #[arg(long)]
+    pub env: bool,
 }
 
 #[derive(Debug, clap::Args)]

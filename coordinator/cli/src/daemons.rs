@@ -64,6 +64,10 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
         shim: muster_worker::own_shim(),
         attached: None,
+        given: args.machine.given(),
+        topology_conf: args.topology_conf,
+        watch: Some(args.watch.into()),
+        sysfs_root: args.machine.sysfs_root,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {
