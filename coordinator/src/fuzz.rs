@@ -109,6 +109,10 @@ fn session_request(bytes: &[u8]) {
         Up::Leaving(leaving) => {
             cluster.feed(Input::Leaving { node, session, reason: worker::reason(&leaving) });
         }
+        Up::Health(health) => {
+            let Some((findings, inventory)) = accepted_field(worker::checked_health(health)) else { return };
+            cluster.feed(Input::Health { node, session, findings, inventory });
+        }
         Up::Heartbeat(_) => _ = cluster.feed(Input::Heartbeat { node, session }),
         Up::Goodbye(_) => _ = cluster.feed(Input::Goodbye { node, session }),
     }

@@ -1,6 +1,8 @@
 //! The decoders of this crate for the fuzzer and the property tests: each wire message that is checked into a type,
 //! and what must hold of everything that is accepted. In no build that is shipped.
 
+mod machine;
+
 use std::fmt::Debug;
 
 use muster_core::agents::Said;
@@ -18,7 +20,7 @@ const TIMESTAMP_SECONDS_MAX: i64 = 253_402_300_799;
 const DURATION_SECONDS_MAX: i64 = 315_576_000_000;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 9] = [
+pub const DECODERS: [Decoder; 11] = [
     Decoder { name: "job_spec", decode: job_spec, samples: job_spec_samples },
     Decoder { name: "assignment", decode: assignment, samples: || vec![encoded(&sample_assignment())] },
     Decoder { name: "gang_report", decode: gang_report, samples: || vec![encoded(&sample_report())] },
@@ -28,6 +30,12 @@ pub const DECODERS: [Decoder; 9] = [
         samples: || sample_exits().iter().map(encoded).collect(),
     },
     Decoder { name: "placement", decode: placement, samples: || vec![encoded(&sample_placement())] },
+    Decoder { name: "node_health", decode: machine::node_health, samples: machine::node_health_samples },
+    Decoder {
+        name: "surroundings",
+        decode: machine::surroundings,
+        samples: || vec![encoded(&machine::sample_surroundings())],
+    },
     Decoder { name: "agent_hello", decode: agent_hello, samples: || vec![encoded(&sample_hello())] },
     Decoder { name: "agent_said", decode: agent_said, samples: agent_said_samples },
     Decoder { name: "timestamp", decode: timestamp, samples: timestamp_samples },
@@ -68,9 +76,8 @@ fn check_spec(spec: &JobSpec) {
     assert_eq!(spec.clone().check().as_ref(), Ok(spec), "checking changes nothing the second time");
     assert!((1..=spec.max_nodes).contains(&spec.min_nodes) && spec.max_nodes <= limits::NODES_MAX);
     assert!((1..=limits::WORLD_SIZE_MAX).contains(&spec.world_size(spec.max_nodes)));
-    assert!(
-        [spec.stop_grace, spec.start_timeout, spec.progress_timeout].iter().all(|s| *s <= limits::SPAN_MAX)
-    );
+    let spans = [spec.stop_grace, spec.start_timeout, spec.progress_timeout, spec.last_call];
+    assert!(spans.iter().all(|span| *span <= limits::SPAN_MAX));
     survives(spec, convert::spec_to_wire, convert::spec_from_wire);
 }
 
@@ -228,6 +235,7 @@ fn sample_spec() -> v1::JobSpec {
         stop_grace: Some(prost_types::Duration { seconds: 5, nanos: 500_000_000 }),
         start_timeout: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
         progress_timeout: Some(prost_types::Duration { seconds: 600, nanos: 0 }),
+        last_call: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
         stop_signal: "SIGINT".into(),
         on_coordinator_loss: v1::CoordinatorLossPolicy::Stop.into(),
     }
@@ -303,6 +311,7 @@ fn sample_report() -> v1::GangReport {
         }],
         process_ids: vec![4711, 4712],
         rendezvous: Some(sample_rendezvous()),
+        surroundings: Some(machine::sample_surroundings()),
     }
 }
 

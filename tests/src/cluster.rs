@@ -160,6 +160,11 @@ impl Cluster {
 
     /// Starts a worker of this name on the directory of that one.
     pub fn spawn_worker(&self, name: &str, dir: &str) -> Daemon {
+        self.spawn_worker_with(name, dir, &[])
+    }
+
+    /// As [`Self::spawn_worker`], with further flags.
+    pub fn spawn_worker_with(&self, name: &str, dir: &str, flags: &[&str]) -> Daemon {
         let data_dir = self.dir.path().join(dir);
         let args = [
             "worker",
@@ -171,7 +176,7 @@ impl Cluster {
             data_dir.to_str().unwrap(),
         ];
         let host = name.trim_start_matches('n').parse().unwrap_or(1);
-        Daemon::start_behind(&self.prefix(host), self.dir.path(), name, &args)
+        Daemon::start_behind(&self.prefix(host), self.dir.path(), name, &[&args[..], flags].concat())
     }
 
     fn prefix(&self, host: usize) -> Vec<String> {
@@ -209,8 +214,14 @@ impl Cluster {
 
     /// Runs the command line against this cluster.
     pub fn muster(&self, args: &[&str]) -> Outcome {
+        Outcome::of(&mut self.command(args))
+    }
+
+    /// The same, not yet run.
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = behind(&self.prefix(0));
-        Outcome::of(command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null()))
+        command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null());
+        command
     }
 
     /// Submits a shell script with these flags and gives the job's id.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use muster_tests::{Etcd, FAST, Outcome, Several, binary, eventually, skip};
+use muster_tests::{Etcd, FAST, Outcome, Several, binary, skip};
 use nix::sys::signal::Signal;
 
 /// Faults in the test command, of which each takes some seconds.

@@ -9,7 +9,8 @@ use nix::unistd::Pid;
 #[test]
 fn static_nodes_have_the_places_that_they_are_given() {
     let place = Place::new();
-    let script = place.script("echo $1: $GROUP_RANK $RANK of $WORLD_SIZE, $TORCHELASTIC_RUN_ID");
+    let script = place
+        .script("echo $1: $GROUP_RANK $RANK of $WORLD_SIZE, $TORCHELASTIC_RUN_ID, $MASTER_ADDR:$MASTER_PORT");
     let port = free_port();
     let start = |rank: &&str| {
         let args = ["--nnodes=3", "--nproc-per-node=2", "--master-port", &port, "--node-rank", rank];
@@ -19,7 +20,8 @@ fn static_nodes_have_the_places_that_they_are_given() {
     let nodes = Nodes(["2", "1", "0"].iter().map(start).collect());
     for (rank, end) in [2, 1, 0].into_iter().zip(nodes.ends()) {
         assert_eq!(end.code, 0, "{end:?}");
-        let expected = [0, 1].map(|local| format!("{rank}: {rank} {} of 6, none", 2 * rank + local));
+        let expected =
+            [0, 1].map(|local| format!("{rank}: {rank} {} of 6, none, 127.0.0.1:{port}", 2 * rank + local));
         assert_eq!(lines(&end.stdout), expected, "{end:?}");
     }
     place.nothing_is_left();
@@ -82,6 +84,7 @@ fn an_elastic_run_takes_in_who_comes_and_goes_on_without_who_goes() {
         "--rdzv-endpoint",
         &endpoint,
         "--max-restarts=1",
+        "--rdzv-conf=last_call_timeout=0",
         "--no-python",
     ];
     let start = || place.start(&[&args[..], &[&script]].concat());
@@ -99,6 +102,26 @@ fn an_elastic_run_takes_in_who_comes_and_goes_on_without_who_goes() {
     kill(Pid::from_raw(nodes.0[0].id().cast_signed()), Signal::SIGTERM).unwrap();
     assert_eq!(nodes.0[0].wait().unwrap().code(), Some(1));
     drop(nodes);
+    place.nothing_is_left();
+}
+
+#[test]
+fn an_elastic_run_begins_with_those_that_come_within_the_last_call() {
+    let place = Place::new();
+    let script = place.script("echo $RANK of $WORLD_SIZE");
+    let start = |conf: &str, nodes: usize| {
+        let endpoint = format!("localhost:{}", free_port());
+        let args = ["--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-endpoint", &endpoint, conf, "--no-python"];
+        Nodes((0..nodes).map(|_| place.start(&[&args[..], &[&script]].concat())).collect())
+    };
+    // torchrun's time, which nobody waits for when all are there.
+    let mut said: Vec<String> =
+        start("--rdzv-conf=", 2).ends().into_iter().map(|end| end.ok().trim().to_owned()).collect();
+    said.sort();
+    assert_eq!(said, ["0 of 2", "1 of 2"]);
+    let alone = start("--rdzv-conf=last_call_timeout=4", 1).ends().remove(0);
+    assert!(alone.stderr.contains("waiting: 1 node can start, and up to 2 may come within 4 s"), "{alone:?}");
+    assert_eq!(alone.ok(), "0 of 1\n");
     place.nothing_is_left();
 }
 

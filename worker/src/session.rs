@@ -10,14 +10,16 @@ mod signs;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use muster_core::Inventory;
 use muster_core::types::{Millis, limits};
-use muster_proto::convert::{NotLeader, resources_to_wire, span_from_wire};
+use muster_proto::convert::{NotLeader, inventory_to_wire, span_from_wire};
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -59,6 +61,8 @@ pub enum Event {
     Open {
         /// With whom.
         coordinator: String,
+        /// What it was told that the machine has.
+        inventory: Arc<Inventory>,
         /// Takes the first message.
         hello: oneshot::Sender<v1::Hello>,
         /// Take the others.
@@ -104,8 +108,8 @@ pub struct Identity {
     pub data_id: String,
     /// The data directory.
     pub data_dir: PathBuf,
-    /// What the machine has.
-    pub inventory: muster_core::Inventory,
+    /// What the machine has, the last that is known.
+    pub inventory: watch::Receiver<Arc<Inventory>>,
 }
 
 /// How an attempt ended.
@@ -197,7 +201,8 @@ async fn once(
     signs: &mut Signs,
     opened: &mut Option<Instant>,
 ) -> Result<(), Failure> {
-    let (mut client, joined) = join(identity, url, endpoint, signs).await?;
+    let inventory = identity.inventory.borrow().clone();
+    let (mut client, joined) = join(identity, &inventory, url, endpoint, signs).await?;
     let (heartbeat, lease) = times(&joined);
     signs.lease = lease;
 
@@ -206,7 +211,8 @@ async fn once(
     let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
     let ends = || Failure::Session(Status::cancelled("the daemon ends"));
     let (reply, hello) = oneshot::channel();
-    let open = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
+    let (coordinator, queues) = (url.to_owned(), Queues { bulk, logs });
+    let open = Event::Open { coordinator, inventory, hello: reply, queues };
     events.send(open).await.map_err(|_| ends())?;
     let hello = hello.await.map_err(|_| ends())?;
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
@@ -235,6 +241,7 @@ async fn once(
 /// Connects, and registers the node.
 async fn join(
     identity: &Identity,
+    inventory: &Inventory,
     url: &str,
     endpoint: &Endpoint,
     signs: &mut Signs,
@@ -257,7 +264,7 @@ async fn join(
         None => address_towards(endpoint).await.map_err(Failure::Connect)?,
     };
     let mut joining = client.clone();
-    match signs.watch(endpoint, joining.join(join_request(identity, address))).await {
+    match signs.watch(endpoint, joining.join(join_request(identity, inventory, address))).await {
         Ok(Ok(joined)) => {
             signs.joined(&reached, joined.get_ref()).await.map_err(Failure::Join)?;
             Ok((client, joined.into_inner()))
@@ -339,27 +346,14 @@ pub fn request(message: Up) -> v1::SessionRequest {
     v1::SessionRequest { message: Some(message) }
 }
 
-fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
-    let found = &identity.inventory;
-    let gpus = found.gpus.iter().map(|gpu| v1::Device {
-        index: Some(gpu.index),
-        uuid: gpu.uuid.clone(),
-        model: gpu.model.clone(),
-        memory_bytes: gpu.memory_bytes,
-    });
+fn join_request(identity: &Identity, inventory: &Inventory, address: IpAddr) -> v1::JoinRequest {
     v1::JoinRequest {
         node_name: identity.config.name.to_string(),
         address: address.to_string(),
         incarnation: identity.incarnation.clone(),
         boot_id: identity.boot_id.clone(),
         data_id: identity.data_id.clone(),
-        inventory: Some(v1::Inventory {
-            total: Some(resources_to_wire(found.total)),
-            gpus: gpus.collect(),
-            labels: found.labels.clone(),
-            hostname: found.hostname.clone(),
-            version: found.version.clone(),
-        }),
+        inventory: Some(inventory_to_wire(inventory)),
     }
 }
 

@@ -1,13 +1,17 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
-use std::net::{IpAddr, SocketAddr};
+mod worker;
+
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub(crate) use worker::{DoctorArgs, WorkerArgs};
+
 use crate::run::args::RunArgs;
-use crate::store::{EtcdArgs, Store, StoreCommand};
-use crate::units::{Bytes, KeyValue, NodeRange, Span};
+use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
+use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -28,7 +32,8 @@ Examples:
 
 const SUBMIT_EXAMPLES: &str = "\
 Examples:
-  muster submit --nnodes 2 --nproc-per-node 4 --follow -- python3 train.py --lr 0.1
+  muster submit --nnodes 2 --nproc-per-node 4 --follow -- train.py --lr 0.1
+  muster submit --nnodes 2 --gpus-per-proc 1 -- /opt/env/bin/python -m pkg.train
   muster submit --file job.toml";
 
 const DEMO_EXAMPLE: &str = "\
@@ -98,7 +103,7 @@ pub(crate) enum Command {
     Jobs(JobsArgs),
     /// Show one job.
     #[command(after_help = "Example:\n  muster job k3v9x2ma --output json")]
-    Job(JobArgs),
+    Job(ShowJobArgs),
     /// Say why a job is where it is, and what to do.
     #[command(after_help = "Example:\n  muster explain k3v9x2ma")]
     Explain(JobArgs),
@@ -117,6 +122,11 @@ pub(crate) enum Command {
     /// Show one node.
     #[command(after_help = "Example:\n  muster node gpu-7")]
     Node(NodeArgs),
+    /// Say what is wrong with this host before its first job, and how to mend it.
+    #[command(
+        after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
+    )]
+    Doctor(DoctorArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),
@@ -172,15 +182,8 @@ pub(crate) struct CoordinatorArgs {
     pub store: Store,
     #[command(flatten)]
     pub etcd: EtcdArgs,
-    /// With several coordinators: the URL at which workers and users reach this one. Default: the address it listens on.
-    #[arg(long, value_name = "URL")]
-    pub advertise: Option<String>,
-    /// With several coordinators: time without a word from the leader after which another one leads.
-    #[arg(long, default_value = "3s")]
-    pub leader_lease: Span,
-    /// With several coordinators: go on from an etcd that was restored from a backup, once.
-    #[arg(long)]
-    pub accept_restored_store: bool,
+    #[command(flatten)]
+    pub several: SeveralArgs,
     /// Time without a heartbeat after which a node is lost.
     #[arg(long, default_value = "10s")]
     pub lease: Span,
@@ -190,24 +193,6 @@ pub(crate) struct CoordinatorArgs {
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,
-    #[command(flatten)]
-    pub daemon: DaemonArgs,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct WorkerArgs {
-    /// Name of the node, unique in the cluster. Default: the host name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Directory for logs; one daemon at a time.
-    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
-    pub data_dir: PathBuf,
-    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
-    #[arg(long, value_name = "IP")]
-    pub address: Option<IpAddr>,
-    /// Label for node selectors; may be repeated.
-    #[arg(long = "label", value_name = "KEY=VALUE")]
-    pub labels: Vec<KeyValue>,
     #[command(flatten)]
     pub daemon: DaemonArgs,
 }
@@ -238,10 +223,15 @@ pub(crate) struct SubmitArgs {
     /// Memory for each rank, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     pub memory_per_proc: Option<Bytes>,
-    /// Variable for every rank; may be repeated.
-    #[arg(long = "env", value_name = "KEY=VALUE")]
-    pub env: Vec<KeyValue>,
-    /// Absolute directory in which the ranks start.
+    /// Variable for every rank, or the name of one that has the value it has here; may be repeated.
+    #[arg(long = "env", value_name = "KEY[=VALUE]")]
+    pub env: Vec<Variable>,
+    /// Python that runs a script.py: a path, or a name in the PATH of the nodes. Default: PYTHON_EXEC, that of the virtual
+    /// environment that is active here, or python3.
+    #[arg(long, value_name = "PATH")]
+    pub python: Option<String>,
+    /// Absolute directory in which the ranks start. Default: this one where the program or script is named by a relative path,
+    /// else the log directory.
     #[arg(long, value_name = "DIR")]
     pub working_dir: Option<String>,
     /// Directory handed to the ranks as MUSTER_CHECKPOINT_DIR.
@@ -262,6 +252,9 @@ pub(crate) struct SubmitArgs {
     /// Longest time without a point or a line of output of any rank; then the job hangs and starts again. Default: none.
     #[arg(long, value_name = "SPAN")]
     pub progress_timeout: Option<Span>,
+    /// Once the fewest nodes are there, how long the first start waits for more. Default: not at all.
+    #[arg(long, value_name = "SPAN")]
+    pub last_call: Option<Span>,
     /// Signal that asks ranks to end, such as SIGINT. Default: SIGTERM.
     #[arg(long, value_name = "SIGNAL")]
     pub stop_signal: Option<String>,
@@ -277,7 +270,7 @@ pub(crate) struct SubmitArgs {
     /// Say where the job would go, and submit nothing.
     #[arg(long, conflicts_with = "follow")]
     pub dry_run: bool,
-    /// Program and arguments.
+    /// Program and arguments. A script.py is run by --python.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
 }
@@ -306,6 +299,15 @@ pub(crate) struct JobArgs {
     /// The job's id.
     #[arg(value_name = "ID")]
     pub job_id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShowJobArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Only what its nodes add to the environment of the ranks of their own accord, and why.
+    #[arg(long)]
+    pub env: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -24,7 +24,8 @@ fn job_file(bytes: &[u8], is_toml: bool) {
 fn survives(spec: &v1::JobSpec) {
     // A Duration that is out of range is the coordinator's to refuse; JSON cannot say it.
     let span_fits = |span: &prost_types::Duration| span.seconds.abs() <= 315_576_000_000;
-    if ![spec.stop_grace, spec.start_timeout, spec.progress_timeout].iter().flatten().all(span_fits) {
+    let spans = [spec.stop_grace, spec.start_timeout, spec.progress_timeout, spec.last_call];
+    if !spans.iter().flatten().all(span_fits) {
         return;
     }
     let line = messages::line("JobSpec", spec).expect("a message can be shown");
@@ -34,7 +35,7 @@ fn survives(spec: &v1::JobSpec) {
 fn json_samples() -> Vec<Vec<u8>> {
     let whole = r#"{"name":"vision","command":["python3","train.py"],"env":{"A":"1"},"minNodes":1,"max_nodes":2,
 "procsPerNode":2,"perProc":{"gpus":1,"cpuMillis":500,"memoryBytes":"1048576"},"maxRestarts":3,"priority":-1,
-"nodeSelector":{"zone":"a"},"stopGrace":"1.5s","startTimeout":"60s","stopSignal":"SIGINT",
+"nodeSelector":{"zone":"a"},"stopGrace":"1.5s","lastCall":"30s","startTimeout":"60s","stopSignal":"SIGINT",
 "onCoordinatorLoss":"COORDINATOR_LOSS_POLICY_STOP"}"#;
     [whole, r#"{"command":["sh"]}"#].map(Into::into).into()
 }

@@ -4,6 +4,7 @@ mod args;
 mod client;
 mod daemons;
 mod demo;
+mod doctor;
 mod exit;
 mod follow;
 mod json;
@@ -67,6 +68,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Plot(args) => plot::run(&args, &global).await,
         Command::Nodes => nodes::nodes(&global).await,
         Command::Node(args) => nodes::node(&args, &global).await,
+        Command::Doctor(args) => doctor::run(args, &global).await,
         Command::Cancel(args) => submit::cancel(args, &global).await,
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,

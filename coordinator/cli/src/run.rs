@@ -6,6 +6,7 @@
 pub(crate) mod args;
 mod meeting;
 mod node;
+mod port;
 mod program;
 mod report;
 mod tee;
@@ -14,6 +15,7 @@ use std::fs::DirBuilder;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use muster_core::types::{Generation, RUN_LABEL};
@@ -30,6 +32,9 @@ use meeting::{Meeting, Place};
 use node::Node;
 use tee::Tees;
 
+/// Nodes come within seconds of each other; when they do not, it is said what the run waits for.
+const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(3);
+
 /// `muster run`.
 pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
     if std::env::var_os("RUST_LOG").is_some() {
@@ -45,7 +50,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
     let procs = procs_per_node(args.nproc_per_node)?;
     let run_id = if args.standalone { uuid::Uuid::new_v4().to_string() } else { args.rdzv_id.clone() };
     let scratch = Scratch::new()?;
-    let (attached, name) = attached(&args, procs, &run_id, &scratch)?;
+    let (attached, name) = attached(&args, &meeting, procs, &run_id, &scratch)?;
     let tees = Tees::new(&args, attached.clone(), procs);
     let spec = v1::JobSpec {
         name: name.clone(),
@@ -55,6 +60,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
         procs_per_node: Some(procs),
         max_restarts: Some(args.max_restarts),
         stop_grace: Some(duration_to_wire_std(args.stop_grace.0)),
+        last_call: Some(duration_to_wire_std(meeting.last_call)),
         node_selector: [(RUN_LABEL.to_owned(), run_id.clone())].into(),
         // Whoever serves the run was the only one to know what becomes of it.
         on_coordinator_loss: match meeting.place {
@@ -64,7 +70,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
         .into(),
         ..v1::JobSpec::default()
     };
-    let mut follower = Follower { signals, tees, restarting: 0, stopping: false };
+    let mut follower = Follower { signals, tees, restarting: 0, stopping: false, waiting: String::new() };
     let node = tokio::select! {
         node = Node::enter(&meeting, &args, &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
@@ -109,6 +115,8 @@ struct Follower {
     /// The last generation of which it was said that it ends.
     restarting: u32,
     stopping: bool,
+    /// What the run waits for.
+    waiting: String,
 }
 
 impl Follower {
@@ -137,8 +145,9 @@ impl Follower {
             }
         };
         let late = tokio::time::sleep(node.join_timeout);
-        tokio::pin!(late);
-        let (mut retries, mut has_started) = (node.retries(), false);
+        let patient = tokio::time::sleep(WAITING_SHOWN_AFTER);
+        tokio::pin!(late, patient);
+        let (mut retries, mut has_started, mut says) = (node.retries(), false, false);
         loop {
             let request = v1::WatchJobRequest { job_id: job.id.clone() };
             let mut changes = match node.client.jobs().watch_job(request).await {
@@ -156,13 +165,21 @@ impl Follower {
                         continue;
                     }
                     () = node.broken.cancelled() => return Err(Failure::JobFailed),
+                    () = &mut patient, if !says => {
+                        says = true;
+                        self.say_waiting();
+                        continue;
+                    }
                     () = &mut late, if !has_started => return Err(self.too_late(node, &job.id).await),
                 };
                 match change {
                     Ok(Some(v1::WatchJobResponse { job: Some(job) })) => {
                         retries.reset();
                         has_started |= job.generation.unwrap_or(0) > 0;
-                        self.show(&job);
+                        self.show(node, &job);
+                        if says {
+                            self.say_waiting();
+                        }
                         if show::is_terminal(&job) {
                             return Ok(job);
                         }
@@ -176,14 +193,25 @@ impl Follower {
         }
     }
 
-    fn show(&mut self, job: &v1::Job) {
+    fn show(&mut self, node: &Node, job: &v1::Job) {
         let generation = job.generation.unwrap_or(0);
         if matches!(job.state(), v1::JobState::Starting | v1::JobState::Running) {
             self.tees.follow(Generation(generation));
         }
+        node.store.send_replace(job.master.parse().ok());
+        let waits = job.state() == v1::JobState::Queued;
+        self.waiting = if waits { job.reason.clone() } else { String::new() };
         if job.state() == v1::JobState::Restarting && generation > self.restarting {
             self.restarting = generation;
             eprintln!("muster run: {}", job.reason);
+        }
+    }
+
+    /// Once: what has been said is forgotten.
+    fn say_waiting(&mut self) {
+        let waiting = std::mem::take(&mut self.waiting);
+        if !waiting.is_empty() {
+            eprintln!("muster run: {waiting}");
         }
     }
 
@@ -259,6 +287,7 @@ fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
 /// What the ranks run and where they write, and a name for it.
 fn attached(
     args: &RunArgs,
+    meeting: &Meeting,
     procs: u32,
     run_id: &str,
     scratch: &Scratch,
@@ -296,6 +325,8 @@ fn attached(
         role: args.role.clone(),
         signals: args.signals_to_handle.text.clone(),
         virtual_local_rank: args.virtual_local_rank,
+        store_port: meeting.store_port,
+        master: meeting.shares_port().then(|| (meeting.host.clone(), meeting.port)),
         stdout: streams(1),
         stderr: streams(2),
     };

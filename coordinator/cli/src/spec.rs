@@ -20,9 +20,10 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
         spec.command = args.command;
     }
     if spec.command.is_empty() {
-        let example = "muster submit --nnodes 2 -- python3 train.py";
+        let example = "muster submit --nnodes 2 -- train.py";
         return Err(Failure::Usage(format!("no program is named; put it after two dashes: {example}")));
     }
+    add_python(&mut spec, args.python)?;
     if let Some(name) = args.name {
         spec.name = name;
     }
@@ -47,6 +48,10 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     spec.node_selector.extend(args.node_selector.into_iter().map(|pair| (pair.0, pair.1)));
     if let Some(dir) = args.working_dir {
         spec.working_dir = dir;
+    } else if spec.working_dir.is_empty() && is_named_from_here(&spec.command) {
+        let here = std::env::current_dir().context("this shell's directory is gone")?;
+        let here = here.into_os_string().into_string();
+        spec.working_dir = here.map_err(|here| Failure::Usage(format!("{} is not UTF-8", here.display())))?;
     }
     if let Some(dir) = args.checkpoint_dir {
         spec.checkpoint_dir = dir;
@@ -55,6 +60,7 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     spec.start_timeout = args.start_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.start_timeout);
     spec.progress_timeout =
         args.progress_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.progress_timeout);
+    spec.last_call = args.last_call.map(|span| duration_to_wire_std(span.0)).or(spec.last_call);
     spec.stop_signal = args.stop_signal.unwrap_or(spec.stop_signal);
     if let Some(policy) = args.on_coordinator_loss {
         spec.on_coordinator_loss = match policy {
@@ -64,6 +70,45 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
         .into();
     }
     Ok(spec)
+}
+
+/// A script is run as torchrun runs it, by an interpreter that the job names.
+fn add_python(spec: &mut v1::JobSpec, python: Option<String>) -> Result<(), Failure> {
+    if !is_script(&spec.command[0]) {
+        return match python {
+            None => Ok(()),
+            Some(_) => {
+                Err(Failure::Usage(format!("--python is for a script.py, and {} is none", spec.command[0])))
+            }
+        };
+    }
+    if spec.name.is_empty() {
+        let file = Path::new(&spec.command[0]).file_name().map(|name| name.to_string_lossy().into_owned());
+        let is_plain = |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
+        spec.name = file.filter(is_plain).unwrap_or_default();
+    }
+    let python = python.unwrap_or_else(|| default_python(|name| std::env::var(name).ok()));
+    spec.command.splice(0..0, [python, "-u".to_owned()]);
+    Ok(())
+}
+
+/// What torchrun takes, for nodes that see the same disks as this machine.
+fn default_python(variable: impl Fn(&str) -> Option<String>) -> String {
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty());
+    let active = || set("VIRTUAL_ENV").or_else(|| set("CONDA_PREFIX")).map(|dir| format!("{dir}/bin/python"));
+    set("PYTHON_EXEC").or_else(active).unwrap_or_else(|| "python3".to_owned())
+}
+
+fn is_script(word: &str) -> bool {
+    Path::new(word).extension().is_some_and(|extension| extension == "py")
+}
+
+/// Whether the program, or the script that an interpreter runs first, is a relative path.
+fn is_named_from_here(command: &[String]) -> bool {
+    let is_relative = |word: &String| !word.starts_with('/');
+    let mut words = command.iter();
+    words.next().is_some_and(|program| program.contains('/') && is_relative(program))
+        || words.find(|word| !word.starts_with('-')).is_some_and(|word| is_script(word) && is_relative(word))
 }
 
 fn read(path: &Path) -> anyhow::Result<v1::JobSpec> {
@@ -97,6 +142,38 @@ mod tests {
         assert_eq!((spec.name.as_str(), spec.min_nodes, spec.max_nodes), ("a", Some(2), 3));
         assert_eq!((spec.env.len(), spec.per_proc.unwrap().cpu_millis), (2, 1500));
         assert_eq!(spec.command, ["x"]);
+    }
+
+    #[test]
+    fn a_script_is_run_by_the_python_that_is_named_and_from_here() {
+        let here = std::env::current_dir().unwrap().display().to_string();
+        let table: [(&[&str], &[&str], &str); 7] = [
+            (&["--python", "py", "--", "a/train.py", "--lr"], &["py", "-u", "a/train.py", "--lr"], &here),
+            (&["--python", "py", "--", "/a/train.py"], &["py", "-u", "/a/train.py"], ""),
+            (&["--python", "py", "--working-dir", "/d", "--", "train.py"], &["py", "-u", "train.py"], "/d"),
+            (&["--", "python3", "-u", "train.py", "x"], &["python3", "-u", "train.py", "x"], &here),
+            (&["--", "python3", "-m", "pkg"], &["python3", "-m", "pkg"], ""),
+            (&["--", "./program"], &["./program"], &here),
+            (&["--", "muster-trainer", "vision"], &["muster-trainer", "vision"], ""),
+        ];
+        for (flags, command, dir) in table {
+            let spec = submit(flags).unwrap();
+            assert_eq!(
+                (spec.command, spec.working_dir.as_str()),
+                (command.iter().map(ToString::to_string).collect(), dir),
+                "{flags:?}"
+            );
+        }
+        assert_eq!(submit(&["--", "a/train.py"]).unwrap().name, "train.py");
+        assert!(matches!(submit(&["--python", "py", "--", "sh"]), Err(Failure::Usage(_))));
+        let python = |set: &[(&str, &str)]| {
+            default_python(|name| {
+                set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
+            })
+        };
+        assert_eq!(python(&[]), "python3");
+        assert_eq!(python(&[("CONDA_PREFIX", "/c"), ("VIRTUAL_ENV", "")]), "/c/bin/python");
+        assert_eq!(python(&[("VIRTUAL_ENV", "/v"), ("PYTHON_EXEC", "/p")]), "/p");
     }
 
     #[test]

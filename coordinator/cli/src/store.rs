@@ -9,6 +9,7 @@ use anyhow::Context;
 use muster_coordinator::{EtcdConfig, StoreKind, transfer};
 
 use crate::exit::Failure;
+use crate::units::Span;
 
 /// Where jobs and nodes are kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,20 @@ pub(crate) struct EtcdArgs {
     /// File with that user's password.
     #[arg(long = "etcd-password-file", value_name = "FILE", requires = "user")]
     pub password_file: Option<PathBuf>,
+}
+
+/// What only one of several coordinators needs.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct SeveralArgs {
+    /// With several coordinators: the URL at which workers and users reach this one. Default: the address it listens on.
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+    /// With several coordinators: time without a word from the leader after which another one leads.
+    #[arg(long, default_value = "3s")]
+    pub leader_lease: Span,
+    /// With several coordinators: go on from an etcd that was restored from a backup, once.
+    #[arg(long)]
+    pub accept_restored_store: bool,
 }
 
 impl Store {

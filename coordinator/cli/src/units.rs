@@ -95,6 +95,25 @@ impl FromStr for KeyValue {
     }
 }
 
+/// `KEY=VALUE`, or `KEY` for the value that it has here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Variable(pub String, pub String);
+
+impl FromStr for Variable {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('=') {
+            return text.parse().map(|KeyValue(key, value)| Self(key, value));
+        }
+        match std::env::var(text) {
+            Ok(value) => Ok(Self(text.to_owned(), value)),
+            Err(std::env::VarError::NotPresent) => Err(format!("{text:?} is not set here; use KEY=VALUE")),
+            Err(error @ std::env::VarError::NotUnicode(_)) => Err(format!("{text:?}: {error}")),
+        }
+    }
+}
+
 /// A span for people: `45s`, `3m 20s`, `2h 05m`.
 pub(crate) fn show_span(span: Duration) -> String {
     let seconds = span.as_secs();

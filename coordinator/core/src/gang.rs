@@ -16,7 +16,7 @@ use crate::types::{
 };
 
 /// So many of them, in words.
-fn counted(count: usize, what: &str) -> String {
+pub(crate) fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
@@ -139,6 +139,9 @@ impl Core {
         gang.set_quiet(group_rank, &report.quiet);
         if !report.processes.is_empty() {
             gang.processes.insert(group_rank, report.processes.clone());
+        }
+        if let Some(surroundings) = &report.surroundings {
+            gang.surroundings.insert(group_rank, surroundings.clone());
         }
         if group_rank == 0 {
             gang.rendezvous.clone_from(&report.rendezvous);

@@ -47,6 +47,7 @@ impl Core {
             finished: None,
             not_before: Millis(0),
             port_retries: 0,
+            last_call_ends: None,
         };
         self.by_order.insert(job.order, id.clone());
         self.jobs.insert(id.clone(), job);
@@ -92,7 +93,9 @@ impl Core {
         let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NoNode(name.to_string())) };
         // Giving a node back ends a drain as well.
         let drain = if cordon.is_none() { None } else { node.drain.clone() };
-        if node.cordon != cordon || node.drain != drain {
+        // So does it end a quarantine whose cause is gone.
+        let forgiven = cordon.is_none() && node.health.forgive(now);
+        if node.cordon != cordon || node.drain != drain || forgiven {
             if cordon.is_none() {
                 self.room.appear();
             }

@@ -9,12 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::core::{Core, QueueKey, Timer};
 use crate::effects::Effects;
+use crate::gang::counted;
 use crate::job::{Gang, JobState};
 use crate::schedule::{Need, Shortage, count_fitting, place};
-use crate::types::{JobId, Millis};
+use crate::types::{Generation, JobId, Millis};
 
 /// What it costs to look at one node.
 const VISIT_NS: u64 = 50;
+/// What a step of the search for the fewest uplinks costs.
+const STEP_NS: u64 = 2;
 /// What it costs to show one job's new reason to whoever watches.
 const SHOW_NS: u64 = 10_000;
 /// Passes over the queue are apart by so many times what they cost.
@@ -90,9 +93,15 @@ impl Core {
         let reason = if let Some(short) = known {
             short.reason(&job.spec)
         } else {
-            self.room.spent_ns += self.nodes.len() as u64 * VISIT_NS;
-            match place(&job.spec, self.nodes.values()) {
+            let mut steps = 0;
+            let placed = place(&job.spec, self.nodes.values(), &mut steps);
+            self.room.spent_ns += self.nodes.len() as u64 * VISIT_NS + steps * STEP_NS;
+            match placed {
                 Ok(placements) => {
+                    if let Some(reason) = self.last_call(now, id, placements.len()) {
+                        self.explain(id, reason, fx);
+                        return false;
+                    }
                     self.start(now, id, Gang::new(placements, now), fx);
                     return true;
                 }
@@ -107,8 +116,31 @@ impl Core {
                 }
             }
         };
+        if let Some(job) = self.jobs.get_mut(id) {
+            job.last_call_ends = None;
+        }
         self.explain(id, reason, fx);
         false
+    }
+
+    /// Why a job that could start on so many nodes waits for more: it would have to start again with each that comes. Later
+    /// generations start at once, with those that are left.
+    fn last_call(&mut self, now: Millis, id: &JobId, found: usize) -> Option<String> {
+        let job = self.jobs.get_mut(id)?;
+        let is_first = job.generation == Generation(0);
+        if !is_first || found >= job.spec.max_nodes as usize || job.spec.last_call == Millis(0) {
+            return None;
+        }
+        let ends = *job.last_call_ends.get_or_insert(now.plus(job.spec.last_call));
+        if ends <= now {
+            return None;
+        }
+        self.timers.insert((ends, Timer::Requeue(id.clone())));
+        let (most, seconds) = (job.spec.max_nodes, job.spec.last_call.0.div_ceil(1000));
+        Some(format!(
+            "waiting: {} can start, and up to {most} may come within {seconds} s of the first of them (last_call)",
+            counted(found, "node")
+        ))
     }
 
     fn explain(&mut self, id: &JobId, reason: String, fx: &mut Effects) {

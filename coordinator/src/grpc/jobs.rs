@@ -14,7 +14,7 @@ const PAGE_DEFAULT: u32 = 100;
 /// Most jobs on a page: a page of the largest specs would not fit a message, and usual ones do easily.
 const PAGE_MAX: u32 = 1000;
 /// Bytes of one response, below the 4 MiB that gRPC clients take; a page ends early rather than exceed it.
-const PAGE_BYTES_MAX: usize = 3 << 20;
+pub(super) const PAGE_BYTES_MAX: usize = 3 << 20;
 /// Longest reason of a cancel or cordon.
 pub(super) const REASON_BYTES_MAX: usize = 1024;
 
@@ -109,6 +109,14 @@ impl JobService for Api {
         let job = self.find_job(request.into_inner().job_id).await?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::GetJobResponse { job }))
+    }
+
+    async fn get_job_environment(
+        &self,
+        request: Request<v1::GetJobEnvironmentRequest>,
+    ) -> Result<Response<v1::GetJobEnvironmentResponse>, Status> {
+        let job = self.find_job(request.into_inner().job_id).await?;
+        Ok(Response::new(view::environments(&job)))
     }
 
     async fn list_jobs(

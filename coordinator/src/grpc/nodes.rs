@@ -6,7 +6,7 @@ use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, node_service_server::NodeService};
 use tonic::{Request, Response, Status};
 
-use super::jobs::REASON_BYTES_MAX;
+use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX};
 use super::{Api, Stream, unexpected_reply};
 use crate::view;
 
@@ -26,9 +26,18 @@ impl NodeService for Api {
             .await?;
         let more = nodes.len() > size;
         nodes.truncate(size);
-        let last = nodes.last().filter(|_| more).map(|node| node.name.to_string());
-        let nodes = nodes.iter().map(view::node).collect();
-        Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token: last.unwrap_or_default() }))
+        let (mut page, mut bytes) = (Vec::with_capacity(nodes.len()), 0);
+        for node in &nodes {
+            let shown = view::node(node);
+            bytes += prost::Message::encoded_len(&shown);
+            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
+                break;
+            }
+            page.push(shown);
+        }
+        let more = more || page.len() < nodes.len();
+        let last = page.last().filter(|_| more).map(|node| node.name.clone());
+        Ok(Response::new(v1::ListNodesResponse { nodes: page, next_page_token: last.unwrap_or_default() }))
     }
 
     async fn get_node(

@@ -1,10 +1,10 @@
 //! WorkerService: registration, and the one stream of each node.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use muster_core::health::Finding;
 use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank, limits};
-use muster_core::{Device, Input, Inventory, Join};
+use muster_core::{Input, Inventory, Join};
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
 use tokio::sync::mpsc;
@@ -18,9 +18,7 @@ use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
 use crate::office::Reign;
 
-/// Labels, GPUs and text of an inventory, far above what real machines have.
-const LABELS_MAX: usize = 256;
-const GPUS_MAX: usize = 256;
+/// Longest identity of a boot or a directory.
 const TEXT_BYTES_MAX: usize = 1024;
 /// Gangs a node reports in Hello.
 const GANGS_MAX: usize = 1024;
@@ -152,6 +150,10 @@ impl Api {
                 let reason = reason(&leaving);
                 driver.tell(Input::Leaving { node: name, session, reason }).await?;
             }
+            Some(Message::Health(health)) => {
+                let (findings, inventory) = checked_health(health).map_err(invalid)?;
+                driver.tell(Input::Health { node: name, session, findings, inventory }).await?;
+            }
             Some(Message::Hello(_)) => {
                 return Err(invalid(field_error("message", "hello comes once, at the start")));
             }
@@ -197,15 +199,17 @@ pub(crate) fn checked_hello(wire: v1::Hello) -> Result<Hello, FieldError> {
     })
 }
 
+/// What a node has found, and what it has now if it says so.
+pub(crate) fn checked_health(
+    wire: v1::NodeHealth,
+) -> Result<(Vec<Finding>, Option<Box<Inventory>>), FieldError> {
+    let findings = convert::findings_from_wire(wire.findings)?;
+    let inventory = wire.inventory.map(convert::inventory_from_wire).transpose()?;
+    Ok((findings, inventory.map(Box::new)))
+}
+
 pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
-    let inventory = wire.inventory.unwrap_or_default();
-    let texts = [
-        ("boot_id", &wire.boot_id),
-        ("data_id", &wire.data_id),
-        ("inventory.hostname", &inventory.hostname),
-        ("inventory.version", &inventory.version),
-    ];
-    for (field, text) in texts {
+    for (field, text) in [("boot_id", &wire.boot_id), ("data_id", &wire.data_id)] {
         if text.len() > TEXT_BYTES_MAX {
             return Err(field_error(
                 field,
@@ -213,36 +217,6 @@ pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
             ));
         }
     }
-    let long = |text: &String| text.len() > TEXT_BYTES_MAX;
-    if inventory.labels.len() > LABELS_MAX || inventory.labels.iter().any(|(k, v)| long(k) || long(v)) {
-        return Err(field_error(
-            "inventory.labels",
-            format!("are more than {LABELS_MAX}, or one is too long"),
-        ));
-    }
-    if inventory.gpus.len() > GPUS_MAX || inventory.gpus.iter().any(|gpu| long(&gpu.uuid) || long(&gpu.model))
-    {
-        return Err(field_error(
-            "inventory.gpus",
-            format!("are more than {GPUS_MAX}, or a text is too long"),
-        ));
-    }
-    let indices: BTreeSet<u32> = inventory.gpus.iter().map(|gpu| gpu.index.unwrap_or(0)).collect();
-    if indices.len() < inventory.gpus.len() {
-        return Err(field_error("inventory.gpus", "hold an index twice; a device would get two owners"));
-    }
-    let gpus: Vec<Device> = inventory
-        .gpus
-        .into_iter()
-        .map(|gpu| Device {
-            index: gpu.index.unwrap_or(0),
-            uuid: gpu.uuid,
-            model: gpu.model,
-            memory_bytes: gpu.memory_bytes,
-        })
-        .collect();
-    let mut total = inventory.total.map(convert::resources_from_wire).unwrap_or_default();
-    total.gpus = gpus.len() as u32;
     Ok(Join {
         name: NodeName::new(wire.node_name).map_err(|why| field_error("node_name", why))?,
         address: (wire.address.parse())
@@ -250,13 +224,7 @@ pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
         incarnation: Incarnation::new(wire.incarnation).map_err(|why| field_error("incarnation", why))?,
         boot_id: wire.boot_id,
         data_id: wire.data_id,
-        inventory: Inventory {
-            total,
-            gpus,
-            labels: inventory.labels,
-            hostname: inventory.hostname,
-            version: inventory.version,
-        },
+        inventory: convert::inventory_from_wire(wire.inventory.unwrap_or_default())?,
     })
 }
 

@@ -72,9 +72,12 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, libfaketime, Slurm
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, ibstat, libfaketime, Slurm
     #[arg(long)]
     tools: bool,
+    /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)
+    #[arg(long)]
+    python: bool,
     /// Where to bring it instead of .deps: to try the set-up itself
     #[arg(long, hide = true)]
     deps_dir: Option<PathBuf>,
@@ -87,7 +90,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Setup(args) => {
             let wants = setup::Wants { libtorch: true, tools: args.tools, digits: args.digits };
-            setup::run(&args.deps_dir.unwrap_or_else(cargo::deps_dir), &wants)
+            let done = setup::run(&args.deps_dir.unwrap_or_else(cargo::deps_dir), &wants);
+            if args.python { done.and_then(|()| python::bring()) } else { done }
         }
         Command::Demo { args } => demo::run(&args),
         Command::Test { quick, python } => test::run(quick, python),

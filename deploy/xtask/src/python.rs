@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::process::Command;
 
-/// torch, and what the plug-in needs and is made with.
-const PACKAGES: [&str; 6] = [
+/// torch, what its programs write their curves with, and what the plug-in needs and is made with.
+const PACKAGES: [&str; 7] = [
     "torch==2.11.0",
     "numpy==2.3.4",
+    "tensorboard==2.21.0",
     "grpcio==1.85.1",
     "protobuf==7.36.2",
     "grpcio-tools==1.85.1",

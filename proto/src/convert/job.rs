@@ -19,6 +19,7 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
     let stop_grace = span("stop_grace", wire.stop_grace.as_ref(), limits::STOP_GRACE_DEFAULT);
     let start_timeout = span("start_timeout", wire.start_timeout.as_ref(), limits::START_TIMEOUT_DEFAULT);
     let progress_timeout = span("progress_timeout", wire.progress_timeout.as_ref(), Millis(0));
+    let last_call = span("last_call", wire.last_call.as_ref(), Millis(0));
     let on_coordinator_loss = match v1::CoordinatorLossPolicy::try_from(wire.on_coordinator_loss) {
         Ok(v1::CoordinatorLossPolicy::Unspecified | v1::CoordinatorLossPolicy::Run) => CoordinatorLoss::Run,
         Ok(v1::CoordinatorLossPolicy::Stop) => CoordinatorLoss::Stop,
@@ -49,6 +50,7 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         stop_grace,
         start_timeout,
         progress_timeout,
+        last_call,
         stop_signal,
         on_coordinator_loss,
     }
@@ -78,6 +80,7 @@ pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
         stop_grace: Some(duration_to_wire(spec.stop_grace)),
         start_timeout: Some(duration_to_wire(spec.start_timeout)),
         progress_timeout: Some(duration_to_wire(spec.progress_timeout)),
+        last_call: Some(duration_to_wire(spec.last_call)),
         stop_signal: spec.stop_signal.name().to_owned(),
         on_coordinator_loss: match spec.on_coordinator_loss {
             CoordinatorLoss::Run => v1::CoordinatorLossPolicy::Run,

@@ -167,6 +167,7 @@ fn spec(wanted: &Wanted) -> Option<JobSpec> {
         stop_grace: Millis(5_000),
         start_timeout: Millis(120_000),
         progress_timeout: Millis(if wanted.progress { 20_000 } else { 0 }),
+        last_call: Millis(if wanted.progress { 5_000 } else { 0 }),
         on_coordinator_loss: if wanted.strict { CoordinatorLoss::Stop } else { CoordinatorLoss::Run },
         ..JobSpec::new(vec!["train".to_owned()])
     };

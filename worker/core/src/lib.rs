@@ -5,11 +5,16 @@
 
 mod adopt;
 mod core;
+pub mod doctor;
+pub mod health;
 mod lease;
 mod messages;
 mod part;
+pub mod slurm;
+mod surroundings;
 
 pub use adopt::{Adoption, ShimRecord, adopt};
 pub use core::Core;
 pub use lease::Fence;
 pub use messages::{Adopted, Effect, Input};
+pub use surroundings::{Facts, compute_ports, derive};

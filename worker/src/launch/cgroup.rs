@@ -12,6 +12,7 @@ mod hierarchy;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -28,9 +29,9 @@ const PREFIX: &str = "muster-";
 const NAME_BYTES_MAX: usize = 200;
 /// How often the groups are gone through for those that were forked meanwhile, before that is left to the next call.
 const KILL_ROUNDS: u32 = 20;
-/// A group is busy for a moment after its last process was waited for.
+/// A group is busy for a moment after its last process was waited for: tries, and the first and longest pause between two.
 const REMOVE_TRIES: u32 = 40;
-const REMOVE_PAUSE: Duration = Duration::from_millis(5);
+const REMOVE_PAUSE: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(5));
 /// Deepest groups that ranks made below their own which are looked into.
 const DEPTH_MAX: u32 = 16;
 
@@ -54,15 +55,29 @@ pub(crate) struct GangCgroup {
 
 /// The way into a rank's groups, opened beforehand.
 #[derive(Debug)]
-pub(crate) struct Entrance(Vec<File>);
+pub(crate) struct Entrance {
+    /// The group of version 2, and what takes a process there.
+    v2: Option<(File, File)>,
+    v1: Option<File>,
+}
 
 impl Entrance {
+    /// The group in which a process can be made, open for as long as this is.
+    pub fn group(&self) -> Option<RawFd> {
+        self.v2.as_ref().map(|(group, _)| group.as_raw_fd())
+    }
+
     /// Moves the calling process. Between fork and exec this is safe: it is one system call for each hierarchy.
     pub fn enter(&self) -> io::Result<()> {
-        for file in &self.0 {
-            write(file, b"0")?;
+        if let Some((_, procs)) = &self.v2 {
+            write(procs, b"0")?;
         }
-        Ok(())
+        self.enter_others()
+    }
+
+    /// The same for a process that was made in [`Entrance::group`].
+    pub fn enter_others(&self) -> io::Result<()> {
+        self.v1.as_ref().map_or(Ok(()), |procs| Ok(write(procs, b"0").map(drop)?))
     }
 }
 
@@ -112,7 +127,10 @@ impl Cgroups {
             ));
         }
         let at = |base: &Option<PathBuf>| Some(base.as_ref()?.join(format!("{PREFIX}{name}")));
-        let gang = GangCgroup { v2: at(&self.v2), v1_memory: at(&self.v1_memory) };
+        // Into a group of version 1 a process can only be moved, which takes long: it is worth that for a limit alone, or where
+        // there is no other.
+        let v1_memory = at(&self.v1_memory).filter(|_| memory_bytes_per_rank.is_some() || self.v2.is_none());
+        let gang = GangCgroup { v2: at(&self.v2), v1_memory };
         // What an earlier gang of that name left, if anything.
         gang.remove()?;
         let made = gang.make(self.v2_memory, ranks, memory_bytes_per_rank);
@@ -159,9 +177,12 @@ impl GangCgroup {
 
     /// Opens what takes a process into the groups of a local rank.
     pub fn entrance(&self, rank: u32) -> io::Result<Entrance> {
-        let open =
-            |dir: &Path| OpenOptions::new().write(true).open(dir.join(rank_name(rank)).join("cgroup.procs"));
-        self.dirs().map(open).collect::<io::Result<_>>().map(Entrance)
+        let procs = |dir: &Path| OpenOptions::new().write(true).open(dir.join("cgroup.procs"));
+        let of_rank = |dir: &PathBuf| dir.join(rank_name(rank));
+        let v2 =
+            self.v2.as_ref().map(of_rank).map(|dir| Ok::<_, io::Error>((File::open(&dir)?, procs(&dir)?)));
+        let v1 = self.v1_memory.as_ref().map(of_rank).map(|dir| procs(&dir));
+        Ok(Entrance { v2: v2.transpose()?, v1: v1.transpose()? })
     }
 
     /// Every process of the gang, but for those that only wait to be reaped.
@@ -221,11 +242,13 @@ impl GangCgroup {
     /// Removes the groups, once the last of those that have ended has left them.
     pub fn remove_soon(&self) -> io::Result<()> {
         let mut tried = self.remove();
+        let mut pause = REMOVE_PAUSE.0;
         for _ in 0..REMOVE_TRIES {
             if tried.is_ok() {
                 break;
             }
-            std::thread::sleep(REMOVE_PAUSE);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(REMOVE_PAUSE.1);
             tried = self.remove();
         }
         tried

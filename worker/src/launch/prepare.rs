@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use muster_core::types::{Assignment, GangId};
 use nix::unistd::{AccessFlags, access};
 
+use super::script;
 use super::store::RankStore;
 
 /// What a gang needs on this node, checked and made.
@@ -51,7 +52,8 @@ fn launched_before(gang: &GangId) -> String {
 
 /// Checks program and directory, makes the log directories and, on the first node, starts the ranks' store. The
 /// error is for the user: what is wrong on this node, and what to do.
-pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
+/// `port` is the store's, 0 for any.
+pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Result<Prepared, String> {
     let spec = &assignment.spec;
     if let Some(dir) = &spec.working_dir {
         match fs::metadata(dir) {
@@ -63,6 +65,7 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
         }
     }
     let program = find_program(assignment)?;
+    check_script(assignment)?;
     let gang = &assignment.gang;
     let log_dirs: Vec<PathBuf> =
         (0..assignment.placement.procs).map(|local_rank| log_dir(data_dir, gang, local_rank)).collect();
@@ -75,8 +78,15 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
     let store = (assignment.placement.group_rank == 0)
         .then(|| {
             let address = assignment.placement.address;
-            RankStore::host(address).map_err(|error| {
-                format!("the ranks' store cannot serve on {address}: {error}; is it an address of this node?")
+            RankStore::host(address, port).map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    format!(
+                        "port {port} of {address} is taken; stop who has it, or name another --master-port"
+                    )
+                }
+                _ => format!(
+                    "the ranks' store cannot serve on {address}: {error}; is it an address of this node?"
+                ),
             })
         })
         .transpose()?;
@@ -87,6 +97,28 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
 pub(crate) fn make_log_dir(dir: &Path) -> Result<(), String> {
     fs::create_dir_all(dir)
         .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))
+}
+
+/// A script that is missing on one node is found here, and not by the ranks of all the others, which would run already.
+fn check_script(assignment: &Assignment) -> Result<(), String> {
+    let spec = &assignment.spec;
+    let Some(script) = script::of_python(&spec.command) else { return Ok(()) };
+    let path = match &spec.working_dir {
+        Some(dir) => Path::new(dir).join(script),
+        None => PathBuf::from(script),
+    };
+    if path.is_relative() {
+        return Err(format!(
+            "script {script:?} is a relative path; give an absolute one, or set working_dir"
+        ));
+    }
+    access(&path, AccessFlags::R_OK).map_err(|error| {
+        format!(
+            "script {} cannot be read: {}; put it there on this node, or on a disk that all nodes see",
+            path.display(),
+            error.desc()
+        )
+    })
 }
 
 fn is_program(path: &Path) -> bool {

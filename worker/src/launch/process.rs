@@ -1,25 +1,25 @@
 //! One rank's process: started in its own session, and signalled with everything it started.
 
-#![expect(unsafe_code, reason = "pre_exec runs between fork and exec")]
-
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use super::cgroup::Entrance;
-use super::files;
+use super::spawn::{self, inherited};
 use crate::attached::{Output, Sink};
-use muster_core::types::Rank;
-use nix::sys::prctl::set_pdeathsig;
+use muster_core::types::{CpuList, Rank};
+use nix::sched::CpuSet;
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, getppid, setsid};
+use nix::unistd::Pid;
 
 /// Bytes of standard error that an exit carries.
 const STDERR_TAIL_BYTES: u64 = 2048;
+/// What is read from and written to in the place of nothing.
+const NOTHING: &str = "/dev/null";
 
 /// A rank that runs, or that has ended and was not waited for yet: until then its process id is no other's.
 #[derive(Debug)]
@@ -43,49 +43,44 @@ pub(crate) fn start(
     program: Program<'_>,
     output: &Output,
     env: BTreeMap<OsString, OsString>,
-    entrance: Option<Entrance>,
+    entrance: Option<&Entrance>,
+    cpus: Option<&CpuList>,
 ) -> Result<RankProcess, String> {
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
     // what is there is never lost.
-    let open = |sink: &Sink| -> Result<Stdio, String> {
+    let open = |sink: &Sink, own: RawFd| -> Result<OwnedFd, String> {
+        let failed = |what: &dyn Display, error| format!("failed to open {what}: {error}");
         match sink {
             Sink::File(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path);
-                Ok(file.map_err(|error| format!("failed to open {}: {error}", path.display()))?.into())
+                Ok(file.map_err(|error| failed(&path.display(), error))?.into())
             }
-            Sink::Inherited => Ok(Stdio::inherit()),
-            Sink::Nothing => Ok(Stdio::null()),
+            Sink::Inherited => inherited(own).map_err(|error| failed(&"the terminal", error)),
+            Sink::Nothing => nothing(true).map_err(|error| failed(&NOTHING, error)),
         }
     };
-    let stdin = if output.reads_input { Stdio::inherit() } else { Stdio::null() };
-    let mut process = Command::new(program.path);
-    process
-        .args(&program.command[1..])
-        .env_clear()
-        .envs(env)
-        .current_dir(program.working_dir)
-        .stdin(stdin)
-        .stdout(open(&output.stdout)?)
-        .stderr(open(&output.stderr)?);
-    let shim = Pid::this();
-    // SAFETY: between fork and exec only these async-signal-safe system calls are made, and nothing is
-    // allocated: each function of nix used here is a plain wrapper of its system call, and entering a group is a write.
-    unsafe {
-        process.pre_exec(move || {
-            if let Some(entrance) = &entrance {
-                entrance.enter()?;
-            }
-            setsid()?;
-            files::as_before()?;
-            set_pdeathsig(Signal::SIGKILL)?;
-            // The shim may have died before the line above.
-            if getppid() == shim { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
-        });
+    let stdin = if output.reads_input { inherited(0) } else { nothing(false) };
+    let stdin = stdin.map_err(|error| format!("failed to open its standard input: {error}"))?;
+    let stdio = [stdin, open(&output.stdout, 1)?, open(&output.stderr, 2)?];
+    let cpus = cpus.map(cpu_set).transpose()?;
+    let pid = spawn::Program::new(program.path, program.command, env, program.working_dir, stdio)
+        .and_then(|program| program.bound_to(cpus).spawn(entrance))
+        .map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
+    Ok(RankProcess { rank, pid })
+}
+
+fn nothing(to_write: bool) -> std::io::Result<OwnedFd> {
+    OpenOptions::new().read(!to_write).write(to_write).open(NOTHING).map(OwnedFd::from)
+}
+
+/// As the kernel takes it. What does not fit is beyond the thousand processors that it is made for, and is left out.
+fn cpu_set(cpus: &CpuList) -> Result<CpuSet, String> {
+    let mut set = CpuSet::new();
+    for cpu in cpus.0.iter().filter(|cpu| (**cpu as usize) < CpuSet::count()) {
+        set.set(*cpu as usize)
+            .map_err(|error| format!("failed to bind a rank to processor {cpu}: {error}"))?;
     }
-    let child = process.spawn();
-    let child = child.map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
-    // Whoever reaps the shim's children reaps it; dropping the handle does not touch it.
-    Ok(RankProcess { rank, pid: child.id() as i32 })
+    Ok(set)
 }
 
 impl RankProcess {

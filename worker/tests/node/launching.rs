@@ -102,15 +102,20 @@ async fn what_cannot_start_says_why_and_what_to_do() {
     fn program(gang: &mut v1::Assignment, name: &str) {
         gang.spec.as_mut().unwrap().command = vec![name.to_owned()];
     }
+    fn script(gang: &mut v1::Assignment, name: &str) {
+        gang.spec.as_mut().unwrap().command = ["python3", "-u", name].map(str::to_owned).into();
+    }
     let world = World::start().await;
     let path = |gang: &mut v1::Assignment, path: &str| {
         _ = gang.spec.as_mut().unwrap().env.insert("PATH".into(), path.into());
     };
     std::fs::create_dir(world.path("bin")).unwrap();
     std::fs::write(world.path("bin/no-program"), "#!/no/such/interpreter\n").unwrap();
-    let table: [(Change, &str); 7] = [
+    let table: [(Change, &str); 9] = [
         (|g| program(g, "no-such-program"), "program \"no-such-program\" was not found; looked in /"),
         (|g| program(g, "/no/such/program"), "/no/such/program is not there; install it on this node"),
+        (|g| script(g, "train.py"), "script \"train.py\" is a relative path; give an absolute one, or set"),
+        (|g| script(g, "/no/such/train.py"), "script /no/such/train.py cannot be read: No such file"),
         (|g| program(g, "/etc/passwd"), "/etc/passwd is not an executable file"),
         (|g| program(g, "sub/program"), "is a relative path; give an absolute one, or set working_dir"),
         (

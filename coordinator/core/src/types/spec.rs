@@ -148,6 +148,9 @@ pub struct JobSpec {
     /// Longest time without a sign of progress of any rank; 0 for ever.
     #[serde(default)]
     pub progress_timeout: Millis,
+    /// How long the first start waits for more than the fewest nodes, once those are there.
+    #[serde(default)]
+    pub last_call: Millis,
     /// Asks the ranks to end.
     #[serde(default)]
     pub stop_signal: StopSignal,
@@ -185,6 +188,7 @@ impl JobSpec {
             stop_grace: limits::STOP_GRACE_DEFAULT,
             start_timeout: limits::START_TIMEOUT_DEFAULT,
             progress_timeout: Millis(0),
+            last_call: Millis(0),
             stop_signal: StopSignal::default(),
             on_coordinator_loss: CoordinatorLoss::default(),
         }
@@ -297,6 +301,9 @@ impl JobSpec {
         if self.stop_grace > limits::SPAN_MAX {
             errors.add("stop_grace", "is longer than 24h".into());
         }
+        if self.last_call > limits::SPAN_MAX {
+            errors.add("last_call", "is longer than 24h".into());
+        }
         if self.start_timeout > limits::SPAN_MAX || self.start_timeout < Millis::from_secs(1) {
             errors.add("start_timeout", "is not between 1s and 24h".into());
         }
@@ -359,7 +366,7 @@ mod tests {
     #[test]
     fn each_violation_names_its_field() {
         type Break = fn(&mut JobSpec);
-        let table: [(&str, Break); 14] = [
+        let table: [(&str, Break); 15] = [
             ("command", |s| s.command.clear()),
             ("command[0]", |s| s.command[0] = " ".into()),
             ("command[1]", |s| s.command[1] = "a\0b".into()),
@@ -373,6 +380,7 @@ mod tests {
             ("procs_per_node", |s| s.procs_per_node = 1025),
             ("env[\"RANK\"]", |s| _ = s.env.insert("RANK".into(), "1".into())),
             ("env[\"A=B\"]", |s| _ = s.env.insert("A=B".into(), "1".into())),
+            ("last_call", |s| s.last_call = Millis(limits::SPAN_MAX.0 + 1)),
             ("working_dir", |s| s.working_dir = Some("relative".into())),
         ];
         for (field, break_it) in table {

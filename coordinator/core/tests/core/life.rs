@@ -133,6 +133,7 @@ fn a_node_that_cannot_prepare_fails_the_job_before_anything_ran() {
         quiet: vec![],
         processes: vec![],
         rendezvous: None,
+        surroundings: None,
     };
     world.report(&name("b"), report);
     assert_eq!(world.state(&job), JobState::Failed, "the next generation would meet the same");
@@ -321,4 +322,43 @@ fn cordoned_nodes_and_foreign_labels_are_passed_over() {
     assert_eq!(world.job(&plain).reason, "waiting: 0 of 1 nodes; a refused: cordoned (bad fan)");
     world.input(cordon(None));
     assert_eq!(world.state(&plain), JobState::Running);
+}
+
+#[test]
+fn the_first_start_of_an_elastic_job_waits_for_its_last_call_and_later_ones_do_not() {
+    let mut world = World::default();
+    let mut elastic = spec(2, 1);
+    (elastic.max_nodes, elastic.last_call, elastic.max_restarts) = (4, Millis(5_000), 1);
+    let job = world.submit(elastic);
+    for node in ["a", "b"] {
+        world.connect(node);
+    }
+    let reason =
+        "waiting: 2 nodes can start, and up to 4 may come within 5 s of the first of them (last_call)";
+    assert_eq!((world.state(&job), world.job(&job).reason.as_str()), (JobState::Queued, reason));
+    world.pass(4_000);
+    // Too few again: the call is made anew once the fewest are back.
+    world.crash("b");
+    world.pass(20_000);
+    assert_eq!(world.state(&job), JobState::Queued);
+    world.connect("b");
+    world.pass(4_000);
+    world.connect("c");
+    assert_eq!(world.state(&job), JobState::Queued);
+    world.pass(1_500);
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Running, 3));
+    world.exit(0, &job, 1);
+    world.pass(1_500);
+    assert_eq!((world.state(&job), world.job(&job).generation), (JobState::Running, Generation(2)));
+}
+
+#[test]
+fn with_its_most_nodes_an_elastic_job_waits_for_nothing() {
+    let mut world = World::with_nodes(&["a"]);
+    let mut elastic = spec(1, 1);
+    (elastic.max_nodes, elastic.last_call) = (2, Millis::from_secs(600));
+    let job = world.submit(elastic);
+    assert_eq!(world.state(&job), JobState::Queued);
+    world.connect("b");
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Running, 2));
 }

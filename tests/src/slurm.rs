@@ -1,0 +1,127 @@
+//! A Slurm of the test's own, out of Debian's packages: its controller and some nodes, all on the loopback of this machine.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::eventually;
+use crate::place::free_port;
+
+/// A controller and its nodes, n0 first. Dropped, they are killed; and they end when the thread does that started them.
+pub struct Slurm {
+    dir: tempfile::TempDir,
+    tree: PathBuf,
+    daemons: Vec<Child>,
+}
+
+impl Slurm {
+    /// Starts it and waits until every node is idle. None where `cargo xtask setup --tools` could not bring it.
+    pub fn start(nodes: usize) -> Option<Self> {
+        Self::start_with(nodes, None)
+    }
+
+    /// As [`Self::start`], with a topology.conf.
+    pub fn start_with(nodes: usize, topology: Option<&str>) -> Option<Self> {
+        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/slurm").canonicalize().ok()?;
+        let dir = tempfile::tempdir().unwrap();
+        let mut slurm = Self { dir, tree, daemons: Vec::new() };
+        std::fs::create_dir(slurm.dir.path().join("state")).unwrap();
+        std::fs::write(slurm.dir.path().join("cgroup.conf"), "CgroupAutomount=no\n").unwrap();
+        let mut configuration = slurm.configuration(nodes);
+        if let Some(topology) = topology {
+            configuration.push_str("TopologyPlugin=topology/tree\n");
+            std::fs::write(slurm.dir.path().join("topology.conf"), topology).unwrap();
+        }
+        std::fs::write(slurm.dir.path().join("slurm.conf"), configuration).unwrap();
+        slurm.run_daemon("slurmctld-wlm", &["-D"]);
+        let stepd = slurm.tree.join("usr/sbin/slurmstepd-wlm").display().to_string();
+        for node in 0..nodes {
+            slurm.run_daemon("slurmd-wlm", &["-D", "-N", &format!("n{node}"), "-d", &stepd]);
+        }
+        eventually("Slurm's nodes", || {
+            let listed = slurm.command("sinfo").args(["-h", "-N", "-o", "%T"]).output().unwrap();
+            let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+            if listed.lines().filter(|state| *state == "idle").count() == nodes {
+                Ok(())
+            } else {
+                Err((listed, slurm.log()))
+            }
+        });
+        Some(slurm)
+    }
+
+    /// One of its programs, such as `srun`, for this Slurm.
+    pub fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(self.tree.join("usr/bin").join(name));
+        self.environment(&mut command);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn environment(&self, command: &mut Command) {
+        let libraries = self.tree.join("usr/lib/x86_64-linux-gnu");
+        let own = libraries.join("slurm-wlm");
+        command.env("LD_LIBRARY_PATH", std::env::join_paths([own, libraries]).unwrap());
+        command.env("SLURM_CONF", self.dir.path().join("slurm.conf"));
+    }
+
+    fn run_daemon(&mut self, name: &str, args: &[&str]) {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).arg(self.tree.join("usr/sbin").join(name)).args(args);
+        self.environment(&mut command);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.daemons.push(command.spawn().unwrap());
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("slurmctld.log")).unwrap_or_default()
+    }
+
+    /// Without what it keeps of jobs, and without a key that its parts would share: nobody else reaches them.
+    fn configuration(&self, nodes: usize) -> String {
+        let dir = self.dir.path().display();
+        let plugins = self.tree.join("usr/lib/x86_64-linux-gnu/slurm-wlm");
+        let output = |command: &mut Command| {
+            String::from_utf8(command.output().unwrap().stdout).unwrap().trim().to_owned()
+        };
+        let host = output(Command::new("hostname").arg("-s"));
+        let user = output(Command::new("id").arg("-un"));
+        let mut text = format!(
+            "ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={}\nSlurmUser={user}\nSlurmdUser={user}\n\
+             AuthType=auth/none\nCredType=cred/none\nPluginDir={}\n\
+             StateSaveLocation={dir}/state\nSlurmdSpoolDir={dir}/spool.%n\nSlurmctldPidFile={dir}/slurmctld.pid\n\
+             SlurmdPidFile={dir}/slurmd.%n.pid\nSlurmctldLogFile={dir}/slurmctld.log\nSlurmdLogFile={dir}/slurmd.%n.log\n\
+             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\n\
+             AccountingStorageType=accounting_storage/none\nJobCompType=jobcomp/none\nSelectType=select/cons_tres\n\
+             SelectTypeParameters=CR_CPU\nSwitchType=switch/none\nMpiDefault=none\nReturnToService=2\n\
+             SchedulerType=sched/backfill\nSchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=5\n\
+             MinJobAge=10\nSlurmdParameters=config_overrides\n",
+            free_port(),
+            plugins.display(),
+        );
+        for node in 0..nodes {
+            let port = free_port();
+            writeln!(
+                text,
+                "NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 State=UNKNOWN"
+            )
+            .unwrap();
+        }
+        writeln!(
+            text,
+            "PartitionName=all Nodes=n[0-{}] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:64",
+            nodes - 1
+        )
+        .unwrap();
+        text
+    }
+}
+
+impl Drop for Slurm {
+    fn drop(&mut self) {
+        for daemon in &mut self.daemons {
+            daemon.kill().ok();
+            daemon.wait().ok();
+        }
+    }
+}
