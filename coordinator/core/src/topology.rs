@@ -321,7 +321,8 @@ mod tests {
 
     #[test]
     fn labels_of_kubernetes_and_of_clouds_say_where_a_node_is() {
-        let table: [(&[(&str, &str)], &[&str]); 6] = [
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let table: [Case<'_>; 6] = [
             (&[("zone", "z"), ("spine", "s"), ("leaf", "l")], &["z", "s", "l"]),
             (&[("topology.kubernetes.io/zone", "z"), ("topology.kubernetes.io/rack", "r")], &["z", "", "r"]),
             (
