@@ -214,8 +214,14 @@ impl Cluster {
 
     /// Runs the command line against this cluster.
     pub fn muster(&self, args: &[&str]) -> Outcome {
+        Outcome::of(&mut self.command(args))
+    }
+
+    /// The same, not yet run.
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = behind(&self.prefix(0));
-        Outcome::of(command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null()))
+        command.args(args).env("MUSTER_COORDINATOR", self.url()).stdin(Stdio::null());
+        command
     }
 
     /// Submits a shell script with these flags and gives the job's id.

@@ -2,9 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::Path;
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
 
-use muster_tests::{Cluster, Outcome, Place, Settings, files, lines, run_dir, skip, torch_python};
+use muster_tests::{
+    Cluster, Nodes, Outcome, Place, Settings, files, free_port, lines, run_dir, skip, torch_python,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// As every tutorial has it.
 const DDP: &str = r#"
@@ -52,14 +57,23 @@ fn place(what: &str) -> Option<Place> {
     Some(place)
 }
 
+fn command(place: &Place, args: &[&str]) -> std::process::Command {
+    let mut command = place.command(args);
+    // torch keeps its cache, wherever it is.
+    command.env("PYTHON_EXEC", torch_python().unwrap()).env("TORCHINDUCTOR_CACHE_DIR", place.path("cache"));
+    command
+}
+
 fn run(place: &Place, args: &[&str]) -> Outcome {
-    let python = torch_python().unwrap();
-    // torch keeps it, wherever it is.
-    let cache = place.path("cache");
-    let outcome =
-        Outcome::of(place.command(args).env("PYTHON_EXEC", python).env("TORCHINDUCTOR_CACHE_DIR", cache));
+    let outcome = Outcome::of(&mut command(place, args));
     place.nothing_is_left();
     outcome
+}
+
+/// The same with another program in the place of DDP.
+fn run_program(place: &Place, flags: &[&str], program: &str) -> Outcome {
+    std::fs::write(place.path("program.py"), program).unwrap();
+    run(place, &[flags, &["program.py"]].concat())
 }
 
 /// What the ranks printed: all of one attempt, and with the same weights.
@@ -84,6 +98,29 @@ fn ddp_trains_unchanged() {
     let by_path = run(&place, &["--run-path", &path, "--steps=1"]);
     assert_eq!(by_path.code, 0, "{by_path:?}");
     check(&by_path.stdout, 0, 1);
+}
+
+/// Ranks and nodes come to one port under static, and each to its own under c10d.
+#[test]
+fn ddp_trains_unchanged_on_several_nodes() {
+    let Some(place) = place("DDP in Python on two nodes") else { return };
+    let port = free_port();
+    let endpoint = format!("localhost:{port}");
+    let places: [&[&str]; 2] =
+        [&["--master-port", &port], &["--rdzv-backend=c10d", "--rdzv-endpoint", &endpoint]];
+    for meeting in places {
+        let start = |rank: &&str| {
+            let args = ["--nnodes=2", "--nproc-per-node=2", "--max-restarts=1", "--node-rank", rank];
+            let program = ["ddp.py", "--fail_at", "1"];
+            let mut command = command(&place, &[&args[..], meeting, &program].concat());
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let ends = Nodes(["0", "1"].iter().map(start).collect()).ends();
+        assert!(ends.iter().all(|end| end.code == 0), "{ends:?}");
+        let said: String = ends.iter().map(|end| end.stdout.as_str()).collect();
+        check(&said, 1, 4);
+        place.nothing_is_left();
+    }
 }
 
 #[test]
@@ -111,12 +148,128 @@ fn a_crash_is_told_with_its_traceback_and_started_again() {
 fn a_cluster_runs_it_as_it_is() {
     let Some(place) = place("Python on a cluster") else { return };
     let cluster = Cluster::start(Settings { workers: 2, ..Settings::default() });
-    let dir = place.path("");
-    let [python, dir] =
-        [torch_python().unwrap(), dir].map(|path: std::path::PathBuf| path.display().to_string());
-    let program = Path::new(&dir).join("ddp.py").display().to_string();
-    let args = ["submit", "--follow", "--nnodes", "2", "--working-dir", &dir, "--", &python, "-u", &program];
-    let outcome = cluster.muster(&args);
+    let (python, dir) = (torch_python().unwrap(), place.path(""));
+    let submit = |args: &[&str]| {
+        let flags = ["submit", "--follow", "--nnodes", "2", "--python", python.to_str().unwrap()];
+        let mut command = cluster.command(&[&flags[..], args].concat());
+        Outcome::of(command.current_dir(&dir).env("OUTSIDE", "brought along"))
+    };
+    let outcome = submit(&["--", "ddp.py", "--steps", "2"]);
     assert_eq!(outcome.code, 0, "{outcome:?}");
     assert!(outcome.stdout.starts_with("0 0/2 "), "{outcome:?}");
+
+    std::fs::write(place.path("where.py"), "import os; print(os.getcwd(), os.environ['OUTSIDE'])").unwrap();
+    let outcome = submit(&["--env", "OUTSIDE", "--", "where.py"]);
+    let dir = dir.canonicalize().unwrap();
+    assert_eq!(outcome.stdout, format!("{} brought along\n", dir.display()), "{outcome:?}");
+
+    // Nothing runs anywhere before each node has looked.
+    let nothing = submit(&["--", "nothing.py"]);
+    assert_eq!(nothing.code, 1, "{nothing:?}");
+    assert!(nothing.stderr.contains("nothing.py cannot be read: No such file or directory"), "{nothing:?}");
+    let nowhere = submit(&["--working-dir", "/no/such/dir", "--", "ddp.py"]);
+    assert!(nowhere.stderr.contains("working_dir /no/such/dir cannot be used"), "{nowhere:?}");
+    let python =
+        Outcome::of(&mut cluster.command(&["submit", "--follow", "--python", "/no/python", "--", "/x.py"]));
+    assert!(python.stderr.contains("program /no/python is not there; install it on this node"), "{python:?}");
+}
+
+#[test]
+fn ranks_that_hang_in_a_collective_end_when_they_are_told_to() {
+    let Some(place) = place("ranks that hang") else { return };
+    let program = r#"
+import os, signal, time
+import torch, torch.distributed as dist
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+dist.init_process_group("gloo")
+os.write(1, b"ready\n")
+if dist.get_rank() == 0:
+    time.sleep(1000)
+dist.all_reduce(torch.ones(1))
+"#;
+    std::fs::write(place.path("program.py"), program).unwrap();
+    let args = ["--nproc-per-node", "2", "--stop-grace", "500ms", "program.py"];
+    let mut hangs = command(&place, &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(hangs.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!([said.next().unwrap(), said.next().unwrap()], ["ready", "ready"]);
+    kill(Pid::from_raw(hangs.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(hangs.wait().unwrap().code(), Some(1));
+    let mut told = String::new();
+    hangs.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    assert!(told.contains("SIGTERM: the ranks get it too"), "{told}");
+    place.nothing_is_left();
+}
+
+#[test]
+fn what_ranks_fork_ends_with_them() {
+    let Some(place) = place("ranks that fork") else { return };
+    // As a data loader whose workers are never joined, and one that leaves its session as well.
+    let program = r#"
+import multiprocessing, os, sys, tempfile, time
+import torch
+# What it leaves there is its own, as it is killed before it can take it away.
+tempfile.tempdir = os.getcwd()
+from torch.utils.data import DataLoader, TensorDataset
+
+def sleep():
+    os.setsid()
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    loader = DataLoader(TensorDataset(torch.arange(64.0)), batch_size=8, num_workers=2, persistent_workers=True)
+    total = sum(batch[0].sum().item() for batch in loader)
+    multiprocessing.get_context("fork").Process(target=sleep, daemon=False).start()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(1000)
+        os._exit(0)
+    os.write(1, f"{total}\n".encode())
+    os._exit(int(os.environ["RANK"]) * 3)
+"#;
+    let outcome = run_program(&place, &["--nproc-per-node", "2"], program);
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    assert!(outcome.stderr.contains("first to fail: rank 1 of 2"), "{outcome:?}");
+    assert_eq!(outcome.stdout.lines().next(), Some("2016.0"), "{outcome:?}");
+}
+
+/// Of a hundred bytes each.
+const LINES: usize = 1_000_000;
+
+#[test]
+fn a_hundred_megabytes_of_output_are_all_there() {
+    let Some(place) = place("ranks that print much") else { return };
+    let program = format!(
+        "import sys\nfor i in range({LINES}):\n    sys.stdout.write(f'{{i:099}}\\n')\n    sys.stderr.write('.' if i % 100 else '\\n')\n"
+    );
+    let shown = run_program(&place, &[], &program);
+    assert_eq!((shown.code, shown.stdout.len(), shown.stderr.len()), (0, LINES * 100, LINES));
+    let logs = place.path("logs");
+    let teed = run_program(&place, &["--log-dir", logs.to_str().unwrap(), "-t", "1", "-r", "2"], &program);
+    assert_eq!(teed.code, 0);
+    let last = format!("[default0]:{:099}", LINES - 1);
+    assert_eq!((teed.stdout.lines().count(), teed.stdout.lines().last()), (LINES, Some(last.as_str())));
+    let found = files(&run_dir(&logs));
+    assert_eq!(found["attempt_0/0/stdout.log"], shown.stdout);
+    assert_eq!(found["attempt_0/0/stderr.log"].len(), LINES);
+}
+
+#[test]
+fn a_program_writes_for_tensorboard() {
+    let Some(place) = place("TensorBoard") else { return };
+    let program = r#"
+import os, sys
+from torch.utils.tensorboard import SummaryWriter
+if os.environ["RANK"] == "0":
+    with SummaryWriter("runs/one") as writer:
+        for step in range(1, 51):
+            writer.add_scalar("loss", 1 / step, step)
+            writer.add_scalar("lr", 0.1, step)
+            if step == 25:
+                writer.flush()
+"#;
+    let outcome = run_program(&place, &["--nproc-per-node", "2"], program);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    let runs = place.path("runs/one");
+    assert_eq!(runs.read_dir().unwrap().count(), 1, "as under torchrun, and nothing else");
 }

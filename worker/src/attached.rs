@@ -24,6 +24,10 @@ pub struct Attached {
     pub role: String,
     /// What TORCHELASTIC_SIGNALS_TO_HANDLE says.
     pub signals: String,
+    /// Where the ranks' store serves on the first node; 0 for any port that is free.
+    pub store_port: u16,
+    /// What MASTER_ADDR and MASTER_PORT say, if not where the store serves: whoever listens there passes ranks on to it.
+    pub master: Option<(String, u16)>,
     /// Every rank has LOCAL_RANK 0 and sees one GPU.
     pub virtual_local_rank: bool,
     /// Standard output.

@@ -173,8 +173,11 @@ impl Daemon {
             self.release();
         }
         tokio::time::timeout(GOODBYE_MAX, self.say_goodbye(&mut session)).await.ok();
-        let gone = async { while self.released.join_next().await.is_some() {} };
-        tokio::time::timeout(RELEASE_MAX, gone).await.ok();
+        // A command's terminal is not held up by shims that tidy up after their ranks.
+        if self.context.attached.is_none() {
+            let gone = async { while self.released.join_next().await.is_some() {} };
+            tokio::time::timeout(RELEASE_MAX, gone).await.ok();
+        }
         info!("worker stopped");
         refused.map_or(Ok(()), Err)
     }

@@ -29,9 +29,9 @@ const PREFIX: &str = "muster-";
 const NAME_BYTES_MAX: usize = 200;
 /// How often the groups are gone through for those that were forked meanwhile, before that is left to the next call.
 const KILL_ROUNDS: u32 = 20;
-/// A group is busy for a moment after its last process was waited for.
+/// A group is busy for a moment after its last process was waited for: tries, and the first and longest pause between two.
 const REMOVE_TRIES: u32 = 40;
-const REMOVE_PAUSE: Duration = Duration::from_millis(5);
+const REMOVE_PAUSE: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(5));
 /// Deepest groups that ranks made below their own which are looked into.
 const DEPTH_MAX: u32 = 16;
 
@@ -242,11 +242,13 @@ impl GangCgroup {
     /// Removes the groups, once the last of those that have ended has left them.
     pub fn remove_soon(&self) -> io::Result<()> {
         let mut tried = self.remove();
+        let mut pause = REMOVE_PAUSE.0;
         for _ in 0..REMOVE_TRIES {
             if tried.is_ok() {
                 break;
             }
-            std::thread::sleep(REMOVE_PAUSE);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(REMOVE_PAUSE.1);
             tried = self.remove();
         }
         tried

@@ -118,6 +118,10 @@ fn of_attached(attached: &Attached, local_rank: u32, env: &mut BTreeMap<OsString
     env.insert("TORCHELASTIC_RUN_ID".into(), attached.run_id.clone().into());
     env.insert("TORCHELASTIC_SIGNALS_TO_HANDLE".into(), attached.signals.clone().into());
     env.insert("ROLE_NAME".into(), attached.role.clone().into());
+    if let Some((host, port)) = &attached.master {
+        env.insert("MASTER_ADDR".into(), host.into());
+        env.insert("MASTER_PORT".into(), port.to_string().into());
+    }
     if attached.virtual_local_rank {
         env.insert("LOCAL_RANK".into(), "0".into());
         let visible = env.get(OsStr::new("CUDA_VISIBLE_DEVICES")).and_then(|list| list.to_str());

@@ -122,15 +122,10 @@ pub(crate) struct RunArgs {
         value_name = "HOST"
     )]
     pub master_addr: String,
-    /// With --rdzv-backend static: port at which the nodes meet there.
-    #[arg(
-        long,
-        alias = "master_port",
-        env = "PET_MASTER_PORT",
-        default_value_t = 29500,
-        value_name = "PORT"
-    )]
-    pub master_port: u16,
+    /// With --rdzv-backend static: port at which nodes and ranks meet there. Default: 29500, or any that is free where there is
+    /// one node.
+    #[arg(long, alias = "master_port", env = "PET_MASTER_PORT", value_name = "PORT")]
+    pub master_port: Option<u16>,
     /// Address of this node, at which the others reach it. Default: the one from which it reaches the rendezvous.
     #[arg(long, alias = "local_addr", env = "PET_LOCAL_ADDR", value_name = "HOST")]
     pub local_addr: Option<String>,
