@@ -3,6 +3,7 @@
 //!
 //! A tree that a test made can stand in the place of `/sys`, and a file can say what a machine has that is not there.
 
+mod cores;
 pub mod doctor;
 mod fabric;
 mod given;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use muster_core::Inventory;
 
+pub(crate) use cores::topology;
 pub use given::Given;
 pub(crate) use system::allowed_cpus;
 

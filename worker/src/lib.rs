@@ -34,6 +34,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use muster_core::types::NodeName;
+use muster_core::types::surroundings::RankBinding;
 
 pub use attached::{Attached, Streams};
 pub use daemon::run;
@@ -42,6 +43,7 @@ pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
+pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
 
@@ -101,6 +103,18 @@ pub fn cores_and_gpus() -> (u32, u32) {
     let found = devices::Machine::at_a_glance(BTreeMap::new()).inventory();
     let total = found.unwrap_or_default().total;
     ((total.cpu_millis / 1000).max(1), total.gpus)
+}
+
+/// Which processors each of a node's ranks gets. The error says why it cannot be told, in words.
+pub fn numa_bindings(binding: NumaBinding, procs: u32) -> Result<Vec<RankBinding>, String> {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let machine = devices::Machine::at_a_glance(BTreeMap::new());
+    let topology = devices::topology(&machine, visible.as_deref())?;
+    let bind = |local_rank| {
+        let cpus = topology.bind(binding, local_rank)?.to_string();
+        Ok(RankBinding { local_rank, gpus: Vec::new(), cpus, reason: "--numa-binding".to_owned() })
+    };
+    (0..procs).map(bind).collect()
 }
 
 /// Why a node daemon could not start or had to stop.

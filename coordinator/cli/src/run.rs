@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use muster_core::types::surroundings::RankBinding;
 use muster_core::types::{Generation, RUN_LABEL};
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
@@ -284,6 +285,13 @@ fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
     }
 }
 
+/// Where the ranks run on this machine, if --numa-binding says so.
+fn bindings(args: &RunArgs, procs: u32) -> Result<Vec<RankBinding>, Failure> {
+    let Some(binding) = args.numa_binding else { return Ok(Vec::new()) };
+    muster_worker::numa_bindings(binding, procs)
+        .map_err(|why| Failure::Usage(format!("--numa-binding: {why}")))
+}
+
 /// What the ranks run and where they write, and a name for it.
 fn attached(
     args: &RunArgs,
@@ -326,6 +334,7 @@ fn attached(
         signals: args.signals_to_handle.text.clone(),
         virtual_local_rank: args.virtual_local_rank,
         store_port: meeting.store_port,
+        bindings: bindings(args, procs)?,
         master: meeting.shares_port().then(|| (meeting.host.clone(), meeting.port)),
         stdout: streams(1),
         stderr: streams(2),

@@ -314,3 +314,37 @@ impl Table {
         leaves
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_of_kubernetes_and_of_clouds_say_where_a_node_is() {
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let table: [Case<'_>; 6] = [
+            (&[("zone", "z"), ("spine", "s"), ("leaf", "l")], &["z", "s", "l"]),
+            (&[("topology.kubernetes.io/zone", "z"), ("topology.kubernetes.io/rack", "r")], &["z", "", "r"]),
+            (
+                &[("network.topology.nvidia.com/spine", "s"), ("network.topology.nvidia.com/leaf", "l")],
+                &["", "s", "l"],
+            ),
+            (
+                &[
+                    ("topology.k8s.aws/network-node-layer-1", "1"),
+                    ("topology.k8s.aws/network-node-layer-2", "2"),
+                    ("topology.k8s.aws/network-node-layer-3", "3"),
+                ],
+                &["1", "2", "3"],
+            ),
+            // What is said plainly comes first.
+            (&[("zone", "mine"), ("topology.kubernetes.io/zone", "theirs")], &["mine", "", ""]),
+            (&[("rackety", "x")], &[]),
+        ];
+        for (labels, expected) in table {
+            let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            let location = Location::of(&labels);
+            assert_eq!(location.parts().collect::<Vec<_>>(), expected, "{labels:?}");
+        }
+    }
+}

@@ -174,3 +174,7 @@ fn near_cpus(gpus: &[u32], facts: &Facts<'_>) -> (CpuList, String) {
     let ids: Vec<String> = nodes.iter().map(ToString::to_string).collect();
     (cpus, format!("NUMA node {}, to which its GPUs are attached", ids.join(" and ")))
 }
+
+#[cfg(test)]
+#[path = "surroundings_tests.rs"]
+mod tests;

@@ -114,11 +114,11 @@ impl Watched {
 }
 
 impl Daemon {
-    /// What this machine adds to the environment of a gang's ranks. `muster run` adds nothing: its ranks are to find
-    /// what they find under torchrun.
+    /// What this machine adds to the environment of a gang's ranks. `muster run` adds nothing but what it was
+    /// told: its ranks are to find what they find under torchrun.
     pub(super) fn surroundings(&self, assignment: &Assignment) -> Surroundings {
-        if self.identity.config.attached.is_some() {
-            return Surroundings::default();
+        if let Some(attached) = &self.identity.config.attached {
+            return Surroundings { variables: Vec::new(), bindings: attached.bindings.clone() };
         }
         let interface = network::interface_towards(assignment.master_addr);
         let inventory = self.watched.current.borrow().clone();

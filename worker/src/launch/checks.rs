@@ -92,3 +92,55 @@ async fn one(program: &Path) -> (CheckEnd, String) {
     let text = String::from_utf8_lossy(&output);
     (end, text.lines().next().unwrap_or_default().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(dir: &Path, name: &str, mode: u32, script: &str) {
+        let path = dir.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_check_that_does_not_end_is_killed_with_what_it_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pid, new) = (dir.path().join("pid"), dir.path().join("new"));
+        let script = format!(
+            "sleep 1000 & echo $! > {new}; mv {new} {pid}; wait",
+            new = new.display(),
+            pid = pid.display()
+        );
+        write(dir.path(), "hangs", 0o755, &script);
+        let checks = dir.path().to_owned();
+        let running = tokio::spawn(async move { run(&checks).await });
+        while !pid.exists() {
+            tokio::task::yield_now().await;
+        }
+        let child = std::fs::read_to_string(pid).unwrap().trim().parse().unwrap();
+        tokio::time::pause();
+        tokio::time::advance(CHECK_MAX).await;
+        let found = running.await.unwrap();
+        let reasons: Vec<&str> = found.iter().map(|finding| finding.reason.as_str()).collect();
+        assert_eq!(reasons, ["the check does not end, and was killed"]);
+        while crate::launch::procfs::stat(child).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X')) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[tokio::test]
+    async fn only_programs_are_run_and_each_is_heard() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "20-b", 0o755, "echo second; exit 2");
+        write(dir.path(), "10-a", 0o755, "echo first; echo more; exit 1");
+        write(dir.path(), ".hidden", 0o755, "exit 2");
+        write(dir.path(), "backup~", 0o755, "exit 2");
+        write(dir.path(), "README", 0o644, "exit 2");
+        let found = run(dir.path()).await;
+        let words: Vec<String> = found.iter().map(|f| format!("{}: {}", f.subject, f.reason)).collect();
+        assert_eq!(words, ["check 10-a: first", "check 20-b: second"]);
+        let missing = run(&dir.path().join("none")).await;
+        assert!(missing[0].reason.contains("cannot be read"), "{missing:?}");
+    }
+}

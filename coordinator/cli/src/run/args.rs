@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::FalseyValueParser;
+use muster_worker::NumaBinding;
 
 use crate::units::{NodeRange, Span};
 
@@ -132,9 +133,10 @@ pub(crate) struct RunArgs {
     /// A Python class of torchrun's, which cannot be loaded here.
     #[arg(long, alias = "logs_specs", value_name = "NAME")]
     pub logs_specs: Option<String>,
-    /// Where ranks run on the machine; not there yet.
-    #[arg(long, alias = "numa_binding", value_parser = ["node", "socket", "exclusive", "core-complex"])]
-    pub numa_binding: Option<String>,
+    /// Processors of each rank, near the GPU of its local rank: all of the GPU's NUMA node, all of its socket, a part of the node's
+    /// cores that no other rank has, or a core complex of the node.
+    #[arg(long, alias = "numa_binding", value_name = "node|socket|exclusive|core-complex")]
+    pub numa_binding: Option<NumaBinding>,
     /// Signals that are passed on to the ranks, and end the run.
     #[arg(
         long,
@@ -326,6 +328,7 @@ mod tests {
             ("-r 4 x", "is neither 0, 1, 2 or 3"),
             ("--signals-to-handle SIGKILL x", "is no signal that can be handled"),
             ("--local-ranks-filter a x", "is not a list such as"),
+            ("--numa-binding all x", "is none of node, socket, exclusive and core-complex"),
             ("--nproc-per-node 2", "SCRIPT"),
         ] {
             let error = run(line).unwrap_err();
