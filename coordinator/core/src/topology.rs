@@ -35,8 +35,8 @@ const LEAF: [&str; 7] = [
     "rack",
 ];
 /// Most steps that the search may take; beyond it the nodes are taken leaf by leaf, the largest first. A cluster of ten
-/// thousand nodes on three hundred leaves needs a tenth of it.
-const STEPS_MAX: u64 = 8 << 20;
+/// thousand nodes on five hundred leaves of four zones needs two thirds of it.
+const STEPS_MAX: u64 = 16 << 20;
 
 /// Where a node is. Empty where its labels do not say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,9 +137,13 @@ fn search<'t, 'a>(zones: &'t [Vec<Spine<'a>>], wanted: usize) -> (Vec<&'t Leaf<'
         return (vec![leaf], all().count() as u64);
     }
     let greedy = greedy(zones, wanted);
+    let fewest = fewest_leaves(all().map(Vec::len).collect(), wanted);
+    // Spines beside the fewest leaves that hold the gang, and no more than the greedy choice crosses in all. One spine
+    // costs nothing, and is always allowed.
+    let spines = (greedy.1.saturating_sub(fewest)).max(1);
     let size = Size {
-        zones: zones.len().min(greedy.1),
-        spines: zones.iter().map(Vec::len).sum::<usize>().min(greedy.1),
+        zones: zones.len().min(spines),
+        spines: zones.iter().map(Vec::len).sum::<usize>().min(spines),
         leaves: greedy.1,
     };
     let widest = zones.iter().flatten().map(|spine| spine.leaves.len().min(size.leaves) as u64);
@@ -156,6 +160,16 @@ fn search<'t, 'a>(zones: &'t [Vec<Spine<'a>>], wanted: usize) -> (Vec<&'t Leaf<'
     }
     let chosen = table.best(wanted).map(|best| table.trace(best, zones));
     (chosen.unwrap_or(greedy.0), steps)
+}
+
+/// How many leaves of these sizes hold the gang, wherever they are.
+fn fewest_leaves(mut sizes: Vec<usize>, wanted: usize) -> usize {
+    sizes.sort_unstable_by_key(|size| std::cmp::Reverse(*size));
+    let sums = sizes.iter().scan(0, |sum, size| {
+        *sum += size;
+        Some(*sum)
+    });
+    1 + sums.take_while(|sum| *sum < wanted).count()
 }
 
 /// Leaves zone by zone and spine by spine, the largest first; and what that crosses, above which nothing needs a look.
