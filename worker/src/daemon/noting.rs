@@ -1,0 +1,28 @@
+//! What the daemon notes of what it hears, for those who read logs and for those who read metrics.
+
+use muster_core::types::GangId;
+use muster_worker_core::Input;
+
+use super::Daemon;
+
+impl Daemon {
+    /// Before the core hears of it.
+    pub(super) fn note(&self, input: &Input) {
+        match input {
+            Input::Exited(gang, exit) => {
+                self.live.end(gang, exit.rank);
+                self.monitor.exited(exit);
+            }
+            Input::Gone(gang) | Input::Failed(gang, _) => self.live.remove(gang),
+            Input::Fenced(_) => self.monitor.fenced(),
+            Input::Renewed { .. } => self.monitor.renewed(),
+            _ => {}
+        }
+    }
+
+    /// Something about the gang has changed.
+    pub(super) fn count(&self, gang: &GangId) {
+        let procs = self.core.assignment(gang).map_or(0, |assignment| assignment.placement.procs);
+        self.monitor.gang(gang, self.core.report(gang).as_ref(), procs);
+    }
+}
