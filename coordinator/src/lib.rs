@@ -190,7 +190,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let ready = move || {
         // Nobody may be there to read it.
         writeln!(io::stderr(), "{says}").ok();
+        muster_monitor::ready();
     };
+    let stopping = shutdown.clone();
+    let _told = AbortOnDropHandle::new(tokio::spawn(async move {
+        stopping.cancelled().await;
+        muster_monitor::stopping();
+    }));
     serve(config, connections(listener), http, ready, shutdown).await
 }
 

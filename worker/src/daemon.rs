@@ -143,6 +143,7 @@ struct Daemon {
 impl Daemon {
     async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
         self.adopt().await;
+        self.say(muster_monitor::ready);
         let (sender, mut session) = mpsc::channel(INBOX_MAX);
         let keeping = tokio::spawn(session::keep(self.identity.clone(), sender));
         let mut keeping = AbortOnDropHandle::new(keeping);
@@ -155,6 +156,7 @@ impl Daemon {
                 () = self.turn(&mut session) => {}
             }
         };
+        self.say(muster_monitor::stopping);
         self.step(Input::Shutdown);
         let grace = Duration::from_millis(SHUTDOWN_GRACE_MAX);
         if !self.is_idle_within(grace, &mut session).await {

@@ -1,4 +1,4 @@
-//! What the daemon notes of what it hears, for those who read logs and for those who read metrics.
+//! What the daemon notes of what it hears, for metrics and for systemd.
 
 use muster_core::types::GangId;
 use muster_worker_core::Input;
@@ -17,6 +17,13 @@ impl Daemon {
             Input::Fenced(_) => self.monitor.fenced(),
             Input::Renewed { .. } => self.monitor.renewed(),
             _ => {}
+        }
+    }
+
+    /// Tells systemd, unless this is a part of `muster run`, which may be a part of somebody's own service.
+    pub(super) fn say(&self, what: fn()) {
+        if self.identity.config.attached.is_none() {
+            what();
         }
     }
 
