@@ -2,7 +2,9 @@
 
 mod assignment;
 mod ids;
+mod pattern;
 pub mod rendezvous;
+mod resources;
 mod spec;
 mod stop;
 
@@ -10,8 +12,10 @@ pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
+pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;
-pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, Resources, SpecError, limits};
+pub use resources::Resources;
+pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 
 use serde::{Deserialize, Serialize};
