@@ -7,6 +7,7 @@
 
 mod durable;
 mod handle;
+mod show;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -18,7 +19,7 @@ use muster_core::types::{Millis, NodeName, Session};
 use muster_core::{Core, Effects, Event, Input, Job, Join, Node, NodeState, Refusal, Reply, ToNode};
 use muster_proto::{convert, v1};
 use muster_store::{Batch, Error as StoreError, Fence, Store};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch as channel};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{info, warn};
@@ -63,6 +64,18 @@ struct Group {
 
 type Commit = tokio::task::JoinHandle<(Box<dyn Store>, Batch, Result<(), StoreError>)>;
 
+/// Says whether the time of leading lasts.
+pub(crate) type Leads = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// Why [`Driver::run`] has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It was asked to, and everything is stored.
+    Stopped,
+    /// Another coordinator leads, or may.
+    Deposed,
+}
+
 /// The task's state.
 pub(crate) struct Driver {
     core: Core,
@@ -79,7 +92,9 @@ pub(crate) struct Driver {
     /// The group being filled.
     filling: Group,
     /// Why the store cannot be written, while it cannot.
-    degraded: Option<String>,
+    degraded: channel::Sender<Option<String>>,
+    /// Whether this coordinator still leads: what is decided after it does not is neither said nor done.
+    leads: Leads,
     inbox: mpsc::Receiver<(Millis, Command)>,
     links: Links,
     metrics: Metrics,
@@ -91,17 +106,19 @@ pub(crate) fn start(
     mut store: Box<dyn Store>,
     config: muster_core::Config,
     metrics: Metrics,
+    clock: Clock,
+    leads: Leads,
 ) -> Result<(Handle, Driver), Error> {
     let fence = store.campaign()?;
     let snapshot = persist::load(&mut *store)?;
-    let clock = Clock::start();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
     let lease = config.lease;
     let now = clock.now();
     let (core, effects) = Core::load(now, config, seed, snapshot);
     let (sender, inbox) = mpsc::channel(INBOX_MAX);
     let links = Links::default();
-    let handle = Handle { inbox: sender, links: links.clone(), clock };
+    let (degraded, trouble) = channel::channel(None);
+    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble };
     let mut driver = Driver {
         core,
         clock,
@@ -111,7 +128,8 @@ pub(crate) fn start(
         store: Some(store),
         writing: None,
         filling: Group::default(),
-        degraded: None,
+        degraded,
+        leads,
         inbox,
         links,
         metrics,
@@ -121,15 +139,41 @@ pub(crate) fn start(
     Ok((handle, driver))
 }
 
+/// Identity of a cluster, as the API shows it.
+pub(crate) fn cluster_id(core: &Core) -> String {
+    format!("{:016x}", core.meta().seed)
+}
+
 impl Driver {
-    /// Runs until `stop`, then finishes what is to be written.
-    pub async fn run(mut self, stop: CancellationToken) -> Result<(), Error> {
+    /// Number of the time of leading.
+    pub fn term(&self) -> u64 {
+        self.fence.0
+    }
+
+    /// Identity of the cluster.
+    pub fn cluster_id(&self) -> String {
+        cluster_id(&self.core)
+    }
+
+    /// Runs until `stop`, and then finishes what is to be written; or until `over`, or until it sees by itself that another
+    /// coordinator leads.
+    pub async fn run(&mut self, stop: &CancellationToken, over: &CancellationToken) -> Result<End, Error> {
+        match self.lead(stop, over).await {
+            Err(Error::Store(StoreError::Fenced)) => Ok(End::Deposed),
+            ended => ended,
+        }
+    }
+
+    async fn lead(&mut self, stop: &CancellationToken, over: &CancellationToken) -> Result<End, Error> {
         let nodes = self.core.nodes_after(None).count();
         info!(jobs = self.core.jobs_total(), nodes, fence = self.fence.0, "state loaded");
         // Woken at least this often, so that a pause of the whole process is noticed as one.
         let wake_max = Duration::from_millis(self.lease.0 / (2 * STALL_PART)).max(Duration::from_millis(10));
         let mut woken = self.clock.now();
         loop {
+            if !(self.leads)() {
+                return Ok(End::Deposed);
+            }
             self.flush();
             let room = self.filling.deferred.len() < DEFERRED_MAX;
             let due = if room { self.core.next_deadline() } else { None };
@@ -137,6 +181,7 @@ impl Driver {
                 due.map_or(wake_max, |at| Duration::from_millis(at.since(self.clock.now()).0).min(wake_max));
             let input = tokio::select! {
                 biased;
+                () = over.cancelled() => return Ok(End::Deposed),
                 done = finished(&mut self.writing) => {
                     self.written(done?)?;
                     None
@@ -148,6 +193,10 @@ impl Driver {
                 () = stop.cancelled() => break,
                 () = tokio::time::sleep(idle) => None,
             };
+            // It may have waited for long, or not run at all.
+            if !(self.leads)() {
+                return Ok(End::Deposed);
+            }
             let now = self.clock.now();
             if now.since(woken).0 > self.lease.0 / STALL_PART {
                 warn!(
@@ -171,22 +220,25 @@ impl Driver {
                 None => {}
             }
         }
-        self.drain().await
+        self.drain().await.map(|()| End::Stopped)
     }
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Request { input, reply } => match &self.degraded {
-                Some(why) => drop(reply.send(Err(RequestError::StoreUnavailable(why.clone())))),
-                None => self.step(*input, Some(reply)),
-            },
+            Command::Request { input, reply } => {
+                let trouble = self.degraded.borrow().clone();
+                match trouble {
+                    Some(why) => drop(reply.send(Err(RequestError::StoreUnavailable(why)))),
+                    None => self.step(*input, Some(reply)),
+                }
+            }
             Command::Join { join, reply } => self.join(*join, reply),
             Command::FromNode(input) => self.step(*input, None),
             Command::Heartbeat { node, session, seq } => self.heartbeat(node, session, seq),
             Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
             Command::Read(look) => {
                 let later = look(&self.core);
-                if self.degraded.is_some() {
+                if self.degraded.borrow().is_some() {
                     later();
                 } else {
                     self.filling.deferred.push(Deferred::Run(later));
@@ -237,7 +289,7 @@ impl Driver {
         let mut effects = self.core.step(self.now, hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {
-                let link = Link::new(session, sender);
+                let link = Link::new(session, self.fence.0, sender);
                 if let Some(older) = self.links.replace(&node, link.clone()) {
                     older.close(Status::aborted("a newer session of this node was opened"));
                 }

@@ -98,7 +98,7 @@ fn session_request(bytes: &[u8]) {
         }
         Up::Log(data) => {
             let (sender, _stream) = mpsc::channel(4);
-            let link = Link::new(session, sender);
+            let link = Link::new(session, 1, sender);
             let (reader, _pieces) = mpsc::channel(1);
             link.subscribe(reader, |_| v1::LogSubscribe::default());
             // The second time the reader has no room: it is dropped, and holds nothing up.
@@ -108,6 +108,10 @@ fn session_request(bytes: &[u8]) {
         }
         Up::Leaving(leaving) => {
             cluster.feed(Input::Leaving { node, session, reason: worker::reason(&leaving) });
+        }
+        Up::Health(health) => {
+            let Some((findings, inventory)) = accepted_field(worker::checked_health(health)) else { return };
+            cluster.feed(Input::Health { node, session, findings, inventory });
         }
         Up::Heartbeat(_) => _ = cluster.feed(Input::Heartbeat { node, session }),
         Up::Goodbye(_) => _ = cluster.feed(Input::Goodbye { node, session }),

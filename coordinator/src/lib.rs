@@ -12,22 +12,32 @@ pub mod fuzz;
 mod grpc;
 mod links;
 mod metrics;
+mod office;
 mod persist;
+mod seen;
 mod server;
+mod several;
+pub mod transfer;
 mod view;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::Millis;
+pub use muster_store::EtcdConfig;
 use muster_store::{MemoryStore, RedbStore, Store};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
-use tracing::info;
+use tracing::{info, warn};
+
+use clock::Clock;
+use office::{Following, Office, Reign, Standing};
 
 /// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
 /// is tried again by its machine after a second or three, and many nodes come back at once.
@@ -48,6 +58,12 @@ pub struct Config {
     pub lease: Duration,
     /// Time between heartbeats, well below the lease.
     pub heartbeat: Duration,
+    /// With several coordinators: where clients reach this one. None: at the address it listens on.
+    pub advertise: Option<String>,
+    /// With several coordinators: time without a word from the leader after which another one leads. Whole seconds.
+    pub leader_lease: Duration,
+    /// Go on from an etcd that was restored from a backup.
+    pub accept_restored_store: bool,
 }
 
 impl Config {
@@ -60,17 +76,22 @@ impl Config {
             store: StoreKind::Redb,
             lease: Duration::from_secs(10),
             heartbeat: Duration::from_secs(1),
+            advertise: None,
+            leader_lease: Duration::from_secs(3),
+            accept_restored_store: false,
         }
     }
 }
 
 /// Where control state is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreKind {
     /// A redb file in the data directory.
     Redb,
     /// Memory: gone with the process.
     Memory,
+    /// etcd: this coordinator is one of several, of which one leads.
+    Etcd(EtcdConfig),
 }
 
 /// Why a coordinator could not start or had to stop.
@@ -90,6 +111,15 @@ pub enum Error {
         /// The heartbeat asked for.
         heartbeat: Duration,
     },
+    /// The lease of the leader is none that etcd grants as it is.
+    #[error("a leader's lease of {0:?} is not possible: give whole seconds, at least 2")]
+    LeaderLease(Duration),
+    /// Clients would be sent nowhere.
+    #[error(
+        "{0} is every address of this machine, and none at which others can be told to call it; pass --advertise with \
+         the URL at which workers and users reach this coordinator"
+    )]
+    Advertise(SocketAddr),
     /// The data directory cannot be used.
     #[error("failed to make the data directory {path}: {source}")]
     DataDir {
@@ -114,6 +144,9 @@ pub enum Error {
     /// The store holds something that this version cannot read.
     #[error("failed to read the store: {0}")]
     Decode(String),
+    /// A store cannot be moved.
+    #[error("{0}")]
+    Transfer(String),
     /// The server broke.
     #[error("failed to serve gRPC: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -134,6 +167,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
+    let config = Config { listen: address, ..config };
     let ready = || {
         // Nobody may be there to read it.
         writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
@@ -161,29 +195,93 @@ where
 {
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|source| Error::DataDir { path: config.data_dir.clone(), source })?;
-    let store: Box<dyn Store> = match config.store {
+    let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
+    let clock = Clock::start();
+    let version = env!("CARGO_PKG_VERSION");
+    let store: Box<dyn Store> = match &config.store {
         StoreKind::Redb => Box::new(RedbStore::open(&config.data_dir.join("store.redb"))?),
         StoreKind::Memory => Box::new(MemoryStore::default()),
+        StoreKind::Etcd(etcd) => {
+            if config.lease < config.leader_lease * 3 {
+                warn!(
+                    lease = ?config.lease,
+                    leader_lease = ?config.leader_lease,
+                    "where a leader's machine vanishes without a word, nodes may stop their ranks before another one leads; \
+                     give --lease three times --leader-lease"
+                );
+            }
+            let (standing, office) = watch::channel(Standing::Following(Following::default()));
+            let (office, url) = (Office::new(office, clock), advertised(&config));
+            let candidate = several::Candidate {
+                etcd: etcd.clone(),
+                url,
+                config: config.clone(),
+                metrics: metrics.clone(),
+                clock,
+                standing,
+            };
+            ready();
+            info!(data_dir = %config.data_dir.display(), version, "coordinator serves; it leads when it is elected");
+            let mut standing = tokio::spawn(candidate.run(shutdown.clone()));
+            let serving = server::serve(connections, &config, office, metrics, shutdown.clone());
+            tokio::pin!(serving);
+            let served = tokio::select! {
+                served = &mut serving => {
+                    shutdown.cancel();
+                    standing.await??;
+                    served
+                }
+                // It has resigned before the last calls are answered, and the next one need not wait for that; or it cannot
+                // go on.
+                ended = &mut standing => {
+                    ended??;
+                    serving.await
+                }
+            };
+            info!("coordinator stopped");
+            return served;
+        }
     };
-    let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
     let core_config = muster_core::Config { lease: millis(config.lease), ..muster_core::Config::default() };
-    let (handle, driver) = driver::start(store, core_config, metrics.clone())?;
+    let (handle, mut driver) = driver::start(store, core_config, metrics.clone(), clock, Arc::new(|| true))?;
+    let over = shutdown.child_token();
+    let reign = Reign {
+        agents: agents::Runs::new(clock, over.clone()),
+        driver: handle,
+        term: driver.term(),
+        coordinators: 1,
+        cluster_id: driver.cluster_id().into(),
+        over,
+    };
+    let (standing, office) = watch::channel(Standing::Leading(reign));
+    let office = Office::new(office, clock);
 
     ready();
-    info!(data_dir = %config.data_dir.display(), version = env!("CARGO_PKG_VERSION"), "coordinator ready");
+    info!(data_dir = %config.data_dir.display(), version, "coordinator ready");
 
     // The driver outlives the server: requests that are under way still get their answers.
     let driver_stop = CancellationToken::new();
-    let mut driver_task = tokio::spawn(driver.run(driver_stop.clone()));
+    let stop = driver_stop.clone();
+    let mut driver_task = tokio::spawn(async move { driver.run(&stop, &CancellationToken::new()).await });
     let served = tokio::select! {
-        served = server::serve(connections, &config, handle, metrics, shutdown.clone()) => served,
+        served = server::serve(connections, &config, office, metrics, shutdown.clone()) => served,
         // The driver only ends by itself when it cannot go on.
-        ended = &mut driver_task => return ended?,
+        ended = &mut driver_task => {
+            ended??;
+            // Another process has taken the store over.
+            return Err(muster_store::Error::Fenced.into());
+        }
     };
     driver_stop.cancel();
     driver_task.await??;
+    drop(standing);
     info!("coordinator stopped");
     served
+}
+
+/// Where clients reach this coordinator.
+fn advertised(config: &Config) -> String {
+    config.advertise.clone().unwrap_or_else(|| format!("http://{}", config.listen))
 }
 
 fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
@@ -203,6 +301,14 @@ fn check(config: &Config) -> Result<(), Error> {
     }
     if config.heartbeat.is_zero() || config.heartbeat * 3 > config.lease {
         return Err(Error::Lease { lease: config.lease, heartbeat: config.heartbeat });
+    }
+    if let StoreKind::Etcd(_) = &config.store {
+        if config.leader_lease.as_secs() < 2 || config.leader_lease.subsec_nanos() != 0 {
+            return Err(Error::LeaderLease(config.leader_lease));
+        }
+        if config.advertise.is_none() && config.listen.ip().is_unspecified() {
+            return Err(Error::Advertise(config.listen));
+        }
     }
     Ok(())
 }

@@ -17,20 +17,26 @@ pub(crate) const LINK_QUEUE_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Link {
     pub session: Session,
+    /// Number of the coordinator's time of leading.
+    term: u64,
     sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
     logs: Mutex<HashMap<u64, mpsc::Sender<v1::LogData>>>,
     next_subscription: AtomicU64,
 }
 
 impl Link {
-    pub fn new(session: Session, sender: mpsc::Sender<Result<v1::SessionResponse, Status>>) -> Arc<Self> {
+    pub fn new(
+        session: Session,
+        term: u64,
+        sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+    ) -> Arc<Self> {
         let (logs, next_subscription) = (Mutex::default(), AtomicU64::new(1));
-        Arc::new(Self { session, sender, logs, next_subscription })
+        Arc::new(Self { session, term, sender, logs, next_subscription })
     }
 
     /// Queues a message. False if the queue is full or the stream is gone.
     pub fn send(&self, message: v1::session_response::Message) -> bool {
-        self.sender.try_send(Ok(v1::SessionResponse { message: Some(message) })).is_ok()
+        self.sender.try_send(Ok(v1::SessionResponse { message: Some(message), term: self.term })).is_ok()
     }
 
     /// Ends the stream with a status, if it still takes one.
@@ -87,6 +93,13 @@ impl Links {
     /// Puts a session in the place of the node's older one, which it returns.
     pub fn replace(&self, node: &NodeName, link: Arc<Link>) -> Option<Arc<Link>> {
         lock(&self.0).insert(node.clone(), link)
+    }
+
+    /// Closes every session.
+    pub fn close_all(&self, status: &Status) {
+        for (_, link) in std::mem::take(&mut *lock(&self.0)) {
+            link.close(status.clone());
+        }
     }
 
     /// Takes a session out if it is still the node's.

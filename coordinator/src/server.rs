@@ -7,15 +7,20 @@ use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tonic::Request;
+use tonic::server::NamedService;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 use tower::ServiceBuilder;
 use tower_http::classify::{GrpcCode, GrpcErrorsAsFailures, SharedClassifier};
 use tower_http::trace::TraceLayer;
 
-use crate::driver::Handle;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
+use crate::office::{Office, STALE};
 use crate::{Config, Error};
 
 /// Largest message taken or sent.
@@ -31,6 +36,8 @@ const CONNECTION_STREAMS_MAX: u32 = 1024;
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// A silent connection is probed after this long, and dropped if it stays silent for the second span.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+/// The health service's name for the process itself.
+const LIVE: &str = "live";
 /// Time that calls under way get when the coordinator stops.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
@@ -38,7 +45,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 pub(crate) async fn serve<I, C>(
     connections: I,
     config: &Config,
-    driver: Handle,
+    office: Office,
     metrics: Metrics,
     shutdown: CancellationToken,
 ) -> Result<(), Error>
@@ -46,21 +53,32 @@ where
     I: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let api = Api::new(driver, metrics, config, shutdown.clone());
+    let api = Api::new(office.clone(), metrics, config);
     let (health, health_service) = tonic_health::server::health_reporter();
+    let (mut names, shown, led) = (vec![""], office.clone(), office.clone());
+    let shows = move |request: Request<()>| shown.admit(&request).map(|()| request);
+    let leads = move |request: Request<()>| led.admit_to_lead(&request).map(|()| request);
 
+    // Outside each service: who does not lead says who does.
     macro_rules! service {
-        ($server:path) => {{
+        ($server:path, $gate:expr) => {{
             let service = <$server>::new(api.clone());
-            health.set_serving::<$server>().await;
-            service.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX)
+            names.push(<$server as NamedService>::NAME);
+            let service = service
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            InterceptedService::new(service, $gate.clone())
         }};
     }
-    let jobs = service!(v1::job_service_server::JobServiceServer<Api>);
-    let nodes = service!(v1::node_service_server::NodeServiceServer<Api>);
-    let cluster = service!(v1::cluster_service_server::ClusterServiceServer<Api>);
-    let workers = service!(v1::worker_service_server::WorkerServiceServer<Api>);
-    let agents = service!(v1::rendezvous_service_server::RendezvousServiceServer<Api>);
+    let jobs = service!(v1::job_service_server::JobServiceServer<Api>, shows);
+    let nodes = service!(v1::node_service_server::NodeServiceServer<Api>, shows);
+    let cluster = service!(v1::cluster_service_server::ClusterServiceServer<Api>, shows);
+    let workers = service!(v1::worker_service_server::WorkerServiceServer<Api>, leads);
+    let agents = service!(v1::rendezvous_service_server::RendezvousServiceServer<Api>, leads);
+    // For probes that ask whether the process is well, and not whether it leads.
+    health.set_service_status(LIVE, ServingStatus::Serving).await;
+    set_health(&health, &names, office.leads()).await;
+    let following = follow_health(health, names, office.clone());
 
     // From the outside in.
     let layers = ServiceBuilder::new()
@@ -68,6 +86,8 @@ where
         .layer(TraceLayer::new(SharedClassifier::new(failures())))
         // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
         .map_response(oversized_is_resource_exhausted)
+        // Who reads while the store or etcd is in trouble is told that it may no longer be so.
+        .map_response(move |response| marked_stale(response, &office))
         // Refuses at once, with RESOURCE_EXHAUSTED, when the limit below is reached …
         .load_shed()
         // … which counts calls over all connections together.
@@ -98,6 +118,7 @@ where
     };
     tokio::select! {
         served = server => Ok(served?),
+        () = following => Ok(()),
         () = drained => {
             tracing::warn!("some calls did not finish in time and were dropped");
             Ok(())
@@ -105,9 +126,35 @@ where
     }
 }
 
-/// What is logged as an error: whatever is not the caller's own mistake, or the caller's going away.
+/// Readiness goes with leading.
+async fn set_health(health: &HealthReporter, names: &[&str], leads: bool) {
+    let status = if leads { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for name in names {
+        health.set_service_status(name, status).await;
+    }
+}
+
+/// Never ends.
+async fn follow_health(health: HealthReporter, names: Vec<&'static str>, office: Office) {
+    let mut changes = office.changes();
+    while changes.changed().await.is_ok() {
+        set_health(&health, &names, office.leads()).await;
+    }
+    std::future::pending::<()>().await;
+}
+
+fn marked_stale<B>(mut response: http::Response<B>, office: &Office) -> http::Response<B> {
+    if let Some(why) = office.stale() {
+        response.headers_mut().insert(STALE, why);
+    }
+    response
+}
+
+/// What is logged as an error: whatever is not the caller's own mistake, or the caller's going away, or what says by
+/// itself that another coordinator or another time is meant.
 fn failures() -> GrpcErrorsAsFailures {
-    let callers = [
+    let expected = [
+        GrpcCode::Unavailable,
         GrpcCode::Cancelled,
         GrpcCode::InvalidArgument,
         GrpcCode::NotFound,
@@ -115,7 +162,7 @@ fn failures() -> GrpcErrorsAsFailures {
         GrpcCode::FailedPrecondition,
         GrpcCode::Aborted,
     ];
-    callers.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
+    expected.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

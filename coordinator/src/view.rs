@@ -1,9 +1,11 @@
 //! The core's records as the API shows them.
 
-use muster_core::types::{NodeName, Rank};
-use muster_core::{Awaited, Inventory, Job, JobState, Node, NodeState, PastGeneration, Rendezvous};
+use muster_core::health::{Health, Verdict};
+use muster_core::types::{NodeName, Rank, Surroundings};
+use muster_core::{Awaited, Job, JobState, Node, NodeState, PastGeneration, Rendezvous};
 use muster_proto::convert::{
-    placement_to_wire, rank_exit_to_wire, resources_to_wire, spec_to_wire, timestamp_to_wire,
+    finding_to_wire, inventory_to_wire, placement_to_wire, rank_exit_to_wire, resources_to_wire,
+    spec_to_wire, surroundings_to_wire, timestamp_to_wire,
 };
 use muster_proto::v1;
 
@@ -94,7 +96,7 @@ pub(crate) fn node(node: &Node) -> v1::Node {
         state: state.into(),
         cordoned: node.cordon.is_some(),
         cordon_reason: node.cordon.clone().unwrap_or_default(),
-        inventory: Some(inventory(&node.inventory)),
+        inventory: Some(inventory_to_wire(&node.inventory)),
         reserved: Some(resources_to_wire(node.reserved.amount)),
         job_ids: node.reserved.jobs.keys().map(ToString::to_string).collect(),
         joined: Some(timestamp_to_wire(node.joined)),
@@ -104,22 +106,37 @@ pub(crate) fn node(node: &Node) -> v1::Node {
             deadline: drain.deadline.map(timestamp_to_wire),
         }),
         leftover_gangs: node.reserved.leftovers.keys().map(ToString::to_string).collect(),
+        health: Some(health(&node.health)),
+        location: node.location.parts().map(ToOwned::to_owned).collect(),
     }
 }
 
-fn inventory(inventory: &Inventory) -> v1::Inventory {
-    let gpus = inventory.gpus.iter().map(|gpu| v1::Device {
-        index: Some(gpu.index),
-        uuid: gpu.uuid.clone(),
-        model: gpu.model.clone(),
-        memory_bytes: gpu.memory_bytes,
-    });
-    v1::Inventory {
-        total: Some(resources_to_wire(inventory.total)),
-        gpus: gpus.collect(),
-        labels: inventory.labels.clone(),
-        hostname: inventory.hostname.clone(),
-        version: inventory.version.clone(),
+/// Groups of nodes that are listed with what they add; they differ in a few ways at most, or each in its own.
+const ENVIRONMENTS_MAX: usize = 256;
+
+pub(crate) fn environments(job: &Job) -> v1::GetJobEnvironmentResponse {
+    let all = job.environments();
+    let group = |(surroundings, nodes): &(&Surroundings, Vec<&NodeName>)| v1::NodeEnvironment {
+        node_names: nodes.iter().map(ToString::to_string).collect(),
+        surroundings: Some(surroundings_to_wire(surroundings)),
+    };
+    v1::GetJobEnvironmentResponse {
+        environments: all.iter().take(ENVIRONMENTS_MAX).map(group).collect(),
+        environments_more: all.len().saturating_sub(ENVIRONMENTS_MAX) as u32,
+    }
+}
+
+fn health(health: &Health) -> v1::Health {
+    let verdict = match health.verdict() {
+        Verdict::Healthy => v1::HealthVerdict::Healthy,
+        Verdict::Degraded => v1::HealthVerdict::Degraded,
+        Verdict::Quarantined => v1::HealthVerdict::Quarantined,
+    };
+    v1::Health {
+        verdict: verdict.into(),
+        reason: health.reason().to_owned(),
+        changed: Some(timestamp_to_wire(health.changed())),
+        findings: health.findings().map(finding_to_wire).collect(),
     }
 }
 

@@ -1,6 +1,8 @@
 //! The decoders of this crate for the fuzzer and the property tests: each wire message that is checked into a type,
 //! and what must hold of everything that is accepted. In no build that is shipped.
 
+mod machine;
+
 use std::fmt::Debug;
 
 use muster_core::agents::Said;
@@ -18,7 +20,7 @@ const TIMESTAMP_SECONDS_MAX: i64 = 253_402_300_799;
 const DURATION_SECONDS_MAX: i64 = 315_576_000_000;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 9] = [
+pub const DECODERS: [Decoder; 11] = [
     Decoder { name: "job_spec", decode: job_spec, samples: job_spec_samples },
     Decoder { name: "assignment", decode: assignment, samples: || vec![encoded(&sample_assignment())] },
     Decoder { name: "gang_report", decode: gang_report, samples: || vec![encoded(&sample_report())] },
@@ -28,6 +30,12 @@ pub const DECODERS: [Decoder; 9] = [
         samples: || sample_exits().iter().map(encoded).collect(),
     },
     Decoder { name: "placement", decode: placement, samples: || vec![encoded(&sample_placement())] },
+    Decoder { name: "node_health", decode: machine::node_health, samples: machine::node_health_samples },
+    Decoder {
+        name: "surroundings",
+        decode: machine::surroundings,
+        samples: || vec![encoded(&machine::sample_surroundings())],
+    },
     Decoder { name: "agent_hello", decode: agent_hello, samples: || vec![encoded(&sample_hello())] },
     Decoder { name: "agent_said", decode: agent_said, samples: agent_said_samples },
     Decoder { name: "timestamp", decode: timestamp, samples: timestamp_samples },
@@ -306,6 +314,7 @@ fn sample_report() -> v1::GangReport {
         }],
         process_ids: vec![4711, 4712],
         rendezvous: Some(sample_rendezvous()),
+        surroundings: Some(machine::sample_surroundings()),
     }
 }
 

@@ -1,11 +1,12 @@
 //! `cargo xtask bench`: the training program beside the same in Python under torchrun, on the same libtorch,
 //! in one run, in turn. Prints JSON lines, then a table of ratios of medians. `cargo xtask bench recovery` measures
-//! how long faults take to heal instead, `cargo xtask bench launch` how soon ranks run, and `cargo xtask bench store` the store
-//! at which they meet.
+//! how long faults take to heal instead, `cargo xtask bench launch` how soon ranks run, `cargo xtask bench init` how soon they
+//! have met, and `cargo xtask bench store` the store at which they do.
 
 #![expect(clippy::unwrap_used, reason = "a bench fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
+mod init;
 mod launch;
 mod recovery;
 mod store;
@@ -45,12 +46,13 @@ fn main() {
         None => vision(root),
         Some("recovery") => recovery::run(root, &args[1..]),
         Some("store") => store::run(root),
+        Some("init") => init::run(root),
         Some("launch") => launch::run(root),
         // A rank of that bench.
         Some("stamp") => launch::stamp(Path::new(&args[1])),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `agents`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
+                "there is no bench {other}; there are `agents`, `durable`, `init`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
                  training"
             )
         }

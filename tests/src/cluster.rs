@@ -160,6 +160,11 @@ impl Cluster {
 
     /// Starts a worker of this name on the directory of that one.
     pub fn spawn_worker(&self, name: &str, dir: &str) -> Daemon {
+        self.spawn_worker_with(name, dir, &[])
+    }
+
+    /// As [`Self::spawn_worker`], with further flags.
+    pub fn spawn_worker_with(&self, name: &str, dir: &str, flags: &[&str]) -> Daemon {
         let data_dir = self.dir.path().join(dir);
         let args = [
             "worker",
@@ -171,7 +176,7 @@ impl Cluster {
             data_dir.to_str().unwrap(),
         ];
         let host = name.trim_start_matches('n').parse().unwrap_or(1);
-        Daemon::start_behind(&self.prefix(host), self.dir.path(), name, &args)
+        Daemon::start_behind(&self.prefix(host), self.dir.path(), name, &[&args[..], flags].concat())
     }
 
     fn prefix(&self, host: usize) -> Vec<String> {

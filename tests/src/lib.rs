@@ -6,8 +6,11 @@
 
 mod bed;
 mod cluster;
+mod etcd;
+mod machine;
 mod netns;
 mod place;
+mod several;
 mod slurm;
 mod tools;
 
@@ -16,10 +19,16 @@ use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
-pub use netns::{Cut, Netns};
+pub use etcd::{Etcd, has_etcd};
+pub use machine::{FakeMachine, RAILS, Rail};
+pub use netns::{Cut, Netns, address as netns_address};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
+pub use several::{FAST, Several};
 pub use slurm::Slurm;
-pub use tools::{Outcome, binary, faketime_path, grpcurl, grpcurl_path, python, skip, torch_python, trainer};
+pub use tools::{
+    Outcome, binary, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors, python, skip,
+    torch_python, trainer,
+};
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.
 pub const PATIENCE: Duration = Duration::from_mins(1);

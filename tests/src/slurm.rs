@@ -17,12 +17,22 @@ pub struct Slurm {
 impl Slurm {
     /// Starts it and waits until every node is idle. None where `cargo xtask setup --tools` could not bring it.
     pub fn start(nodes: usize) -> Option<Self> {
+        Self::start_with(nodes, None)
+    }
+
+    /// As [`Self::start`], with a topology.conf.
+    pub fn start_with(nodes: usize, topology: Option<&str>) -> Option<Self> {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/slurm").canonicalize().ok()?;
         let dir = tempfile::tempdir().unwrap();
         let mut slurm = Self { dir, tree, daemons: Vec::new() };
         std::fs::create_dir(slurm.dir.path().join("state")).unwrap();
         std::fs::write(slurm.dir.path().join("cgroup.conf"), "CgroupAutomount=no\n").unwrap();
-        std::fs::write(slurm.dir.path().join("slurm.conf"), slurm.configuration(nodes)).unwrap();
+        let mut configuration = slurm.configuration(nodes);
+        if let Some(topology) = topology {
+            configuration.push_str("TopologyPlugin=topology/tree\n");
+            std::fs::write(slurm.dir.path().join("topology.conf"), topology).unwrap();
+        }
+        std::fs::write(slurm.dir.path().join("slurm.conf"), configuration).unwrap();
         slurm.run_daemon("slurmctld-wlm", &["-D"]);
         let stepd = slurm.tree.join("usr/sbin/slurmstepd-wlm").display().to_string();
         for node in 0..nodes {

@@ -79,6 +79,18 @@ pub fn faketime_path() -> Option<PathBuf> {
     path.is_file().then_some(path)
 }
 
+/// ibstat as `cargo xtask test` brings it, if it is there.
+pub fn ibstat_path() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/ibstat/usr/sbin/ibstat");
+    path.is_file().then_some(path)
+}
+
+/// The processors that this process may use.
+pub fn processors() -> Vec<usize> {
+    let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();
+    (0..nix::sched::CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect()
+}
+
 /// Calls `method` on `address` with grpcurl. Its exit code is 64 plus gRPC's on an error of the server.
 pub fn grpcurl(address: &str, args: &[&str]) -> Outcome {
     let (options, rest): (Vec<&str>, Vec<&str>) = match args.iter().position(|arg| *arg == "--") {

@@ -5,7 +5,9 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 
-use muster_tests::{Cluster, Outcome, Place, Settings, files, lines, run_dir, skip, torch_python};
+use muster_tests::{
+    Cluster, Nodes, Outcome, Place, Settings, files, free_port, lines, run_dir, skip, torch_python,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -96,6 +98,29 @@ fn ddp_trains_unchanged() {
     let by_path = run(&place, &["--run-path", &path, "--steps=1"]);
     assert_eq!(by_path.code, 0, "{by_path:?}");
     check(&by_path.stdout, 0, 1);
+}
+
+/// Ranks and nodes come to one port under static, and each to its own under c10d.
+#[test]
+fn ddp_trains_unchanged_on_several_nodes() {
+    let Some(place) = place("DDP in Python on two nodes") else { return };
+    let port = free_port();
+    let endpoint = format!("localhost:{port}");
+    let places: [&[&str]; 2] =
+        [&["--master-port", &port], &["--rdzv-backend=c10d", "--rdzv-endpoint", &endpoint]];
+    for meeting in places {
+        let start = |rank: &&str| {
+            let args = ["--nnodes=2", "--nproc-per-node=2", "--max-restarts=1", "--node-rank", rank];
+            let program = ["ddp.py", "--fail_at", "1"];
+            let mut command = command(&place, &[&args[..], meeting, &program].concat());
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let ends = Nodes(["0", "1"].iter().map(start).collect()).ends();
+        assert!(ends.iter().all(|end| end.code == 0), "{ends:?}");
+        let said: String = ends.iter().map(|end| end.stdout.as_str()).collect();
+        check(&said, 1, 4);
+        place.nothing_is_left();
+    }
 }
 
 #[test]

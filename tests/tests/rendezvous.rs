@@ -9,7 +9,8 @@ use nix::unistd::Pid;
 #[test]
 fn static_nodes_have_the_places_that_they_are_given() {
     let place = Place::new();
-    let script = place.script("echo $1: $GROUP_RANK $RANK of $WORLD_SIZE, $TORCHELASTIC_RUN_ID");
+    let script = place
+        .script("echo $1: $GROUP_RANK $RANK of $WORLD_SIZE, $TORCHELASTIC_RUN_ID, $MASTER_ADDR:$MASTER_PORT");
     let port = free_port();
     let start = |rank: &&str| {
         let args = ["--nnodes=3", "--nproc-per-node=2", "--master-port", &port, "--node-rank", rank];
@@ -19,7 +20,8 @@ fn static_nodes_have_the_places_that_they_are_given() {
     let nodes = Nodes(["2", "1", "0"].iter().map(start).collect());
     for (rank, end) in [2, 1, 0].into_iter().zip(nodes.ends()) {
         assert_eq!(end.code, 0, "{end:?}");
-        let expected = [0, 1].map(|local| format!("{rank}: {rank} {} of 6, none", 2 * rank + local));
+        let expected =
+            [0, 1].map(|local| format!("{rank}: {rank} {} of 6, none, 127.0.0.1:{port}", 2 * rank + local));
         assert_eq!(lines(&end.stdout), expected, "{end:?}");
     }
     place.nothing_is_left();

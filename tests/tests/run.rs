@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use muster_tests::{
-    Outcome, Place, binary, eventually, files, is_running, lines, run_dir, skip, torch_python,
+    Outcome, Place, binary, eventually, files, free_port, is_running, lines, run_dir, skip, torch_python,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -52,6 +52,11 @@ fn the_first_failure_is_reported() {
     let outcome = place.run(&["--nproc-per-node", "2", "nothing.py"]);
     assert_eq!(outcome.code, 2, "{outcome:?}");
     assert!(outcome.stderr.contains("there is no nothing.py in"), "{outcome:?}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let outcome = place.run(&["--master-port", &port, "--no-python", "true"]);
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    assert!(outcome.stderr.contains(&format!("port {port} of 127.0.0.1 is taken")), "{outcome:?}");
     let outcome = place.run(&["--no-python", "no-such-program"]);
     assert_eq!(outcome.code, 1, "{outcome:?}");
     assert!(outcome.stderr.contains(r#"program "no-such-program" was not found"#), "{outcome:?}");
@@ -68,7 +73,9 @@ fn every_attempt_keeps_its_logs_and_only_faults_are_counted() {
     let logs_arg = logs.to_str().unwrap();
     let args =
         ["--nproc-per-node=2", "--max_restarts=2", "--log_dir", logs_arg, "-r", "1", "--rdzv-id", "a/b"];
-    let outcome = place.run(&[&args[..], &["--no-python", &script]].concat());
+    // Each attempt has its own store at the same port.
+    let port = free_port();
+    let outcome = place.run(&[&args[..], &["--master-port", &port, "--no-python", &script]].concat());
     assert_eq!((outcome.code, outcome.stdout.as_str()), (0, ""), "{outcome:?}");
     assert!(outcome.stderr.contains("was ended by signal 9 (SIGKILL); restart 1 of 2"), "{outcome:?}");
     let dir = run_dir(&logs);
@@ -155,7 +162,7 @@ fn a_rank_sees_what_torchrun_would_show_it() {
     const OWN: [&str; 2] = ["MUSTER_", "PYTHONFAULTHANDLER"];
     // Chosen anew by each run.
     const CHOSEN: [&str; 5] =
-        ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "_"];
+        ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "_", "MASTER_ADDR", "MASTER_PORT"];
     let Some(python) = torch_python() else {
         return skip(
             "the comparison with torchrun",
@@ -169,9 +176,13 @@ fn a_rank_sees_what_torchrun_would_show_it() {
     std::fs::write(place.path("probe.py"), probe).unwrap();
     let path =
         std::env::join_paths([python.parent().unwrap(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
-    for flags in
-        [&["--standalone", "--nproc-per-node", "2"][..], &["-m", "--max-restarts", "3", "--role", "trainer"]]
-    {
+    let port = free_port();
+    for flags in [
+        &["--standalone", "--nproc-per-node", "2"][..],
+        &["-m", "--max-restarts", "3", "--role", "trainer"],
+        &["--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port", &port],
+    ] {
+        let chosen = if flags.contains(&"--master-port") { &CHOSEN[..3] } else { &CHOSEN };
         let program = if flags.contains(&"-m") { "probe" } else { "probe.py" };
         let ranks = |command: &mut Command, logs: &str| -> BTreeMap<String, Value> {
             let logs = place.path(logs);
@@ -204,13 +215,13 @@ fn a_rank_sees_what_torchrun_would_show_it() {
         );
         for (mut ours, mut theirs) in ours.into_values().zip(theirs.into_values()) {
             for (name, value) in ours["env"].as_object_mut().unwrap() {
-                if CHOSEN.contains(&name.as_str()) {
+                if chosen.contains(&name.as_str()) {
                     assert!(!value.as_str().unwrap().is_empty(), "{name}");
                     *value = Value::Null;
                 }
             }
             for (name, value) in theirs["env"].as_object_mut().unwrap() {
-                if CHOSEN.contains(&name.as_str()) {
+                if chosen.contains(&name.as_str()) {
                     *value = Value::Null;
                 }
             }

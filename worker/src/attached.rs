@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use muster_core::types::surroundings::RankBinding;
 use muster_core::types::{Assignment, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,12 @@ pub struct Attached {
     pub role: String,
     /// What TORCHELASTIC_SIGNALS_TO_HANDLE says.
     pub signals: String,
+    /// Where the ranks' store serves on the first node; 0 for any port that is free.
+    pub store_port: u16,
+    /// What MASTER_ADDR and MASTER_PORT say, if not where the store serves: whoever listens there passes ranks on to it.
+    pub master: Option<(String, u16)>,
+    /// Where ranks run on this machine; none for wherever this process may.
+    pub bindings: Vec<RankBinding>,
     /// Every rank has LOCAL_RANK 0 and sees one GPU.
     pub virtual_local_rank: bool,
     /// Standard output.

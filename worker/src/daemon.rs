@@ -1,6 +1,7 @@
 //! The one task that owns the node's core: what the coordinator wants and what the shims observe go in,
 //! commands to the shims and reports go out.
 
+mod machine;
 mod sending;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +27,7 @@ use crate::session::{self, Event, Identity, Queues, request};
 use crate::shim::{Command, Context, Shim, find};
 use crate::telemetry::Outbox;
 use crate::{Config, Error, data_dir, devices};
+use machine::Watched;
 use sending::{observed, room_from};
 
 /// Observations and messages that may wait for the daemon; senders wait beyond it.
@@ -57,17 +59,15 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = data_dir::lock(&data_dir)?;
-    let root = Path::new("/");
+    let watched = Watched::start(&config, data_dir.clone()).await?;
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
-        boot_id: devices::boot_id(root),
+        boot_id: devices::boot_id(Path::new("/")),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
-        inventory: devices::here(config.labels.clone()),
+        inventory: watched.inventory(),
         config,
     };
-    let total = &identity.inventory.total;
-    info!(node = %identity.config.name, gpus = total.gpus, cpu_millis = total.cpu_millis, memory_bytes = total.memory_bytes, "inventory");
     let (events, observed) = mpsc::channel(INBOX_MAX);
     let outbox = Outbox::default();
     let context = Context {
@@ -91,8 +91,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         link: None,
         unsent: BTreeSet::new(),
         leaving: None,
+        last_coordinator: None,
         hellos: 0,
         points_at: None,
+        watched,
         identity,
     };
     daemon.run(shutdown).await
@@ -124,8 +126,11 @@ struct Daemon {
     hellos: u64,
     /// Why the daemon is about to end, until the coordinator has been told.
     leaving: Option<String>,
+    /// With whom the last session was.
+    last_coordinator: Option<String>,
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
+    watched: Watched,
     identity: Identity,
 }
 
@@ -252,13 +257,15 @@ impl Daemon {
             () = until(self.core.next_deadline()) => self.step(Input::Tick),
             // The next turn looks at it.
             () = outbox.added(), if send_at.is_none() => {}
+            Some(seen) = self.watched.seen.recv() => self.watched.take(seen),
             Some(_) = self.released.join_next() => {}
         }
     }
 
     fn on_session(&mut self, event: Event) {
         match event {
-            Event::Open { coordinator, hello, queues } => {
+            Event::Open { coordinator, inventory, hello, queues } => {
+                self.watched.opened(inventory);
                 let (name, incarnation) = (&self.identity.config.name, self.identity.incarnation.clone());
                 let gangs = observed(&self.core);
                 let reason = self.leaving_since_shutdown();
@@ -271,6 +278,11 @@ impl Daemon {
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is
                 // older than what it has.
                 self.outbox.rewind();
+                // Another coordinator has its own metrics, and may lack what the last one has acknowledged.
+                if self.last_coordinator.as_ref().is_some_and(|last| *last != coordinator) {
+                    self.outbox.rewind_to_start();
+                }
+                self.last_coordinator = Some(coordinator.clone());
                 self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
             }
             Event::Closed => self.link = None,
@@ -340,7 +352,11 @@ impl Daemon {
                 Effect::Start(assignment) => {
                     let gang = assignment.gang.clone();
                     self.live.insert(gang.clone());
-                    let shim = Shim::start(*assignment, self.context.clone(), self.events.clone());
+                    let surroundings = Box::new(self.surroundings(&assignment));
+                    let known = Input::Surroundings(gang.clone(), surroundings.clone());
+                    effects.extend(self.core.step(boot_now(), known));
+                    let (context, events) = (self.context.clone(), self.events.clone());
+                    let shim = Shim::start(*assignment, surroundings, context, events);
                     self.shims.insert(gang, shim);
                 }
                 Effect::Launch(assignment, fence) => {

@@ -6,9 +6,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::Error;
+use crate::session::Leader;
 
 /// The file of the coordinators' addresses.
 const COORDINATORS: &str = "coordinators.json";
+/// The file of the newest time of leading.
+const LEADER: &str = "leader.json";
 
 /// Takes the directory for this daemon; made if it is not there.
 pub(crate) fn lock(data_dir: &Path) -> Result<File, Error> {
@@ -47,6 +50,17 @@ pub(crate) fn coordinators(data_dir: &Path) -> BTreeMap<String, SocketAddr> {
 /// Keeps them for the next daemon.
 pub(crate) fn keep_coordinators(data_dir: &Path, all: &BTreeMap<String, SocketAddr>) -> std::io::Result<()> {
     write_whole(&data_dir.join(COORDINATORS), &serde_json::to_string(all)?)
+}
+
+/// The newest time of leading. None if it was never kept, or not whole.
+pub(crate) fn leader(data_dir: &Path) -> Leader {
+    let kept = std::fs::read(data_dir.join(LEADER)).unwrap_or_default();
+    serde_json::from_slice(&kept).unwrap_or_default()
+}
+
+/// Keeps it for the next daemon.
+pub(crate) fn keep_leader(data_dir: &Path, leader: &Leader) -> std::io::Result<()> {
+    write_whole(&data_dir.join(LEADER), &serde_json::to_string(leader)?)
 }
 
 /// Renamed when whole.

@@ -7,6 +7,8 @@ use muster_core::types::{DesiredPhase, Millis, Rank, StopMode, StopSignal, limit
 use muster_decoders::Decoder;
 use muster_proto::convert;
 use muster_proto::v1::{self, session_response::Message as Down};
+use muster_worker_core::health::{CheckEnd, judge_check};
+use muster_worker_core::slurm::Switches;
 use muster_worker_core::{Core, Effect, Input};
 use prost::Message;
 
@@ -15,13 +17,50 @@ use crate::shim::{Command, News, Record, State};
 use crate::telemetry::parse::parse;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 5] = [
+pub const DECODERS: [Decoder; 7] = [
     Decoder { name: "telemetry_line", decode: telemetry_line, samples: telemetry_samples },
     Decoder { name: "join_response", decode: join_response, samples: join_samples },
     Decoder { name: "session_response", decode: session_response, samples: session_samples },
     Decoder { name: "shim_message", decode: shim_message, samples: shim_samples },
+    Decoder { name: "topology_conf", decode: topology_conf, samples: topology_samples },
+    Decoder { name: "check_line", decode: check_line, samples: check_samples },
     Decoder { name: "points_file", decode: points_file, samples: points_samples },
 ];
+
+/// Whatever is in the file, a node is found in it in bounded time, and its labels fit the API.
+fn topology_conf(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    for node in ["n7", "rack1n07", ""] {
+        let labels = Switches::of_file(&text, node).labels(&BTreeMap::new());
+        assert!(
+            labels.len() <= 3 && labels.keys().all(|key| ["zone", "spine", "leaf"].contains(&key.as_str()))
+        );
+    }
+    let (address, pattern) = text.split_once('\n').unwrap_or((&text, "switch.switch.node"));
+    assert!(Switches::of_environment(address, pattern).labels(&BTreeMap::new()).len() <= 3);
+}
+
+fn topology_samples() -> Vec<Vec<u8>> {
+    ["SwitchName=s0 Nodes=n[0-3,7]\nSwitchName=s1 \\\n Nodes=rack[0-1]n[00-15]\nSwitchName=top Switches=s[0-1] # all"]
+        .map(Into::into)
+        .into()
+}
+
+/// What a user's check says becomes words that fit a finding and a terminal.
+fn check_line(bytes: &[u8]) {
+    let line = String::from_utf8_lossy(bytes);
+    for code in [Some(0), Some(1), Some(2), Some(70), None] {
+        let Some(found) = judge_check("fans", CheckEnd::Exited(code), &line) else { continue };
+        assert!(
+            found.reason.chars().count() <= 400 && !found.reason.chars().any(char::is_control),
+            "{found:?}"
+        );
+    }
+}
+
+fn check_samples() -> Vec<Vec<u8>> {
+    [r#"{"reason":"fan 3 stands still","more":[1,null]}"#, "plain words"].map(Into::into).into()
+}
 
 /// What a shim and a daemon say to each other, and what each leaves on the disk for the next: read, it says the same
 /// when it is written and read again.
@@ -104,7 +143,9 @@ fn join_samples() -> Vec<Vec<u8>> {
 
 /// The daemon's core takes whatever passes the check, and launches nothing that is not wanted.
 fn session_response(bytes: &[u8]) {
-    let Ok(v1::SessionResponse { message: Some(heard) }) = v1::SessionResponse::decode(bytes) else { return };
+    let Ok(v1::SessionResponse { message: Some(heard), .. }) = v1::SessionResponse::decode(bytes) else {
+        return;
+    };
     let wires = match heard {
         Down::Welcome(welcome) => welcome.assignments,
         Down::Assignment(assignment) => vec![assignment],
@@ -179,7 +220,7 @@ fn session_samples() -> Vec<Vec<u8>> {
     let welcome = Down::Welcome(v1::Welcome { session: 1, assignments: assignments.clone() });
     single
         .chain([welcome])
-        .map(|message| v1::SessionResponse { message: Some(message) }.encode_to_vec())
+        .map(|message| v1::SessionResponse { message: Some(message), term: 1 }.encode_to_vec())
         .collect()
 }
 

@@ -12,6 +12,7 @@ mod devices;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
+mod health;
 mod launch;
 #[doc(hidden)]
 pub mod load {
@@ -33,11 +34,17 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use muster_core::types::NodeName;
+use muster_core::types::surroundings::RankBinding;
 
 pub use attached::{Attached, Streams};
 pub use daemon::run;
+pub use devices::Given;
+pub use devices::doctor;
+pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
+pub use muster_worker_core::NumaBinding;
+pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
 
 /// Settings of a node daemon.
@@ -57,6 +64,14 @@ pub struct Config {
     pub shim: Vec<OsString>,
     /// The ranks are those of `muster run`: they end with this process.
     pub attached: Option<Attached>,
+    /// Stands in the place of `/sys` where devices are looked for.
+    pub sysfs_root: Option<PathBuf>,
+    /// Says what the machine has that is not there.
+    pub given: Option<Given>,
+    /// Slurm's topology.conf, which says where the machine is in the network.
+    pub topology_conf: Option<PathBuf>,
+    /// How the machine is watched; not at all without.
+    pub watch: Option<Watch>,
 }
 
 impl Config {
@@ -70,6 +85,10 @@ impl Config {
             labels: BTreeMap::new(),
             shim: own_shim(),
             attached: None,
+            sysfs_root: None,
+            given: None,
+            topology_conf: None,
+            watch: None,
         }
     }
 }
@@ -81,8 +100,21 @@ pub fn own_shim() -> Vec<OsString> {
 
 /// CPU cores and GPUs that ranks on this machine may use.
 pub fn cores_and_gpus() -> (u32, u32) {
-    let total = devices::here(BTreeMap::new()).total;
+    let found = devices::Machine::at_a_glance(BTreeMap::new()).inventory();
+    let total = found.unwrap_or_default().total;
     ((total.cpu_millis / 1000).max(1), total.gpus)
+}
+
+/// Which processors each of a node's ranks gets. The error says why it cannot be told, in words.
+pub fn numa_bindings(binding: NumaBinding, procs: u32) -> Result<Vec<RankBinding>, String> {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let machine = devices::Machine::at_a_glance(BTreeMap::new());
+    let topology = devices::topology(&machine, visible.as_deref())?;
+    let bind = |local_rank| {
+        let cpus = topology.bind(binding, local_rank)?.to_string();
+        Ok(RankBinding { local_rank, gpus: Vec::new(), cpus, reason: "--numa-binding".to_owned() })
+    };
+    (0..procs).map(bind).collect()
 }
 
 /// Why a node daemon could not start or had to stop.
@@ -107,6 +139,9 @@ pub enum Error {
     /// Another daemon holds the data directory.
     #[error("another node daemon uses the data directory {0}; stop it or choose another --data-dir")]
     DataDirHeld(PathBuf),
+    /// What describes the machine cannot be used.
+    #[error("failed to find out what this machine has: {0}")]
+    Inventory(String),
     /// The coordinator refuses this node for good.
     #[error("the coordinator refuses this node: {0}")]
     Refused(String),

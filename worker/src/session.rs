@@ -2,21 +2,24 @@
 //! it breaks. Ranks run on meanwhile.
 
 pub(crate) mod connection;
+mod leader;
 mod queues;
+mod route;
 mod signs;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use muster_core::Inventory;
 use muster_core::types::{Millis, limits};
-use muster_proto::convert::{resources_to_wire, span_from_wire};
+use muster_proto::convert::{NotLeader, inventory_to_wire, span_from_wire};
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
-use rand::RngExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -25,7 +28,10 @@ use tracing::warn;
 use crate::clock::boot_now;
 use crate::{Config, Error};
 use connection::{Known, connect, is_socket};
+pub(crate) use leader::Leader;
+use leader::Newest;
 use queues::Prioritised;
+use route::Route;
 use signs::{Signs, is_broken, root_cause};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
@@ -55,6 +61,8 @@ pub enum Event {
     Open {
         /// With whom.
         coordinator: String,
+        /// What it was told that the machine has.
+        inventory: Arc<Inventory>,
         /// Takes the first message.
         hello: oneshot::Sender<v1::Hello>,
         /// Take the others.
@@ -100,8 +108,8 @@ pub struct Identity {
     pub data_id: String,
     /// The data directory.
     pub data_dir: PathBuf,
-    /// What the machine has.
-    pub inventory: muster_core::Inventory,
+    /// What the machine has, the last that is known.
+    pub inventory: watch::Receiver<Arc<Inventory>>,
 }
 
 /// How an attempt ended.
@@ -131,53 +139,48 @@ fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
 
 /// Keeps a session open. Only returns when no attempt can ever succeed.
 pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
-    let endpoints = match endpoints(&identity.config.coordinators) {
-        Ok(endpoints) => endpoints,
+    let mut route = match Route::new(&identity.config.coordinators) {
+        Ok(route) => route,
         Err(error) => return error,
     };
-    let mut pause = BACKOFF.0;
-    let mut held_since = None;
+    let (mut held_since, mut said) = (None, HashMap::new());
     let known = Known::load(identity.data_dir.clone(), identity.boot_id.clone());
-    let mut signs = Signs::new(identity.config.coordinators.clone(), known, events.clone());
-    for (index, (url, endpoint)) in endpoints.iter().enumerate().cycle() {
+    let newest = Newest::load(identity.data_dir.clone());
+    let mut signs = Signs::new(identity.config.coordinators.clone(), known, newest, events.clone());
+    loop {
         let began = Instant::now();
-        signs.current = index;
-        let endpoint = signs.probed(endpoint);
+        let target = route.next();
+        signs.current = target.index;
+        let endpoint = signs.probed(&target.endpoint);
         let mut opened = None;
-        if let Err(failure) = once(&identity, url, &endpoint, &events, &mut signs, &mut opened).await {
+        if let Err(failure) = once(&identity, &target.url, &endpoint, &events, &mut signs, &mut opened).await
+        {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
-            warn!(coordinator = %url, error = status.message(), "no session with the coordinator");
+            // While all are away each attempt finds the same.
+            if said.get(&target.index).is_none_or(|said| said != status.message()) {
+                warn!(coordinator = %target.url, error = status.message(), "no session with the coordinator");
+                said.insert(target.index, status.message().to_owned());
+            }
+            if let Some(says) = NotLeader::from_status(status) {
+                route.follow(&says.leader);
+            }
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
             held_since = is_held.then(|| held_since.unwrap_or(began));
             if is_final(&failure, held_since.map(|since| began.duration_since(since))) {
                 return Error::Refused(status.message().to_owned());
             }
         }
-        // A session that lasted was a success; the next attempt is quick again. To have waited long for one is none.
+        // To have waited long for a session is no success.
         if opened.is_some_and(|opened: Instant| opened.elapsed() > BACKOFF.1) {
-            pause = BACKOFF.0;
+            said.clear();
+            route.succeeded();
         }
-        let jittered = rand::rng().random_range(BACKOFF.0 / 2..=pause);
-        tokio::time::sleep(jittered).await;
+        if opened.is_some() {
+            route.lost(&target);
+        }
         // Ranks live by what the attempts find out: there must be several in a lease.
-        pause = (pause * 2).min(BACKOFF.1).min((signs.lease() / 4).max(BACKOFF.0));
+        tokio::time::sleep(route.wait(signs.lease() / 4)).await;
     }
-    Error::Url { url: String::new(), why: "no coordinator was named".to_owned() }
-}
-
-fn endpoints(urls: &[String]) -> Result<Vec<(String, Endpoint)>, Error> {
-    let endpoint = |url: &String| {
-        let bad = |why: String| Error::Url { url: url.clone(), why };
-        let endpoint = Endpoint::from_shared(url.clone()).map_err(|error| bad(error.to_string()))?;
-        if is_socket(&endpoint) {
-            return Ok((url.clone(), endpoint));
-        }
-        if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
-            return Err(bad("it needs http:// and a host".to_owned()));
-        }
-        Ok((url.clone(), endpoint.connect_timeout(CONNECT_MAX)))
-    };
-    urls.iter().map(endpoint).collect()
 }
 
 /// The heartbeat and the lease that the coordinator wants; the usual ones where it says nothing that can be.
@@ -198,7 +201,8 @@ async fn once(
     signs: &mut Signs,
     opened: &mut Option<Instant>,
 ) -> Result<(), Failure> {
-    let (mut client, joined) = join(identity, url, endpoint, signs).await?;
+    let inventory = identity.inventory.borrow().clone();
+    let (mut client, joined) = join(identity, &inventory, url, endpoint, signs).await?;
     let (heartbeat, lease) = times(&joined);
     signs.lease = lease;
 
@@ -207,7 +211,8 @@ async fn once(
     let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
     let ends = || Failure::Session(Status::cancelled("the daemon ends"));
     let (reply, hello) = oneshot::channel();
-    let open = Event::Open { coordinator: url.to_owned(), hello: reply, queues: Queues { bulk, logs } };
+    let (coordinator, queues) = (url.to_owned(), Queues { bulk, logs });
+    let open = Event::Open { coordinator, inventory, hello: reply, queues };
     events.send(open).await.map_err(|_| ends())?;
     let hello = hello.await.map_err(|_| ends())?;
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
@@ -222,7 +227,11 @@ async fn once(
             .await
             .map_err(|_| Status::cancelled("the daemon ends"))?;
         *opened = Some(Instant::now());
-        pump(stream, urgent, events, heartbeat, lease).await
+        let (newest, survey) = signs.parts();
+        tokio::select! {
+            ended = pump(stream, urgent, events, newest, heartbeat, lease) => ended,
+            () = survey => Ok(()),
+        }
     };
     let result = session.await;
     events.send(Event::Closed).await.ok();
@@ -232,6 +241,7 @@ async fn once(
 /// Connects, and registers the node.
 async fn join(
     identity: &Identity,
+    inventory: &Inventory,
     url: &str,
     endpoint: &Endpoint,
     signs: &mut Signs,
@@ -254,16 +264,19 @@ async fn join(
         None => address_towards(endpoint).await.map_err(Failure::Connect)?,
     };
     let mut joining = client.clone();
-    match signs.watch(endpoint, joining.join(join_request(identity, address))).await {
+    match signs.watch(endpoint, joining.join(join_request(identity, inventory, address))).await {
         Ok(Ok(joined)) => {
-            signs.joined(&reached, joined.get_ref()).await;
+            signs.joined(&reached, joined.get_ref()).await.map_err(Failure::Join)?;
             Ok((client, joined.into_inner()))
         }
         // What was found out while it was waited for stands.
         Ok(Err(status)) if is_broken(&status) => Err(Failure::Connect(status)),
         Ok(Err(status)) => {
-            // Whoever answers is there.
-            signs.note(None).await;
+            match NotLeader::from_status(&status) {
+                Some(says) => signs.does_not_lead(began, &reached, &says).await,
+                // Whoever answers is there.
+                None => signs.somebody().await,
+            }
             Err(Failure::Join(status))
         }
         Err(silent) => Err(Failure::Connect(silent)),
@@ -276,6 +289,7 @@ async fn pump(
     mut stream: tonic::Streaming<v1::SessionResponse>,
     urgent: mpsc::Sender<v1::SessionRequest>,
     events: &mpsc::Sender<Event>,
+    newest: &Newest,
     heartbeat: Millis,
     lease: Millis,
 ) -> Result<(), Status> {
@@ -303,6 +317,9 @@ async fn pump(
             message = stream.message() => {
                 heard = Instant::now();
                 let Some(message) = message? else { return Err(Status::aborted("the coordinator closed it")) };
+                if !newest.counts(message.term) {
+                    return Err(Status::aborted("a coordinator that was deposed goes on speaking"));
+                }
                 let renewed = match &message.message {
                     Some(Down::HeartbeatAck(ack)) => {
                         let known = sent.partition_point(|(seq, _)| *seq <= ack.seq);
@@ -329,27 +346,14 @@ pub fn request(message: Up) -> v1::SessionRequest {
     v1::SessionRequest { message: Some(message) }
 }
 
-fn join_request(identity: &Identity, address: IpAddr) -> v1::JoinRequest {
-    let found = &identity.inventory;
-    let gpus = found.gpus.iter().map(|gpu| v1::Device {
-        index: Some(gpu.index),
-        uuid: gpu.uuid.clone(),
-        model: gpu.model.clone(),
-        memory_bytes: gpu.memory_bytes,
-    });
+fn join_request(identity: &Identity, inventory: &Inventory, address: IpAddr) -> v1::JoinRequest {
     v1::JoinRequest {
         node_name: identity.config.name.to_string(),
         address: address.to_string(),
         incarnation: identity.incarnation.clone(),
         boot_id: identity.boot_id.clone(),
         data_id: identity.data_id.clone(),
-        inventory: Some(v1::Inventory {
-            total: Some(resources_to_wire(found.total)),
-            gpus: gpus.collect(),
-            labels: found.labels.clone(),
-            hostname: found.hostname.clone(),
-            version: found.version.clone(),
-        }),
+        inventory: Some(inventory_to_wire(inventory)),
     }
 }
 
@@ -395,19 +399,6 @@ mod tests {
         ];
         for (failure, held, expected) in table {
             assert_eq!(is_final(&failure, held), expected, "{failure:?} {held:?}");
-        }
-    }
-
-    #[test]
-    fn urls_that_cannot_work_are_refused_in_words() {
-        for (url, ok) in [
-            ("http://10.0.0.1:7070", true),
-            ("http://[::1]:7070", true),
-            ("10.0.0.1:7070", false),
-            ("https://10.0.0.1:7070", false),
-            ("", false),
-        ] {
-            assert_eq!(endpoints(&[url.to_owned()]).is_ok(), ok, "{url}");
         }
     }
 }

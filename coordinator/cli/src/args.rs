@@ -1,11 +1,16 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
-use std::net::{IpAddr, SocketAddr};
+mod worker;
+
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub(crate) use worker::{DoctorArgs, WorkerArgs};
+
 use crate::run::args::RunArgs;
+use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
 use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
 
 const EXIT_CODES: &str = "\
@@ -78,7 +83,7 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Run the coordinator: submission, rendezvous, scheduling.
     #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster")]
-    Coordinator(CoordinatorArgs),
+    Coordinator(Box<CoordinatorArgs>),
     /// Run the node daemon: launches the ranks of this machine.
     #[command(
         after_help = "Example:\n  muster worker --coordinator http://10.0.0.1:7070 --data-dir /var/lib/muster-worker"
@@ -98,7 +103,7 @@ pub(crate) enum Command {
     Jobs(JobsArgs),
     /// Show one job.
     #[command(after_help = "Example:\n  muster job k3v9x2ma --output json")]
-    Job(JobArgs),
+    Job(ShowJobArgs),
     /// Say why a job is where it is, and what to do.
     #[command(after_help = "Example:\n  muster explain k3v9x2ma")]
     Explain(JobArgs),
@@ -117,6 +122,11 @@ pub(crate) enum Command {
     /// Show one node.
     #[command(after_help = "Example:\n  muster node gpu-7")]
     Node(NodeArgs),
+    /// Say what is wrong with this host before its first job, and how to mend it.
+    #[command(
+        after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
+    )]
+    Doctor(DoctorArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),
@@ -129,6 +139,9 @@ pub(crate) enum Command {
     /// Give a cordoned or drained node work again.
     #[command(after_help = "Example:\n  muster uncordon gpu-7")]
     Uncordon(NodeArgs),
+    /// Move a cluster between kinds of store, or keep a copy of it.
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Start a coordinator and two workers here, and train a small network with DDP on them.
     #[command(after_help = DEMO_EXAMPLE)]
     Demo(DemoArgs),
@@ -162,9 +175,15 @@ pub(crate) struct CoordinatorArgs {
     /// Directory for the store and the metrics.
     #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Where jobs and nodes are kept.
-    #[arg(long, value_enum, default_value_t = Store::Redb)]
+    /// Where jobs and nodes are kept: `redb`, a file in the data directory; `memory`, gone with the process; or
+    /// `etcd://HOST:PORT,HOST:PORT/NAME`, which makes this coordinator one of several (NAME is the cluster's; by default
+    /// muster).
+    #[arg(long, default_value = "redb", value_name = "STORE")]
     pub store: Store,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    #[command(flatten)]
+    pub several: SeveralArgs,
     /// Time without a heartbeat after which a node is lost.
     #[arg(long, default_value = "10s")]
     pub lease: Span,
@@ -174,33 +193,6 @@ pub(crate) struct CoordinatorArgs {
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,
-    #[command(flatten)]
-    pub daemon: DaemonArgs,
-}
-
-/// Where jobs and nodes are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Store {
-    /// A file in the data directory.
-    Redb,
-    /// Memory: gone with the process.
-    Memory,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct WorkerArgs {
-    /// Name of the node, unique in the cluster. Default: the host name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Directory for logs; one daemon at a time.
-    #[arg(long, default_value = "muster-worker", value_name = "DIR")]
-    pub data_dir: PathBuf,
-    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator.
-    #[arg(long, value_name = "IP")]
-    pub address: Option<IpAddr>,
-    /// Label for node selectors; may be repeated.
-    #[arg(long = "label", value_name = "KEY=VALUE")]
-    pub labels: Vec<KeyValue>,
     #[command(flatten)]
     pub daemon: DaemonArgs,
 }
@@ -307,6 +299,15 @@ pub(crate) struct JobArgs {
     /// The job's id.
     #[arg(value_name = "ID")]
     pub job_id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShowJobArgs {
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Only what its nodes add to the environment of the ranks of their own accord, and why.
+    #[arg(long)]
+    pub env: bool,
 }
 
 #[derive(Debug, clap::Args)]

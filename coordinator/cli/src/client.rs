@@ -5,68 +5,45 @@ use std::time::Duration;
 use muster_proto::v1::cluster_service_client::ClusterServiceClient;
 use muster_proto::v1::job_service_client::JobServiceClient;
 use muster_proto::v1::node_service_client::NodeServiceClient;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::args::Global;
 use crate::exit::Failure;
+use crate::leader::Leading;
 
-/// Time to connect to one coordinator.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Pause before a call that found nobody is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// How often it is tried: a coordinator that is restarted is back within it.
 const RETRIES_MAX: u32 = 60;
 
-/// A connection to one of the coordinators.
+/// A connection to the coordinator that leads.
 #[derive(Clone, Debug)]
-pub(crate) struct Client {
-    channel: Channel,
-    url: String,
-}
+pub(crate) struct Client(Leading);
 
 impl Client {
-    /// Connects to the first coordinator of the list that answers.
+    /// Connects to the first coordinator of the list that answers; calls go on to the one that leads.
     pub async fn connect(global: &Global) -> Result<Self, Failure> {
-        let mut refusals = Vec::new();
-        for url in &global.coordinator {
-            let endpoint = Endpoint::from_shared(url.clone())
-                .ok()
-                .filter(|endpoint| {
-                    let (scheme, host) = (endpoint.uri().scheme_str(), endpoint.uri().host());
-                    url.starts_with("unix:") || (scheme == Some("http") && host.is_some())
-                })
-                .ok_or_else(|| Failure::Usage(format!("{url:?} is no URL such as http://10.0.0.1:7070")))?;
-            match endpoint.connect_timeout(CONNECT_MAX).connect().await {
-                Ok(channel) => return Ok(Self { channel, url: url.clone() }),
-                Err(error) => refusals.push(format!("{url}: {}", root_cause(&error))),
-            }
-        }
-        Err(Failure::Unreachable(format!(
-            "cannot reach a coordinator at {}; start one with `muster coordinator`, or name another with \
-             --coordinator or MUSTER_COORDINATOR",
-            refusals.join(", nor at ")
-        )))
+        Ok(Self(Leading::connect(&global.coordinator).await?))
     }
 
     /// Where it is connected.
-    pub fn url(&self) -> &str {
-        &self.url
+    pub fn url(&self) -> String {
+        self.0.url()
     }
 
     /// The jobs.
-    pub fn jobs(&self) -> JobServiceClient<Channel> {
-        JobServiceClient::new(self.channel.clone())
+    pub fn jobs(&self) -> JobServiceClient<Leading> {
+        JobServiceClient::new(self.0.clone())
     }
 
     /// The nodes.
-    pub fn nodes(&self) -> NodeServiceClient<Channel> {
-        NodeServiceClient::new(self.channel.clone())
+    pub fn nodes(&self) -> NodeServiceClient<Leading> {
+        NodeServiceClient::new(self.0.clone())
     }
 
     /// The cluster.
-    pub fn cluster(&self) -> ClusterServiceClient<Channel> {
-        ClusterServiceClient::new(self.channel.clone())
+    pub fn cluster(&self) -> ClusterServiceClient<Leading> {
+        ClusterServiceClient::new(self.0.clone())
     }
 }
 
@@ -112,12 +89,4 @@ fn is_passing(status: &Status) -> bool {
         Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),
         _ => false,
     }
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -10,16 +10,13 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
-use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, Store, WorkerArgs};
+use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
 
 /// `muster coordinator`.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let shutdown = start_logging(&args.daemon)?;
-    let store = match args.store {
-        Store::Redb => muster_coordinator::StoreKind::Redb,
-        Store::Memory => muster_coordinator::StoreKind::Memory,
-    };
+    let store = args.store.kind(&args.etcd)?;
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
@@ -27,6 +24,9 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         store,
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,
+        advertise: args.several.advertise,
+        leader_lease: args.several.leader_lease.0,
+        accept_restored_store: args.several.accept_restored_store,
     };
     raise_files();
     // Its message holds its causes already.
@@ -64,6 +64,10 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
         shim: muster_worker::own_shim(),
         attached: None,
+        given: args.machine.given(),
+        topology_conf: args.topology_conf,
+        watch: Some(args.watch.into()),
+        sysfs_root: args.machine.sysfs_root,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {

@@ -22,6 +22,8 @@ pub(crate) enum Failure {
     Status(Box<Status>),
     /// Ctrl-C.
     Interrupted,
+    /// The doctor has found something; it was shown already.
+    Unsound,
     /// Whoever read our output has gone, such as `head`: it has what it wanted.
     ReaderGone,
     /// Anything else.
@@ -67,7 +69,7 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Self::ReaderGone => 0,
-            Self::JobFailed | Self::Other(_) => 1,
+            Self::JobFailed | Self::Unsound | Self::Other(_) => 1,
             Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
             Self::JobCancelled => 6,
@@ -95,9 +97,12 @@ impl Failure {
         ExitCode::from(self.code())
     }
 
-    fn text(&self) -> String {
+    /// In words; nothing where it was shown already.
+    pub fn text(&self) -> String {
         match self {
-            Self::JobFailed | Self::JobCancelled | Self::Interrupted | Self::ReaderGone => String::new(),
+            Self::JobFailed | Self::JobCancelled | Self::Interrupted | Self::Unsound | Self::ReaderGone => {
+                String::new()
+            }
             Self::Usage(why) | Self::Unreachable(why) => format!("error: {why}"),
             Self::Other(error) => format!("error: {error:#}"),
             Self::Status(status) => status_text(status),

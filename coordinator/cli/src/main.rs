@@ -4,15 +4,18 @@ mod args;
 mod client;
 mod daemons;
 mod demo;
+mod doctor;
 mod exit;
 mod follow;
 mod json;
+mod leader;
 mod nodes;
 mod plot;
 mod progress;
 mod run;
 mod show;
 mod spec;
+mod store;
 mod stream;
 mod submit;
 mod units;
@@ -52,7 +55,7 @@ fn main() -> ExitCode {
 async fn run(args: Args) -> Result<(), Failure> {
     let Args { global, command } = args;
     match command {
-        Command::Coordinator(args) => daemons::coordinator(args).await,
+        Command::Coordinator(args) => daemons::coordinator(*args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
         Command::Shim => Ok(()),
         Command::Run(args) => run::run(*args).await,
@@ -65,10 +68,12 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Plot(args) => plot::run(&args, &global).await,
         Command::Nodes => nodes::nodes(&global).await,
         Command::Node(args) => nodes::node(&args, &global).await,
+        Command::Doctor(args) => doctor::run(args, &global).await,
         Command::Cancel(args) => submit::cancel(args, &global).await,
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,
         Command::Uncordon(args) => nodes::uncordon(args, &global).await,
+        Command::Store(command) => store::run(command).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }

@@ -1,5 +1,7 @@
 //! Nodes for people, and as JSON.
 
+mod machine;
+
 use std::time::Duration;
 
 use muster_proto::convert::duration_to_wire_std;
@@ -49,7 +51,12 @@ fn node_state(node: &v1::Node) -> String {
     let cordon = if node.cordoned { because("cordoned", &node.cordon_reason) } else { String::new() };
     let what = if node.job_ids.is_empty() { "drained" } else { "draining" };
     let drain = node.drain.as_ref().map(|drain| because(what, &drain.reason));
-    format!("{state}{cordon}{}", drain.unwrap_or_default())
+    let health = node.health.as_ref().and_then(|health| match health.verdict() {
+        v1::HealthVerdict::Unspecified | v1::HealthVerdict::Healthy => None,
+        v1::HealthVerdict::Degraded => Some(because("degraded", &health.reason)),
+        v1::HealthVerdict::Quarantined => Some(because("quarantined", &health.reason)),
+    });
+    format!("{state}{cordon}{}{}", drain.unwrap_or_default(), health.unwrap_or_default())
 }
 
 fn node_row(node: &v1::Node) -> Vec<String> {
@@ -81,9 +88,17 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
     for (key, value) in &inventory.labels {
         out!("label {key}={value}\n");
     }
-    for gpu in &inventory.gpus {
-        out!("GPU {} {} {}\n", gpu.index.unwrap_or(0), gpu.model, gpu.uuid);
+    let levels = ["zone", "spine", "leaf"].into_iter().zip(&node.location);
+    let place: Vec<String> =
+        levels.filter(|(_, name)| !name.is_empty()).map(|(level, name)| format!("{level} {name}")).collect();
+    if !place.is_empty() {
+        out!("in the network: {}\n", place.join(", "));
     }
+    for finding in node.health.iter().flat_map(|health| &health.findings) {
+        let severity = finding.severity().as_str_name().trim_start_matches("HEALTH_VERDICT_").to_lowercase();
+        out!("{severity}: {}: {}\n", finding.subject, finding.reason);
+    }
+    out!("{}", machine::show(&inventory));
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 pub(crate) mod args;
 mod meeting;
 mod node;
+mod port;
 mod program;
 mod report;
 mod tee;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use muster_core::types::surroundings::RankBinding;
 use muster_core::types::{Generation, RUN_LABEL};
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
@@ -49,7 +51,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
     let procs = procs_per_node(args.nproc_per_node)?;
     let run_id = if args.standalone { uuid::Uuid::new_v4().to_string() } else { args.rdzv_id.clone() };
     let scratch = Scratch::new()?;
-    let (attached, name) = attached(&args, procs, &run_id, &scratch)?;
+    let (attached, name) = attached(&args, &meeting, procs, &run_id, &scratch)?;
     let tees = Tees::new(&args, attached.clone(), procs);
     let spec = v1::JobSpec {
         name: name.clone(),
@@ -175,7 +177,7 @@ impl Follower {
                     Ok(Some(v1::WatchJobResponse { job: Some(job) })) => {
                         retries.reset();
                         has_started |= job.generation.unwrap_or(0) > 0;
-                        self.show(&job);
+                        self.show(node, &job);
                         if says {
                             self.say_waiting();
                         }
@@ -192,11 +194,12 @@ impl Follower {
         }
     }
 
-    fn show(&mut self, job: &v1::Job) {
+    fn show(&mut self, node: &Node, job: &v1::Job) {
         let generation = job.generation.unwrap_or(0);
         if matches!(job.state(), v1::JobState::Starting | v1::JobState::Running) {
             self.tees.follow(Generation(generation));
         }
+        node.store.send_replace(job.master.parse().ok());
         let waits = job.state() == v1::JobState::Queued;
         self.waiting = if waits { job.reason.clone() } else { String::new() };
         if job.state() == v1::JobState::Restarting && generation > self.restarting {
@@ -282,9 +285,17 @@ fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
     }
 }
 
+/// Where the ranks run on this machine, if --numa-binding says so.
+fn bindings(args: &RunArgs, procs: u32) -> Result<Vec<RankBinding>, Failure> {
+    let Some(binding) = args.numa_binding else { return Ok(Vec::new()) };
+    muster_worker::numa_bindings(binding, procs)
+        .map_err(|why| Failure::Usage(format!("--numa-binding: {why}")))
+}
+
 /// What the ranks run and where they write, and a name for it.
 fn attached(
     args: &RunArgs,
+    meeting: &Meeting,
     procs: u32,
     run_id: &str,
     scratch: &Scratch,
@@ -322,6 +333,9 @@ fn attached(
         role: args.role.clone(),
         signals: args.signals_to_handle.text.clone(),
         virtual_local_rank: args.virtual_local_rank,
+        store_port: meeting.store_port,
+        bindings: bindings(args, procs)?,
+        master: meeting.shares_port().then(|| (meeting.host.clone(), meeting.port)),
         stdout: streams(1),
         stderr: streams(2),
     };

@@ -3,12 +3,13 @@
 use muster_proto::convert::millis_from_timestamp;
 use muster_proto::v1;
 
-use crate::args::{Global, JobArgs, JobsArgs, Output};
+use crate::args::{Global, JobArgs, JobsArgs, Output, ShowJobArgs};
 use crate::client::Client;
 use crate::exit::{Failure, out};
 use crate::json;
 use crate::units::show_span;
 
+mod environment;
 mod rendezvous;
 
 /// Ended jobs listed without --all.
@@ -96,9 +97,12 @@ async fn get_job(client: &Client, args: &JobArgs) -> Result<v1::Job, Failure> {
 }
 
 /// `muster job`.
-pub(crate) async fn job(args: &JobArgs, global: &Global) -> Result<(), Failure> {
+pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failure> {
     let client = Client::connect(global).await?;
-    let job = get_job(&client, args).await?;
+    if args.env {
+        return environment::show(&client, &args.job, global).await;
+    }
+    let job = get_job(&client, &args.job).await?;
     if global.output == Output::Json {
         json::print("Job", &job)?;
         return Ok(());

@@ -157,17 +157,29 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
     mut take: impl FnMut(v1::Point) -> F,
 ) -> Result<(), Failure> {
     let (mut after_index, mut retries) = (0, Retries::default());
+    // The index counts in the series of one coordinator; over a failover the points' own numbers tell what is known.
+    let (mut of, mut known) = (client.url(), HashMap::<(u32, u32), u64>::new());
     loop {
+        if client.url() != of {
+            (of, after_index) = (client.url(), 0);
+        }
         let request = v1::StreamMetricsRequest { job_id: job_id.clone(), rank, follow, after_index };
         let broken = match client.jobs().stream_metrics(request).await {
+            // It was another one that answered.
+            Ok(_) if client.url() != of => continue,
             Ok(response) => {
                 let mut incoming = response.into_inner();
                 loop {
                     match incoming.message().await {
                         Ok(Some(response)) => {
                             retries.reset();
-                            after_index = response.index;
-                            if let Some(point) = response.point {
+                            if client.url() == of {
+                                after_index = response.index;
+                            }
+                            let Some(point) = response.point else { continue };
+                            let last = known.entry((point.generation, point.rank.unwrap_or(0))).or_default();
+                            if point.seq > *last {
+                                *last = point.seq;
                                 take(point).await?;
                             }
                         }

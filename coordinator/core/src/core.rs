@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
+use crate::health::Fleet;
+use crate::input::Input;
 use crate::job::{Job, Observed};
 use crate::lease::Hello;
-use crate::node::{Join, Node, NodeState, Reserved};
-use crate::types::{
-    GangReport, Generation, Incarnation, JobId, JobSpec, Millis, NodeName, RequestId, Session, StopSignal,
-};
+use crate::node::{Node, NodeState, Reserved};
+use crate::types::{Generation, JobId, Millis, NodeName, RequestId};
 use crate::waiting::Room;
 
 /// Settings and bounds of the core.
@@ -75,107 +75,11 @@ pub struct Snapshot {
     pub nodes: Vec<Node>,
 }
 
-/// Something that happened.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// A user submits a job.
-    Submit {
-        /// Makes a repetition harmless.
-        request_id: Option<RequestId>,
-        /// The checked spec.
-        spec: Box<JobSpec>,
-    },
-    /// A user asks where a job would go.
-    PlanJob(Box<JobSpec>),
-    /// A user stops a job.
-    Cancel {
-        /// The job's id as given.
-        job: String,
-        /// In words.
-        reason: String,
-        /// Asks the ranks to end; none stands for the job's own.
-        signal: Option<StopSignal>,
-    },
-    /// A user takes a node out of scheduling or gives it back.
-    SetCordon {
-        /// The node's name as given.
-        node: String,
-        /// Why; none gives it back.
-        cordon: Option<String>,
-    },
-    /// A user empties a node.
-    Drain {
-        /// The node's name as given.
-        node: String,
-        /// In words.
-        reason: String,
-        /// Longest time until ranks that do not end are killed; none leaves each job its own.
-        timeout: Option<Millis>,
-    },
-    /// A daemon registers.
-    Join(Box<Join>),
-    /// A daemon opens its session and says everything it observes.
-    Hello {
-        /// The node.
-        node: NodeName,
-        /// As in its Join.
-        incarnation: Incarnation,
-        /// Every gang it holds anything of.
-        gangs: Vec<GangReport>,
-        /// Why it is about to end, if it is.
-        leaving: Option<String>,
-        /// Counts the hellos of this daemon, from 1.
-        number: u64,
-    },
-    /// A daemon is about to end in good order.
-    Leaving {
-        /// The node.
-        node: NodeName,
-        /// The session it came on.
-        session: Session,
-        /// In words.
-        reason: String,
-    },
-    /// A daemon's heartbeat.
-    Heartbeat {
-        /// The node.
-        node: NodeName,
-        /// The session it came on.
-        session: Session,
-    },
-    /// A gang's part on a node changed.
-    Report {
-        /// The node.
-        node: NodeName,
-        /// The session it came on.
-        session: Session,
-        /// What the node observes.
-        report: Box<GangReport>,
-    },
-    /// A session's stream broke.
-    Disconnected {
-        /// The node.
-        node: NodeName,
-        /// The session.
-        session: Session,
-    },
-    /// A daemon ends in good order; its ranks are gone.
-    Goodbye {
-        /// The node.
-        node: NodeName,
-        /// The session it came on.
-        session: Session,
-    },
-    /// The driver did not run for a while (a suspended machine, say) and heard no heartbeat meanwhile: every
-    /// node gets a whole lease to be heard again.
-    Stalled,
-    /// A deadline has passed.
-    Tick,
-}
-
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Timer {
     Lease(NodeName),
+    /// A node may be fit for work again.
+    Recover(NodeName),
     ForgetNode(NodeName),
     StartTimeout(JobId, Generation),
     Requeue(JobId),
@@ -198,6 +102,8 @@ pub struct Core {
     pub(crate) nodes: BTreeMap<NodeName, Node>,
     pub(crate) timers: BTreeSet<(Millis, Timer)>,
     pub(crate) room: Room,
+    /// What nodes of a kind have in common.
+    pub(crate) fleet: Fleet,
     /// Jobs that have just come into the queue: only they need a look.
     pub(crate) fresh: BTreeSet<QueueKey>,
     /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
@@ -219,12 +125,15 @@ impl Core {
             nodes: BTreeMap::new(),
             timers: BTreeSet::new(),
             room: Room::default(),
+            fleet: Fleet::default(),
             fresh: BTreeSet::new(),
             growable: BTreeSet::new(),
         };
         for mut node in snapshot.nodes {
             (node.state, node.session) = (NodeState::Disconnected, None);
             node.reserved = Reserved::default();
+            node.set_inventory(node.inventory.clone());
+            core.fleet.add(&node.inventory);
             node.lease_expires = now.plus(core.config.lease);
             core.timers.insert((node.lease_expires, Timer::Lease(node.name.clone())));
             core.nodes.insert(node.name.clone(), node);
@@ -309,6 +218,9 @@ impl Core {
                     self.report(now, &node, &report, &mut fx);
                 }
             }
+            Input::Health { node, session, findings, inventory } => {
+                self.health(now, &node, session, (findings, inventory), &mut fx);
+            }
             Input::Disconnected { node, session } => {
                 if self.has_session(&node, session) {
                     self.set_node_state(now, &node, NodeState::Disconnected, &mut fx);
@@ -346,6 +258,7 @@ impl Core {
             let Some((_, timer)) = self.timers.pop_first() else { return };
             match timer {
                 Timer::Lease(name) => self.lease_timer(now, &name, fx),
+                Timer::Recover(name) => self.judge(now, &name, fx),
                 Timer::ForgetNode(name) => self.forget_node(now, &name, fx),
                 Timer::StartTimeout(id, generation) => self.start_timeout(now, &id, generation, fx),
                 // The pass comes after all timers.

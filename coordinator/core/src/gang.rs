@@ -140,6 +140,9 @@ impl Core {
         if !report.processes.is_empty() {
             gang.processes.insert(group_rank, report.processes.clone());
         }
+        if let Some(surroundings) = &report.surroundings {
+            gang.surroundings.insert(group_rank, surroundings.clone());
+        }
         if group_rank == 0 {
             gang.rendezvous.clone_from(&report.rendezvous);
         }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::bugs::{Bug, planted};
 use crate::types::{
     Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
-    RankProgress, RendezvousReport, RequestId, StopSignal,
+    RankProgress, RendezvousReport, RequestId, StopSignal, Surroundings,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -157,6 +157,9 @@ pub struct Gang {
     /// The processes of each node's ranks, by group rank.
     #[serde(skip)]
     pub(crate) processes: BTreeMap<usize, Vec<u32>>,
+    /// What each node adds to the environment of its ranks, by group rank.
+    #[serde(skip)]
+    pub(crate) surroundings: BTreeMap<usize, Box<Surroundings>>,
     /// What the ranks' store shows while some do not get on there. Nothing is decided by it.
     #[serde(skip)]
     pub(crate) rendezvous: Option<Box<RendezvousReport>>,
@@ -200,6 +203,7 @@ impl Gang {
             counts: Counts::default(),
             quiet: BTreeMap::new(),
             processes: BTreeMap::new(),
+            surroundings: BTreeMap::new(),
             rendezvous: None,
         }
     }
@@ -210,6 +214,7 @@ impl Gang {
         self.counts = Counts::default();
         self.quiet.clear();
         self.processes.clear();
+        self.surroundings.clear();
         self.rendezvous = None;
     }
 
@@ -300,6 +305,20 @@ impl Job {
     /// Ranks of the current or last generation.
     pub fn world_size(&self) -> u32 {
         self.placements().iter().map(|p| p.procs).sum()
+    }
+
+    /// What nodes of the current gang add to the environment of their ranks, as far as they have said: those that add the
+    /// same together, in the order of their first ranks.
+    pub fn environments(&self) -> Vec<(&Surroundings, Vec<&NodeName>)> {
+        let Some(gang) = &self.gang else { return Vec::new() };
+        let mut groups: BTreeMap<&Surroundings, Vec<usize>> = BTreeMap::new();
+        for (group_rank, surroundings) in &gang.surroundings {
+            groups.entry(surroundings).or_default().push(*group_rank);
+        }
+        let mut groups: Vec<_> = groups.into_iter().collect();
+        groups.sort_by_key(|(_, nodes)| nodes.first().copied());
+        let name = |group_rank: usize| gang.placements.get(group_rank).map(|placement| &placement.node);
+        groups.into_iter().map(|(what, nodes)| (what, nodes.into_iter().filter_map(name).collect())).collect()
     }
 
     /// MASTER_ADDR and MASTER_PORT of the current gang, once known.

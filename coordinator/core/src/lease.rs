@@ -22,6 +22,7 @@ impl Core {
                 if self.nodes.len() >= self.config.nodes_max {
                     return Err(Refusal::TooManyNodes { nodes: self.nodes.len() });
                 }
+                self.fleet.add(&join.inventory);
                 self.nodes.insert(name.clone(), Node::new(join, now));
                 self.grant_lease(now, &name);
                 fx.store_node(&name);
@@ -46,7 +47,7 @@ impl Core {
                 }
                 let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NotJoined(name)) };
                 // Written only if something differs: ten thousand nodes that reconnect cost no write.
-                if !same || node.address != join.address || node.inventory != join.inventory {
+                if !same || node.address != join.address || *node.inventory != join.inventory {
                     if !same {
                         node.hello = 0;
                     }
@@ -54,9 +55,9 @@ impl Core {
                     node.boot_id = join.boot_id;
                     node.data_id = join.data_id;
                     node.address = join.address;
-                    node.inventory = join.inventory;
                     fx.store_node(&name);
                     self.room.appear();
+                    self.set_inventory(&name, join.inventory, fx);
                 }
             }
         }
@@ -179,6 +180,7 @@ impl Core {
         let Some(node) = self.nodes.get(name) else { return };
         let gone = matches!(node.state, NodeState::Lost | NodeState::Left);
         if gone && node.reserved.jobs.is_empty() && now.since(node.changed) >= self.config.node_memory {
+            self.fleet.remove(&node.inventory);
             self.nodes.remove(name);
             fx.stored_nodes.insert(name.clone());
         }

@@ -2,41 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
+use crate::health::Health;
+use crate::inventory::{Device, Inventory};
+use crate::topology::Location;
 use crate::types::{
     GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, RUN_RANK_LABEL, Resources, Session,
 };
-
-/// One GPU.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Device {
-    /// Index on the node.
-    pub index: u32,
-    /// Identity that survives a reboot.
-    pub uuid: String,
-    /// Model.
-    pub model: String,
-    /// Bytes of device memory.
-    pub memory_bytes: u64,
-}
-
-/// What a machine has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inventory {
-    /// Totals.
-    pub total: Resources,
-    /// GPUs.
-    pub gpus: Vec<Device>,
-    /// Labels for node selectors.
-    pub labels: BTreeMap<String, String>,
-    /// Host name.
-    pub hostname: String,
-    /// Version of the daemon.
-    pub version: String,
-}
 
 /// A daemon's registration.
 #[derive(Clone, Debug)]
@@ -114,8 +90,8 @@ pub struct Node {
     pub incarnation: Incarnation,
     /// Boot of the machine it joined from.
     pub boot_id: String,
-    /// What the machine has.
-    pub inventory: Inventory,
+    /// What the machine has. Shared, because a node's record is copied whenever something about it is written or shown.
+    pub inventory: Arc<Inventory>,
     /// Identity of the data directory of the daemon that joined last.
     #[serde(default)]
     pub data_id: String,
@@ -146,6 +122,12 @@ pub struct Node {
     /// What jobs hold.
     #[serde(skip)]
     pub reserved: Reserved,
+    /// Whether it is fit for work.
+    #[serde(default)]
+    pub health: Health,
+    /// Where it is in the network, as its labels say.
+    #[serde(skip)]
+    pub location: Location,
 }
 
 impl Node {
@@ -159,8 +141,9 @@ impl Node {
             name: join.name,
             address: join.address,
             incarnation: join.incarnation,
+            location: Location::of(&join.inventory.labels),
             boot_id: join.boot_id,
-            inventory: join.inventory,
+            inventory: Arc::new(join.inventory),
             data_id: join.data_id,
             cordon: None,
             drain: None,
@@ -172,7 +155,13 @@ impl Node {
             session: None,
             lease_expires: now,
             reserved: Reserved::default(),
+            health: Health::default(),
         }
+    }
+
+    pub(crate) fn set_inventory(&mut self, inventory: Arc<Inventory>) {
+        self.location = Location::of(&inventory.labels);
+        self.inventory = inventory;
     }
 
     /// What no job holds.
@@ -180,13 +169,10 @@ impl Node {
         self.inventory.total.minus(self.reserved.amount)
     }
 
-    /// GPU indices that no job holds, lowest first.
-    pub fn free_gpus(&self) -> impl Iterator<Item = u32> {
-        self.inventory
-            .gpus
-            .iter()
-            .map(|gpu| gpu.index)
-            .filter(|index| !self.reserved.gpus.contains_key(index))
+    /// GPUs that no job holds and that are well, in the machine's order.
+    pub fn free_gpus(&self) -> impl Iterator<Item = &Device> {
+        let held = &self.reserved.gpus;
+        self.inventory.gpus.iter().filter(|gpu| gpu.fault.is_none() && !held.contains_key(&gpu.index))
     }
 
     pub(crate) fn reserve(&mut self, job: &JobId, spec: &JobSpec, placement: &NodePlacement) {

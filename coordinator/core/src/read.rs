@@ -2,8 +2,9 @@
 
 use crate::core::{Core, Meta};
 use crate::effects::Refusal;
+use crate::inventory::Inventory;
 use crate::job::Job;
-use crate::node::{Inventory, Node, NodeState, Reserved};
+use crate::node::{Node, NodeState, Reserved};
 use crate::types::{JobId, NodeName};
 
 impl Core {
@@ -53,6 +54,6 @@ impl Core {
 
     /// The state, inventory and reservations of every node, for totals; callers ask rarely.
     pub fn inventories(&self) -> impl Iterator<Item = (&NodeState, &Inventory, &Reserved)> {
-        self.nodes.values().map(|node| (&node.state, &node.inventory, &node.reserved))
+        self.nodes.values().map(|node| (&node.state, &*node.inventory, &node.reserved))
     }
 }

@@ -93,7 +93,9 @@ impl Core {
         let Some(node) = self.nodes.get_mut(&name) else { return Err(Refusal::NoNode(name.to_string())) };
         // Giving a node back ends a drain as well.
         let drain = if cordon.is_none() { None } else { node.drain.clone() };
-        if node.cordon != cordon || node.drain != drain {
+        // So does it end a quarantine whose cause is gone.
+        let forgiven = cordon.is_none() && node.health.forgive(now);
+        if node.cordon != cordon || node.drain != drain || forgiven {
             if cordon.is_none() {
                 self.room.appear();
             }

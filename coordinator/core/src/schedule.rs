@@ -1,13 +1,18 @@
 //! Placement as a function: a spec and the nodes in, a gang or the reason why not out.
 //!
-//! Goals, in order: a gang is placed whole or not at all; no device has two owners; the answer depends only
-//! on the arguments; whoever waits is told what for. Ranks are ordered by node address, then name: rank 0's
-//! node first, ranks contiguous on each node. Nodes of a `muster run` that were given their places have those.
+//! Goals, in order: a gang is placed whole or not at all; no device has two owners; healthy nodes before degraded ones; a
+//! ring through its ranks crosses the fewest uplinks (`topology.rs`); the answer depends only on the arguments; whoever
+//! waits is told what for. Ranks are ordered by the place of their nodes in the network, then address, then name: rank
+//! 0's node first, ranks contiguous on each node. Nodes of a `muster run` that were given their places have those. On a
+//! node a gang gets GPUs that are near to each other.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::health::Verdict;
+
 use crate::node::{Node, NodeState};
+use crate::topology;
 use crate::types::{JobId, JobSpec, NodePlacement, RUN_LABEL, Rank, Resources};
 
 /// Refusals spelled out in a reason; the rest are counted, so that a reason stays a sentence.
@@ -54,16 +59,17 @@ impl Shortage {
 
 /// Places one gang: as many nodes as fit, between `min_nodes` and `max_nodes`, in address order.
 pub fn solve<'a>(spec: &JobSpec, nodes: impl IntoIterator<Item = &'a Node>) -> Plan {
-    match place(spec, nodes) {
+    match place(spec, nodes, &mut 0) {
         Ok(placements) => Plan::Place(placements),
         Err(shortage) => Plan::Wait(shortage.reason(spec)),
     }
 }
 
-/// As [`solve`], with what was seen.
+/// As [`solve`], with what was seen. `steps` counts what it takes beyond a look at each node.
 pub(crate) fn place<'a>(
     spec: &JobSpec,
     nodes: impl IntoIterator<Item = &'a Node>,
+    steps: &mut u64,
 ) -> Result<Vec<NodePlacement>, Shortage> {
     let need = Need::from(spec);
     let mut fitting = Vec::new();
@@ -89,16 +95,29 @@ pub(crate) fn place<'a>(
         }
         return Err(Shortage { fitting: fitting.len(), refusals: refusals.join("; ") });
     }
+    let wanted = spec.max_nodes as usize;
+    let healthy = |node: &&Node| node.health.verdict() == Verdict::Healthy;
+    if fitting.iter().filter(|node| healthy(node)).count() >= wanted {
+        fitting.retain(healthy);
+    }
     let by_address = |a: &&Node, b: &&Node| {
         (a.place_in_run(), a.address, &a.name).cmp(&(b.place_in_run(), b.address, &b.name))
     };
-    let wanted = spec.max_nodes as usize;
-    // A small job in a large cluster need not have all of it sorted.
-    if wanted < fitting.len() {
-        fitting.select_nth_unstable_by(wanted, by_address);
-        fitting.truncate(wanted);
+    let first = fitting.first().map(|node| &node.location);
+    if fitting.iter().all(|node| Some(&node.location) == first) || spec.node_selector.contains_key(RUN_LABEL)
+    {
+        // A small job in a large cluster need not have all of it sorted.
+        if wanted < fitting.len() {
+            fitting.select_nth_unstable_by(wanted, by_address);
+            fitting.truncate(wanted);
+        }
+        fitting.sort_by(by_address);
+    } else {
+        let (chosen, taken) = topology::choose(fitting, wanted, by_address);
+        *steps += taken;
+        fitting = chosen;
+        fitting.sort_by(|a, b| a.location.cmp(&b.location).then_with(|| by_address(a, b)));
     }
-    fitting.sort_by(by_address);
     let gpus = need.amount.gpus as usize;
     let placements = (0_u32..).zip(fitting).map(|(group_rank, node)| NodePlacement {
         node: node.name.clone(),
@@ -106,9 +125,31 @@ pub(crate) fn place<'a>(
         group_rank,
         first_rank: Rank(group_rank * spec.procs_per_node),
         procs: spec.procs_per_node,
-        gpus: node.free_gpus().take(gpus).collect(),
+        gpus: near_gpus(node, gpus),
     });
     Ok(placements.collect())
+}
+
+/// Free GPUs of a node, those of one NUMA node where one has enough: the one with the fewest to spare, so that the next gang
+/// finds others together. In the order of their NUMA nodes, so that those of a rank are near to each other.
+fn near_gpus(node: &Node, count: usize) -> Vec<u32> {
+    let mut groups: BTreeMap<Option<u32>, Vec<u32>> = BTreeMap::new();
+    for gpu in node.free_gpus() {
+        groups.entry(gpu.numa_node).or_default().push(gpu.index);
+    }
+    let enough = groups.values().filter(|group| group.len() >= count).min_by_key(|group| group.len());
+    if let Some(group) = enough {
+        return group.iter().copied().take(count).collect();
+    }
+    let mut groups: Vec<(Option<u32>, Vec<u32>)> = groups.into_iter().collect();
+    groups.sort_by_key(|(_, group)| std::cmp::Reverse(group.len()));
+    let mut left = count;
+    for (_, group) in &mut groups {
+        group.truncate(left);
+        left -= group.len();
+    }
+    groups.sort_by_key(|(numa, _)| *numa);
+    groups.into_iter().flat_map(|(_, group)| group).collect()
 }
 
 /// How many nodes can take their part.
@@ -133,6 +174,7 @@ enum Misfit<'a> {
         free: usize,
         total: u32,
         need: u32,
+        faulty: usize,
     },
     Cpu {
         free: u32,
@@ -161,6 +203,9 @@ fn misfit<'a>(need: &'a Need, node: &'a Node) -> Option<Misfit<'a>> {
     if let Some((what, why)) = closed.into_iter().find_map(|(what, why)| Some((what, why?))) {
         return Some(Misfit::Closed(what, why));
     }
+    if node.health.verdict() == Verdict::Quarantined {
+        return Some(Misfit::Closed("quarantined", node.health.reason()));
+    }
     if let Some(run) = node.inventory.labels.get(RUN_LABEL)
         && !need.selector.contains_key(RUN_LABEL)
     {
@@ -182,7 +227,8 @@ fn misfit<'a>(need: &'a Need, node: &'a Node) -> Option<Misfit<'a>> {
     let (need, free, total) = (need.amount, node.free(), node.inventory.total);
     let free_gpus = if need.gpus == 0 { 0 } else { node.free_gpus().count() };
     if (free_gpus as u64) < u64::from(need.gpus) {
-        return Some(Misfit::Gpus { free: free_gpus, total: total.gpus, need: need.gpus });
+        let faulty = node.inventory.gpus.iter().filter(|gpu| gpu.fault.is_some()).count();
+        return Some(Misfit::Gpus { free: free_gpus, total: total.gpus, need: need.gpus, faulty });
     }
     if free.cpu_millis < need.cpu_millis {
         let (free, total, need) = (free.cpu_millis, total.cpu_millis, need.cpu_millis);
@@ -212,7 +258,12 @@ impl fmt::Display for Misfit<'_> {
             Self::Shared { jobs } => {
                 write!(f, "runs {jobs} other jobs, and this one names no resources to share it with them")
             }
-            Self::Gpus { free, total, need } => write!(f, "{free} of {total} GPUs free, {need} needed"),
+            Self::Gpus { free, total, need, faulty: 0 } => {
+                write!(f, "{free} of {total} GPUs free, {need} needed")
+            }
+            Self::Gpus { free, total, need, faulty } => {
+                write!(f, "{free} of {total} GPUs free ({faulty} faulty), {need} needed")
+            }
             Self::Cpu { free, total, need } => {
                 write!(f, "{} of {} CPU cores free, {} needed", cores(free), cores(total), cores(need))
             }

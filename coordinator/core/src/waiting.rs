@@ -16,6 +16,8 @@ use crate::types::{Generation, JobId, Millis};
 
 /// What it costs to look at one node.
 const VISIT_NS: u64 = 50;
+/// What a step of the search for the fewest uplinks costs.
+const STEP_NS: u64 = 2;
 /// What it costs to show one job's new reason to whoever watches.
 const SHOW_NS: u64 = 10_000;
 /// Passes over the queue are apart by so many times what they cost.
@@ -91,8 +93,10 @@ impl Core {
         let reason = if let Some(short) = known {
             short.reason(&job.spec)
         } else {
-            self.room.spent_ns += self.nodes.len() as u64 * VISIT_NS;
-            match place(&job.spec, self.nodes.values()) {
+            let mut steps = 0;
+            let placed = place(&job.spec, self.nodes.values(), &mut steps);
+            self.room.spent_ns += self.nodes.len() as u64 * VISIT_NS + steps * STEP_NS;
+            match placed {
                 Ok(placements) => {
                     if let Some(reason) = self.last_call(now, id, placements.len()) {
                         self.explain(id, reason, fx);

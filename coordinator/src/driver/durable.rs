@@ -23,7 +23,7 @@ impl Driver {
             self.carry_out(deferred);
         } else if let Some(mut store) = self.store.take() {
             let Group { batch, deferred } = std::mem::take(&mut self.filling);
-            let (fence, wait) = (self.fence, self.degraded.is_some());
+            let (fence, wait) = (self.fence, self.degraded.borrow().is_some());
             let commit = tokio::task::spawn_blocking(move || {
                 if wait {
                     std::thread::sleep(STORE_RETRY);
@@ -44,17 +44,21 @@ impl Driver {
         let deferred = self.writing.take().map(|(_, deferred)| deferred).unwrap_or_default();
         match result {
             Ok(()) => {
-                if self.degraded.take().is_some() {
+                if self.degraded.send_replace(None).is_some() {
                     info!("the store can be written again");
+                }
+                // Between the commit and this the time of leading may have ended: whoever leads now says what holds.
+                if !(self.leads)() {
+                    return Err(StoreError::Fenced.into());
                 }
                 self.carry_out(deferred);
                 Ok(())
             }
             Err(StoreError::Retryable(why)) => {
-                if self.degraded.is_none() {
+                if self.degraded.borrow().is_none() {
                     error!(%why, "the store cannot be written; submissions are refused until it can");
                 }
-                self.degraded = Some(why.clone());
+                self.degraded.send_replace(Some(why.clone()));
                 self.wait_for_store(batch, deferred, &why);
                 Ok(())
             }
@@ -83,13 +87,13 @@ impl Driver {
 
     /// Writes what is left. A store that still cannot be written keeps what was durable: nothing that was
     /// acknowledged is lost.
-    pub(super) async fn drain(mut self) -> Result<(), Error> {
+    pub(super) async fn drain(&mut self) -> Result<(), Error> {
         while self.writing.is_some() || !self.filling.batch.is_empty() || !self.filling.deferred.is_empty() {
             self.flush();
             if self.writing.is_some() {
                 let done = finished(&mut self.writing).await?;
                 self.written(done)?;
-                if let Some(why) = &self.degraded {
+                if let Some(why) = &*self.degraded.borrow() {
                     warn!(%why, "stopped before the last decisions could be stored");
                     break;
                 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
 use muster_core::{Core, Input, Job, Join, Node, Refusal, Reply};
 use muster_proto::v1;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Status;
 
 use crate::clock::Clock;
@@ -23,7 +23,7 @@ pub(crate) enum RequestError {
     Refused(#[from] Refusal),
     #[error("{0}")]
     StoreUnavailable(String),
-    #[error("the coordinator is shutting down")]
+    #[error("the coordinator is shutting down, or has stopped leading; try again")]
     Stopping,
 }
 
@@ -77,6 +77,8 @@ pub(crate) struct Handle {
     pub(super) inbox: mpsc::Sender<(Millis, Command)>,
     pub(super) links: Links,
     pub(super) clock: Clock,
+    /// Why the store cannot be written, while it cannot.
+    pub(super) trouble: watch::Receiver<Option<String>>,
 }
 
 impl Handle {
@@ -142,6 +144,11 @@ impl Handle {
 
     pub fn links(&self) -> &Links {
         &self.links
+    }
+
+    /// Why what is read may not be stored yet; none if it is.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.borrow().clone()
     }
 
     pub fn clock(&self) -> Clock {

@@ -36,9 +36,11 @@ async fn no_lease_ends_while_its_heartbeat_waits() {
     let dir = tempfile::tempdir().unwrap();
     let config = muster_core::Config { lease: LEASE, ..muster_core::Config::default() };
     let metrics = Metrics::new(dir.path().to_owned());
-    let (handle, driver) = start(Box::new(MemoryStore::default()), config, metrics).unwrap();
+    let store = Box::new(MemoryStore::default());
+    let (handle, mut driver) = start(store, config, metrics, Clock::start(), Arc::new(|| true)).unwrap();
     let stop = CancellationToken::new();
-    let running = tokio::spawn(driver.run(stop.clone()));
+    let stopped = stop.clone();
+    let running = tokio::spawn(async move { driver.run(&stopped, &CancellationToken::new()).await });
     let (first, first_session) = arrive(&handle, "first").await;
     let (second, second_session) = arrive(&handle, "second").await;
 
@@ -57,5 +59,5 @@ async fn no_lease_ends_while_its_heartbeat_waits() {
     let states = handle.read(|core| core.nodes_after(None).map(|node| node.state).collect::<Vec<_>>());
     assert_eq!(states.await.unwrap(), [NodeState::Ready, NodeState::Ready]);
     stop.cancel();
-    running.await.unwrap().unwrap();
+    assert_eq!(running.await.unwrap().unwrap(), End::Stopped);
 }

@@ -45,9 +45,8 @@ impl Cluster {
         for name in ["node-2", "node-1"] {
             let (name, incarnation) = (NodeName::new(name), Incarnation::new("1"));
             let (name, incarnation) = (name.expect("it is valid"), incarnation.expect("it is valid"));
-            let gpus: Vec<Device> = (0..4)
-                .map(|index| Device { index, uuid: String::new(), model: String::new(), memory_bytes: 1 })
-                .collect();
+            let gpus: Vec<Device> =
+                (0..4).map(|index| Device { index, memory_bytes: 1, ..Device::default() }).collect();
             let total = Resources { gpus: 4, cpu_millis: 4000, memory_bytes: 1 << 30 };
             cluster.feed(Input::Join(Box::new(Join {
                 name: name.clone(),
@@ -75,6 +74,7 @@ impl Cluster {
                 quiet: Vec::new(),
                 processes: Vec::new(),
                 rendezvous: None,
+                surroundings: None,
             };
             let (node, session) = (node.clone(), cluster.session);
             cluster.feed(Input::Report { node, session, report: Box::new(report) });

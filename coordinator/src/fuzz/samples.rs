@@ -36,8 +36,20 @@ pub(super) fn joins() -> Vec<Vec<u8>> {
             uuid: format!("GPU-{index}"),
             model: "H100".into(),
             memory_bytes: 80 << 30,
+            pci_address: format!("0000:{index}a:00.0"),
+            numa_node: Some(0),
+            near_fabric: vec![format!("mlx5_{index}")],
+            fault: String::new(),
         };
         (0..count).map(gpu).collect()
+    };
+    let port = |device: &str| v1::FabricPort {
+        device: device.into(),
+        port: 1,
+        state: v1::PortState::Active.into(),
+        link_layer: v1::LinkLayer::Infiniband.into(),
+        rate_mbps: 400_000,
+        ..Default::default()
     };
     let join = |name: &str, count| v1::JoinRequest {
         node_name: name.into(),
@@ -51,6 +63,15 @@ pub(super) fn joins() -> Vec<Vec<u8>> {
             labels: [("zone".to_owned(), "a".to_owned())].into(),
             hostname: "host".into(),
             version: "0.1.0".into(),
+            fabric_ports: vec![port("mlx5_0"), port("mlx5_1")],
+            interfaces: vec![v1::NetworkInterface {
+                name: "eth0".into(),
+                addresses: vec!["10.0.0.3".into()],
+                ..Default::default()
+            }],
+            numa_nodes: vec![v1::NumaNode { id: 0, cpus: "0-3,8".into(), memory_bytes: 1 << 34 }],
+            memlock_bytes: Some(1 << 16),
+            ..Default::default()
         }),
     };
     let mut twice = join("node-4", 4);
@@ -119,6 +140,14 @@ pub(super) fn session() -> Vec<Vec<u8>> {
             Up::Log(log),
             Up::Goodbye(v1::Goodbye { reason: "shutdown".into() }),
             Up::Leaving(v1::Leaving { reason: "shutdown".into() }),
+            Up::Health(v1::NodeHealth {
+                findings: vec![v1::Finding {
+                    subject: "mlx5_0:1".into(),
+                    severity: v1::HealthVerdict::Quarantined.into(),
+                    reason: "went down 9 times in an hour".into(),
+                }],
+                inventory: None,
+            }),
         ]
         .map(|message| v1::SessionRequest { message: Some(message) }),
     )

@@ -29,7 +29,7 @@ impl RendezvousService for Api {
         let hello =
             convert::agent_first_from_wire(first).map_err(|error| convert::invalid_argument(&[error]))?;
         let (outbox, stream) = mpsc::channel(OUTBOX_MAX);
-        let joined = self.agents.join(hello, outbox.clone()).await?;
+        let joined = self.office.reign()?.agents.join(hello, outbox.clone()).await?;
         // Weak: the stream ends when its run lets go of it.
         tokio::spawn(listen(joined, incoming, outbox.downgrade()));
         Ok(Response::new(Stream::new(stream)))

@@ -7,6 +7,7 @@ use muster_proto::v1::{self, cluster_service_server::ClusterService};
 use tonic::{Request, Response, Status};
 
 use super::Api;
+use crate::driver::cluster_id;
 
 #[tonic::async_trait]
 impl ClusterService for Api {
@@ -14,9 +15,9 @@ impl ClusterService for Api {
         &self,
         _request: Request<v1::GetClusterRequest>,
     ) -> Result<Response<v1::GetClusterResponse>, Status> {
-        let started = Some(timestamp_to_wire(self.driver.clock().started()));
-        let cluster = self
-            .driver
+        let driver = self.office.reign()?.driver;
+        let started = Some(timestamp_to_wire(driver.clock().started()));
+        let cluster = driver
             .read(move |core| {
                 let (mut ready, mut all) = (0, 0);
                 let (mut total, mut reserved) = (Resources::default(), Resources::default());
@@ -30,7 +31,7 @@ impl ClusterService for Api {
                 }
                 let (queued, ended) = (core.jobs_queued(), core.jobs_ended());
                 v1::Cluster {
-                    id: format!("{:016x}", core.meta().seed),
+                    id: cluster_id(core),
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     started,
                     nodes_ready: Some(ready),

@@ -14,7 +14,7 @@ const PAGE_DEFAULT: u32 = 100;
 /// Most jobs on a page: a page of the largest specs would not fit a message, and usual ones do easily.
 const PAGE_MAX: u32 = 1000;
 /// Bytes of one response, below the 4 MiB that gRPC clients take; a page ends early rather than exceed it.
-const PAGE_BYTES_MAX: usize = 3 << 20;
+pub(super) const PAGE_BYTES_MAX: usize = 3 << 20;
 /// Longest reason of a cancel or cordon.
 pub(super) const REASON_BYTES_MAX: usize = 1024;
 
@@ -82,7 +82,7 @@ impl JobService for Api {
         request: Request<v1::SubmitJobRequest>,
     ) -> Result<Response<v1::SubmitJobResponse>, Status> {
         let (request_id, spec) = checked_submit(request.into_inner())?;
-        let job = job_reply(self.driver.request(Input::Submit { request_id, spec }).await?)?;
+        let job = job_reply(self.driver()?.request(Input::Submit { request_id, spec }).await?)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::SubmitJobResponse { job }))
     }
@@ -92,7 +92,7 @@ impl JobService for Api {
         request: Request<v1::PlanJobRequest>,
     ) -> Result<Response<v1::PlanJobResponse>, Status> {
         let spec = checked_spec(request.into_inner().spec)?;
-        let (placement, reason) = match self.driver.request(Input::PlanJob(spec)).await? {
+        let (placement, reason) = match self.driver()?.request(Input::PlanJob(spec)).await? {
             Reply::Plan(Plan::Place(nodes)) => {
                 (nodes.iter().map(convert::placement_to_wire).collect(), String::new())
             }
@@ -111,6 +111,14 @@ impl JobService for Api {
         Ok(Response::new(v1::GetJobResponse { job }))
     }
 
+    async fn get_job_environment(
+        &self,
+        request: Request<v1::GetJobEnvironmentRequest>,
+    ) -> Result<Response<v1::GetJobEnvironmentResponse>, Status> {
+        let job = self.find_job(request.into_inner().job_id).await?;
+        Ok(Response::new(view::environments(&job)))
+    }
+
     async fn list_jobs(
         &self,
         request: Request<v1::ListJobsRequest>,
@@ -119,7 +127,7 @@ impl JobService for Api {
         let (before, size) = checked_page(&request)?;
         let states: Vec<v1::JobState> = request.states().collect();
         let jobs: Vec<(u64, Job)> = self
-            .driver
+            .driver()?
             .read(move |core| {
                 let wanted =
                     |job: &&Job| states.is_empty() || states.iter().any(|s| view::job_state(job.state) == *s);
@@ -155,7 +163,7 @@ impl JobService for Api {
         let reason = checked_reason(reason)?;
         let signal = convert::optional_stop_signal("stop_signal", &stop_signal);
         let signal = signal.map_err(|error| convert::invalid_argument(&[error]))?;
-        let job = job_reply(self.driver.request(Input::Cancel { job: job_id, reason, signal }).await?)?;
+        let job = job_reply(self.driver()?.request(Input::Cancel { job: job_id, reason, signal }).await?)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::CancelJobResponse { job }))
     }
@@ -190,7 +198,7 @@ impl JobService for Api {
 
 impl Api {
     pub(super) async fn find_job(&self, id: String) -> Result<Job, Status> {
-        let found = self.driver.read(move |core| core.job(&id).cloned()).await?;
+        let found = self.driver()?.read(move |core| core.job(&id).cloned()).await?;
         Ok(found.map_err(crate::driver::RequestError::from)?)
     }
 }

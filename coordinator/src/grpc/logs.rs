@@ -81,6 +81,7 @@ impl Api {
     ) -> Result<(), Status> {
         let mut offset = request.offset;
         let node = &source.node;
+        let reign = self.office.reign()?;
         // A session that breaks is taken up again where it was, as long as the node comes back.
         loop {
             let away = || {
@@ -88,7 +89,7 @@ impl Api {
                     format!("node {node}, which holds the output of rank {}, is not connected", source.rank);
                 convert::unavailable("NODE_NOT_CONNECTED", message, RETRY)
             };
-            let link = self.driver.links().get(node).ok_or_else(away)?;
+            let link = reign.driver.links().get(node).ok_or_else(away)?;
             let (pieces, mut incoming) = mpsc::channel(PIECES_MAX);
             let subscription = link
                 .subscribe(pieces, |subscription| v1::LogSubscribe {
@@ -110,7 +111,7 @@ impl Api {
                         link.unsubscribe(subscription);
                         return Ok(());
                     }
-                    () = self.shutdown.cancelled() => return Err(crate::driver::RequestError::Stopping.into()),
+                    () = reign.over.cancelled() => return Err(crate::driver::RequestError::Stopping.into()),
                 };
                 // The session broke, or the node overran its credit.
                 let Some(piece) = piece else { break };

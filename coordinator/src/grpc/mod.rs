@@ -15,12 +15,11 @@ use muster_core::Refusal;
 use muster_proto::convert;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
-use crate::agents::Runs;
 use crate::driver::{Handle, RequestError};
 use crate::metrics::Metrics;
+use crate::office::Office;
 
 /// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
 /// cannot take all memory.
@@ -39,33 +38,25 @@ pub(crate) type Stream<T> = ReceiverStream<Result<T, Status>>;
 /// What every handler needs.
 #[derive(Clone, Debug)]
 pub(crate) struct Api {
-    pub driver: Handle,
+    pub office: Office,
     pub metrics: Metrics,
-    pub agents: Runs,
-    /// Ends every stream when the coordinator stops.
-    pub shutdown: CancellationToken,
     pub lease: Duration,
     pub heartbeat: Duration,
-    /// The kernel's id of this boot; empty where there is none.
-    pub boot_id: Arc<str>,
     streams: Arc<Semaphore>,
     arrivals: Arc<Semaphore>,
 }
 
 impl Api {
-    pub fn new(
-        driver: Handle,
-        metrics: Metrics,
-        config: &crate::Config,
-        shutdown: CancellationToken,
-    ) -> Self {
+    pub fn new(office: Office, metrics: Metrics, config: &crate::Config) -> Self {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let boot_id = boot_id.trim().into();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
-        let agents = Runs::new(driver.clock(), shutdown.clone());
-        Self { driver, metrics, agents, shutdown, lease, heartbeat, boot_id, streams, arrivals }
+        Self { office, metrics, lease, heartbeat, streams, arrivals }
+    }
+
+    /// The driver of the present time of leading.
+    fn driver(&self) -> Result<Handle, Status> {
+        Ok(self.office.reign()?.driver)
     }
 
     /// A node's turn to arrive.

@@ -6,7 +6,7 @@ use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, node_service_server::NodeService};
 use tonic::{Request, Response, Status};
 
-use super::jobs::REASON_BYTES_MAX;
+use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX};
 use super::{Api, Stream, unexpected_reply};
 use crate::view;
 
@@ -21,14 +21,23 @@ impl NodeService for Api {
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         let (after, size) = checked_page(request.into_inner())?;
         let mut nodes: Vec<Node> = self
-            .driver
+            .driver()?
             .read(move |core| core.nodes_after(after.as_ref()).take(size + 1).cloned().collect())
             .await?;
         let more = nodes.len() > size;
         nodes.truncate(size);
-        let last = nodes.last().filter(|_| more).map(|node| node.name.to_string());
-        let nodes = nodes.iter().map(view::node).collect();
-        Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token: last.unwrap_or_default() }))
+        let (mut page, mut bytes) = (Vec::with_capacity(nodes.len()), 0);
+        for node in &nodes {
+            let shown = view::node(node);
+            bytes += prost::Message::encoded_len(&shown);
+            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
+                break;
+            }
+            page.push(shown);
+        }
+        let more = more || page.len() < nodes.len();
+        let last = page.last().filter(|_| more).map(|node| node.name.clone());
+        Ok(Response::new(v1::ListNodesResponse { nodes: page, next_page_token: last.unwrap_or_default() }))
     }
 
     async fn get_node(
@@ -36,7 +45,7 @@ impl NodeService for Api {
         request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::GetNodeResponse>, Status> {
         let name = request.into_inner().node_name;
-        let found = self.driver.read(move |core| core.node(&name).cloned()).await?;
+        let found = self.driver()?.read(move |core| core.node(&name).cloned()).await?;
         let node = found.map_err(crate::driver::RequestError::from)?;
         Ok(Response::new(v1::GetNodeResponse { node: Some(view::node(&node)) }))
     }
@@ -112,7 +121,7 @@ fn check_reason(reason: &str) -> Result<(), Status> {
 
 impl Api {
     async fn change(&self, input: Input) -> Result<v1::Node, Status> {
-        match self.driver.request(input).await? {
+        match self.driver()?.request(input).await? {
             Reply::Node(node) => Ok(view::node(&node)),
             Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) => Err(unexpected_reply()),
         }

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use super::{Api, STREAM_QUEUE, Stream};
 use crate::metrics::Point;
+use crate::office::Reign;
 use crate::view;
 
 /// Points taken out of a series at a time.
@@ -30,7 +31,8 @@ fn stopping() -> Status {
 impl Api {
     pub(super) async fn stream_job(self, job_id: String) -> Result<Stream<v1::WatchJobResponse>, Status> {
         let permit = self.stream_permit()?;
-        let (job, mut changes) = self.driver.watch_job(&job_id).await?;
+        let Reign { driver, over, .. } = self.office.reign()?;
+        let (job, mut changes) = driver.watch_job(&job_id).await?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
             let _permit = permit;
@@ -47,7 +49,7 @@ impl Api {
                         Err(RecvError::Lagged(_)) => return drop(sender.send(Err(too_slow())).await),
                         Err(RecvError::Closed) => return drop(sender.send(Err(stopping())).await),
                     },
-                    () = self.shutdown.cancelled() => return drop(sender.send(Err(stopping())).await),
+                    () = over.cancelled() => return drop(sender.send(Err(stopping())).await),
                     () = sender.closed() => return,
                 };
             }
@@ -57,7 +59,8 @@ impl Api {
 
     pub(super) async fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
         let permit = self.stream_permit()?;
-        let (nodes, mut changes) = self.driver.watch_nodes().await?;
+        let Reign { driver, over, .. } = self.office.reign()?;
+        let (nodes, mut changes) = driver.watch_nodes().await?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         let response = |node: &Node| Ok(v1::WatchNodesResponse { node: Some(view::node(node)) });
         tokio::spawn(async move {
@@ -74,7 +77,7 @@ impl Api {
                         Err(RecvError::Lagged(_)) => Err(too_slow()),
                         Err(RecvError::Closed) => Err(stopping()),
                     },
-                    () = self.shutdown.cancelled() => Err(stopping()),
+                    () = over.cancelled() => Err(stopping()),
                     () = sender.closed() => return,
                 };
                 let last = next.is_err();
@@ -91,7 +94,8 @@ impl Api {
         request: v1::StreamMetricsRequest,
     ) -> Result<Stream<v1::StreamMetricsResponse>, Status> {
         let permit = self.stream_permit()?;
-        let (job, mut changes) = self.driver.watch_job(&request.job_id).await?;
+        let Reign { driver, over, .. } = self.office.reign()?;
+        let (job, mut changes) = driver.watch_job(&request.job_id).await?;
         let series = self.metrics.series(&job.id).await;
         let mut grown = series.watch();
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
@@ -123,7 +127,7 @@ impl Api {
                     // A node sends a rank's points before it reports the rank's exit: once the job has ended,
                     // the series is whole, and one more look takes the rest.
                     () = job_ended(&mut changes) => ended = true,
-                    () = self.shutdown.cancelled() => return drop(sender.send(Err(stopping())).await),
+                    () = over.cancelled() => return drop(sender.send(Err(stopping())).await),
                     () = sender.closed() => return,
                 }
             }

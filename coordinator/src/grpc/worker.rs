@@ -1,10 +1,10 @@
 //! WorkerService: registration, and the one stream of each node.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use muster_core::health::Finding;
 use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank, limits};
-use muster_core::{Device, Input, Inventory, Join};
+use muster_core::{Input, Inventory, Join};
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
 use tokio::sync::mpsc;
@@ -13,13 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Api, Stream};
-use crate::driver::Hello;
+use crate::driver::{Handle, Hello};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
+use crate::office::Reign;
 
-/// Labels, GPUs and text of an inventory, far above what real machines have.
-const LABELS_MAX: usize = 256;
-const GPUS_MAX: usize = 256;
+/// Longest identity of a boot or a directory.
 const TEXT_BYTES_MAX: usize = 1024;
 /// Gangs a node reports in Hello.
 const GANGS_MAX: usize = 1024;
@@ -46,14 +45,18 @@ impl WorkerService for Api {
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
         let turn = self.arrival().await?;
-        self.driver.join(join).await?;
+        let reign = self.office.reign()?;
+        reign.driver.join(join).await?;
         drop(turn);
         info!(node = %name, %address, "node joined");
         Ok(Response::new(v1::JoinResponse {
             lease: Some(convert::duration_to_wire_std(self.lease)),
             heartbeat_interval: Some(convert::duration_to_wire_std(self.heartbeat)),
             accepted_at,
-            boot_id: self.boot_id.to_string(),
+            boot_id: self.office.boot_id().to_owned(),
+            term: reign.term,
+            cluster_id: reign.cluster_id.to_string(),
+            coordinators: reign.coordinators,
         }))
     }
 
@@ -75,21 +78,28 @@ impl WorkerService for Api {
         let node = hello.node.clone();
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
         let turn = self.arrival().await?;
-        let link = self.driver.open_session(hello, sender).await?;
+        let reign = self.office.reign()?;
+        let link = reign.driver.open_session(hello, sender).await?;
         drop(turn);
-        tokio::spawn(self.clone().listen(node, link, incoming));
+        tokio::spawn(self.clone().listen(reign, node, link, incoming));
         Ok(Response::new(Stream::new(receiver)))
     }
 }
 
 impl Api {
     /// Reads a session until it ends, for whatever reason, and says so to the core.
-    async fn listen(self, node: NodeName, link: Arc<Link>, mut incoming: Streaming<v1::SessionRequest>) {
+    async fn listen(
+        self,
+        reign: Reign,
+        node: NodeName,
+        link: Arc<Link>,
+        mut incoming: Streaming<v1::SessionRequest>,
+    ) {
         let session = link.session;
         let why = loop {
             let next = tokio::select! {
                 next = incoming.next() => next,
-                () = self.shutdown.cancelled() => break "the coordinator stops".to_owned(),
+                () = reign.over.cancelled() => break "the coordinator stops leading".to_owned(),
             };
             let message = match next {
                 Some(Ok(message)) => message.message,
@@ -97,7 +107,7 @@ impl Api {
                 None => break "the node closed it".to_owned(),
             };
             let goodbye = matches!(message, Some(Message::Goodbye(_)));
-            if let Err(status) = self.hear(&node, &link, message).await {
+            if let Err(status) = self.hear(&reign.driver, &node, &link, message).await {
                 warn!(%node, %session, error = status.message(), "session refused");
                 let message = status.message().to_owned();
                 link.close(status);
@@ -108,31 +118,41 @@ impl Api {
             }
         };
         info!(%node, %session, %why, "node disconnected");
-        self.driver.links().remove(&node, session);
+        reign.driver.links().remove(&node, session);
         link.close(Status::aborted(why));
-        self.driver.tell(Input::Disconnected { node, session }).await.ok();
+        reign.driver.tell(Input::Disconnected { node, session }).await.ok();
     }
 
-    async fn hear(&self, node: &NodeName, link: &Link, message: Option<Message>) -> Result<(), Status> {
+    async fn hear(
+        &self,
+        driver: &Handle,
+        node: &NodeName,
+        link: &Link,
+        message: Option<Message>,
+    ) -> Result<(), Status> {
         let (name, session) = (node.clone(), link.session);
         match message {
             Some(Message::Heartbeat(heartbeat)) => {
-                self.driver.heartbeat(name, session, heartbeat.seq).await?;
+                driver.heartbeat(name, session, heartbeat.seq).await?;
             }
             Some(Message::Gang(report)) => {
                 let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
-                self.driver.tell(Input::Report { node: name, session, report }).await?;
+                driver.tell(Input::Report { node: name, session, report }).await?;
             }
-            Some(Message::Points(batch)) => self.take_points(link, batch).await?,
+            Some(Message::Points(batch)) => self.take_points(driver, link, batch).await?,
             Some(Message::Log(data)) => link.route_log(data),
             Some(Message::Goodbye(goodbye)) => {
                 let reason: String = goodbye.reason.chars().take(REASON_CHARS_MAX).collect();
                 info!(%node, %session, %reason, "node says goodbye");
-                self.driver.tell(Input::Goodbye { node: name, session }).await?;
+                driver.tell(Input::Goodbye { node: name, session }).await?;
             }
             Some(Message::Leaving(leaving)) => {
                 let reason = reason(&leaving);
-                self.driver.tell(Input::Leaving { node: name, session, reason }).await?;
+                driver.tell(Input::Leaving { node: name, session, reason }).await?;
+            }
+            Some(Message::Health(health)) => {
+                let (findings, inventory) = checked_health(health).map_err(invalid)?;
+                driver.tell(Input::Health { node: name, session, findings, inventory }).await?;
             }
             Some(Message::Hello(_)) => {
                 return Err(invalid(field_error("message", "hello comes once, at the start")));
@@ -143,8 +163,8 @@ impl Api {
         Ok(())
     }
 
-    async fn take_points(&self, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
-        let (job, points) = checked_points(batch, self.driver.clock().now()).map_err(invalid)?;
+    async fn take_points(&self, driver: &Handle, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
+        let (job, points) = checked_points(batch, driver.clock().now()).map_err(invalid)?;
         let Some(last) = points.last() else { return Ok(()) };
         let mut ack = v1::PointAck {
             job_id: job.to_string(),
@@ -152,7 +172,7 @@ impl Api {
             rank: last.rank.0,
             seq: last.seq,
         };
-        let series = self.metrics.series_of_known(&self.driver, &job).await?;
+        let series = self.metrics.series_of_known(driver, &job).await?;
         // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
         if let Some(series) = series {
             let known = tokio::task::spawn_blocking(move || series.append(points))
@@ -179,15 +199,17 @@ pub(crate) fn checked_hello(wire: v1::Hello) -> Result<Hello, FieldError> {
     })
 }
 
+/// What a node has found, and what it has now if it says so.
+pub(crate) fn checked_health(
+    wire: v1::NodeHealth,
+) -> Result<(Vec<Finding>, Option<Box<Inventory>>), FieldError> {
+    let findings = convert::findings_from_wire(wire.findings)?;
+    let inventory = wire.inventory.map(convert::inventory_from_wire).transpose()?;
+    Ok((findings, inventory.map(Box::new)))
+}
+
 pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
-    let inventory = wire.inventory.unwrap_or_default();
-    let texts = [
-        ("boot_id", &wire.boot_id),
-        ("data_id", &wire.data_id),
-        ("inventory.hostname", &inventory.hostname),
-        ("inventory.version", &inventory.version),
-    ];
-    for (field, text) in texts {
+    for (field, text) in [("boot_id", &wire.boot_id), ("data_id", &wire.data_id)] {
         if text.len() > TEXT_BYTES_MAX {
             return Err(field_error(
                 field,
@@ -195,36 +217,6 @@ pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
             ));
         }
     }
-    let long = |text: &String| text.len() > TEXT_BYTES_MAX;
-    if inventory.labels.len() > LABELS_MAX || inventory.labels.iter().any(|(k, v)| long(k) || long(v)) {
-        return Err(field_error(
-            "inventory.labels",
-            format!("are more than {LABELS_MAX}, or one is too long"),
-        ));
-    }
-    if inventory.gpus.len() > GPUS_MAX || inventory.gpus.iter().any(|gpu| long(&gpu.uuid) || long(&gpu.model))
-    {
-        return Err(field_error(
-            "inventory.gpus",
-            format!("are more than {GPUS_MAX}, or a text is too long"),
-        ));
-    }
-    let indices: BTreeSet<u32> = inventory.gpus.iter().map(|gpu| gpu.index.unwrap_or(0)).collect();
-    if indices.len() < inventory.gpus.len() {
-        return Err(field_error("inventory.gpus", "hold an index twice; a device would get two owners"));
-    }
-    let gpus: Vec<Device> = inventory
-        .gpus
-        .into_iter()
-        .map(|gpu| Device {
-            index: gpu.index.unwrap_or(0),
-            uuid: gpu.uuid,
-            model: gpu.model,
-            memory_bytes: gpu.memory_bytes,
-        })
-        .collect();
-    let mut total = inventory.total.map(convert::resources_from_wire).unwrap_or_default();
-    total.gpus = gpus.len() as u32;
     Ok(Join {
         name: NodeName::new(wire.node_name).map_err(|why| field_error("node_name", why))?,
         address: (wire.address.parse())
@@ -232,13 +224,7 @@ pub(crate) fn checked_join(wire: v1::JoinRequest) -> Result<Join, FieldError> {
         incarnation: Incarnation::new(wire.incarnation).map_err(|why| field_error("incarnation", why))?,
         boot_id: wire.boot_id,
         data_id: wire.data_id,
-        inventory: Inventory {
-            total,
-            gpus,
-            labels: inventory.labels,
-            hostname: inventory.hostname,
-            version: inventory.version,
-        },
+        inventory: convert::inventory_from_wire(wire.inventory.unwrap_or_default())?,
     })
 }
 

@@ -1,13 +1,16 @@
-//! Durable control state: one trait, [`Store`], over redb (the embedded default) and memory.
+//! Durable control state: one trait, [`Store`], over redb (the embedded default), etcd (several coordinators) and memory.
 //!
 //! A store holds bytes under keys and knows nothing of jobs. It never holds metrics or logs. A batch is durable
 //! whole or not at all once [`Store::commit`] returns, and only the holder of the newest [`Fence`] can commit.
 
+mod clock;
+mod etcd;
 mod memory;
 mod redb_store;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub use etcd::{Election, Etcd, EtcdConfig, EtcdStore, Floor, Standing, Term, View, went_back};
 pub use memory::MemoryStore;
 pub use redb_store::RedbStore;
 
@@ -57,7 +60,8 @@ pub enum Error {
     /// Another coordinator leads now; this one must stop.
     #[error("this coordinator no longer leads: another one has taken over the store")]
     Fenced,
-    /// The same call may succeed later; nothing was changed.
+    /// The same call may succeed later. Nothing of it is acknowledged; it may be there all the same if its answer was
+    /// lost, and a batch that holds it again, or its successors, does not mind.
     #[error("the store cannot be written for now: {0}")]
     Retryable(String),
     /// Nothing but a person can mend it; the coordinator must stop.

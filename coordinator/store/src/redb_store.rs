@@ -33,6 +33,28 @@ impl RedbStore {
         Ok(store)
     }
 
+    /// The fence of the last campaign.
+    pub fn fence(&mut self) -> Result<Fence, Error> {
+        self.run(|database| {
+            let table = database.begin_read()?.open_table(FENCE)?;
+            Ok(Fence(table.get(())?.map_or(0, |fence| fence.value())))
+        })
+    }
+
+    /// The next campaign gives a fence above this one.
+    pub fn raise(&mut self, least: Fence) -> Result<(), Error> {
+        self.run(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut table = write.open_table(FENCE)?;
+                let held = table.get(())?.map_or(0, |fence| fence.value());
+                table.insert((), held.max(least.0))?;
+            }
+            write.commit()?;
+            Ok(())
+        })
+    }
+
     fn database(&mut self) -> Result<&Database, Error> {
         let database = match self.database.take() {
             Some(database) => database,

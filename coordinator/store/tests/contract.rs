@@ -3,8 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
+use std::time::Duration;
 
-use muster_store::{Batch, Error, MemoryStore, RedbStore, Store};
+use muster_store::{
+    Batch, Election, Error, Etcd, EtcdConfig, EtcdStore, Fence, MemoryStore, RedbStore, Store,
+};
 
 fn batch(puts: &[(&str, &str)], deletes: &[&str]) -> Batch {
     let mut batch = Batch::default();
@@ -43,6 +46,27 @@ fn check(mut reopen: impl FnMut(Option<Box<dyn Store>>) -> Box<dyn Store>) {
     assert_eq!(contents(&mut *store), kept, "a deposed leader changes nothing");
     store.commit(second, &batch(&[], &["a", "c"])).unwrap();
     assert!(contents(&mut *store).is_empty());
+
+    // More changes, and larger values, than some stores take at once; then half of each, and less.
+    let large = |mark: u8, keys: usize| {
+        let mut batch = Batch::default();
+        for key in 0..keys {
+            batch.put(format!("many/{key:04}"), vec![mark; 10]);
+        }
+        batch.put("large".to_owned(), vec![mark; 3 << 20]);
+        batch
+    };
+    for (mark, keys) in [(b'x', 1000), (b'y', 500)] {
+        let written = large(mark, keys);
+        store.commit(second, &written).unwrap();
+        let rows = store.load().unwrap();
+        assert_eq!(rows.len(), 1001);
+        let marked = rows.iter().filter(|(_, value)| value.iter().all(|byte| *byte == mark)).count();
+        assert_eq!(marked, keys + 1);
+        assert!(rows.iter().any(|(key, value)| key == "large" && value.len() == 3 << 20));
+    }
+    let mut store = reopen(Some(store));
+    assert_eq!(store.load().unwrap().len(), 1001);
 }
 
 #[test]
@@ -57,6 +81,68 @@ fn redb_keeps_the_contract() {
     check(|old| {
         drop(old);
         Box::new(RedbStore::open(&dir.path().join("store.redb")).unwrap())
+    });
+}
+
+/// A lease long enough for a busy machine.
+const LEASE: Duration = Duration::from_secs(5);
+
+/// One life of a coordinator on etcd, which ends as if it was killed when it is dropped.
+struct Life {
+    store: EtcdStore,
+    #[expect(dead_code, reason = "it is held, not read")]
+    election: Election,
+}
+
+impl Life {
+    fn begin(etcd: &muster_tests::Etcd, lease: Duration) -> Self {
+        let etcd = Etcd::open(&EtcdConfig::parse(&etcd.url()).unwrap()).unwrap();
+        let election = etcd.stand("http://here", lease, None);
+        let term = election.wait(muster_tests::PATIENCE).unwrap();
+        Self { store: EtcdStore::lead(&etcd, term), election }
+    }
+}
+
+impl Store for Life {
+    fn campaign(&mut self) -> Result<Fence, Error> {
+        self.store.campaign()
+    }
+
+    fn load(&mut self) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        self.store.load()
+    }
+
+    fn commit(&mut self, fence: Fence, batch: &Batch) -> Result<(), Error> {
+        self.store.commit(fence, batch)
+    }
+}
+
+/// An etcd to test with, or a word that there is none.
+fn etcd(members: usize, what: &str) -> Option<muster_tests::Etcd> {
+    let etcd = muster_tests::Etcd::start(members);
+    if etcd.is_none() {
+        muster_tests::skip(what, "there is no etcd here; `cargo xtask test` brings it where it can");
+    }
+    etcd
+}
+
+#[test]
+fn etcd_keeps_the_contract() {
+    let Some(etcd) = etcd(1, "the store's contract on etcd") else { return };
+    check(|old| {
+        drop(old);
+        Box::new(Life::begin(&etcd, LEASE))
+    });
+}
+
+#[test]
+fn three_members_keep_the_contract_while_one_of_them_is_dead() {
+    let Some(mut etcd) = etcd(3, "the store's contract on three members of etcd") else { return };
+    etcd.kill(0);
+    etcd.wait();
+    check(|old| {
+        drop(old);
+        Box::new(Life::begin(&etcd, LEASE))
     });
 }
 

@@ -11,6 +11,10 @@ use std::process::Command;
 pub fn run(args: &[OsString]) -> Result<()> {
     match args.first().and_then(|name| name.to_str()) {
         Some("reconnect") => return load(args),
+        Some("durable") => {
+            setup::run(&cargo::deps_dir(), &Wants { libtorch: false, tools: true, digits: false })?;
+            return load(args);
+        }
         Some("agents") => {
             python::bring_with(&["torchft==0.2.0"]).context("failed to set up the Python to compare with")?;
             return load(&[args, &["--python".into(), python::path().into()]].concat());

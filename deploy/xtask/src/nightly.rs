@@ -4,11 +4,12 @@ use crate::test::{Stage, run_stages};
 use anyhow::Result;
 
 /// Each is a command that can be typed alone; a new one is a line here.
-const STAGES: [(&str, &str); 6] = [
+const STAGES: [(&str, &str); 7] = [
     ("simulation", "cargo xtask sim --seeds 200000 --first 1000000"),
     ("network", "env MUSTER_NETWORK_SEEDS=300 cargo test -p muster-network"),
     ("fuzz", "cargo xtask fuzz --seconds 60"),
     ("build", "cargo build -p muster-cli"),
+    ("failover", "env MUSTER_FAULTS=60 cargo test -p muster-tests --test failover -- --nocapture"),
     ("every write", "cargo test -p muster-tests --test writes -- --ignored"),
     // A workspace of its own, with a licence of its own. Not locked: its lock follows that of the checkout.
     (

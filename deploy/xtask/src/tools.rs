@@ -109,7 +109,7 @@ pub struct Optional {
 }
 
 /// All of that kind. Apt checks what it downloads.
-pub fn optional() -> [Optional; 2] {
+pub fn optional() -> [Optional; 4] {
     let faketime = Part {
         name: "libfaketime",
         stamp: "lib/.libfaketime",
@@ -122,15 +122,45 @@ pub fn optional() -> [Optional; 2] {
         fingerprint: SLURM.join(" "),
         files: &["slurm/usr/sbin/slurmctld-wlm", "slurm/usr/sbin/slurmd-wlm", "slurm/usr/bin/srun"],
     };
+    let etcd = Part {
+        name: "etcd",
+        stamp: "etcd/.stamp",
+        fingerprint: ETCD.join(" "),
+        files: &["etcd/usr/bin/etcd", "etcd/usr/bin/etcdctl"],
+    };
+    let ibstat = Part {
+        name: "ibstat",
+        stamp: "ibstat/.stamp",
+        fingerprint: IBSTAT.join(" "),
+        files: &["ibstat/usr/sbin/ibstat"],
+    };
     [
+        Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
+        Optional { part: ibstat, bring: bring_ibstat, serves: "tests beside ibstat" },
         Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
         Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
     ]
 }
 
+/// Debian's packages of etcd.
+const ETCD: [&str; 2] = ["etcd-client", "etcd-server"];
+
+fn bring_etcd(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &ETCD)?, "etcd")?;
+    Ok("from Debian's packages".into())
+}
+
 /// Debian's packages of Slurm, and of the libraries that they need beside the system's own.
 const SLURM: [&str; 6] =
     ["slurm-client", "slurm-wlm-basic-plugins", "slurmctld", "slurmd", "libhwloc15", "libmunge2"];
+
+/// Debian's package of ibstat, and its libraries.
+const IBSTAT: [&str; 4] = ["infiniband-diags", "libibumad3", "libibmad5", "libibnetdisc5"];
+
+fn bring_ibstat(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &IBSTAT)?, "ibstat")?;
+    Ok("from Debian's packages".into())
+}
 
 fn bring_faketime(deps: &Deps) -> Result<String> {
     let tree = apt::unpacked(deps, &["libfaketime"])?;

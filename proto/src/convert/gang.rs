@@ -10,6 +10,7 @@ use muster_core::types::{
 use super::job::optional_stop_signal;
 use super::job::{spec_from_wire, spec_to_wire};
 use super::rendezvous::{rendezvous_from_wire, rendezvous_to_wire};
+use super::surroundings::{surroundings_from_wire, surroundings_to_wire};
 use super::time::{duration_to_wire, millis_from_timestamp, span_from_wire, timestamp_to_wire};
 use super::{FieldError, field_error, required};
 use crate::v1;
@@ -152,6 +153,7 @@ pub fn gang_report_from_wire(wire: v1::GangReport) -> Result<GangReport, FieldEr
         quiet: wire.quiet.iter().map(progress_from_wire).collect::<Result<_, _>>()?,
         processes: wire.process_ids,
         rendezvous: wire.rendezvous.map(rendezvous_from_wire).transpose()?.map(Box::new),
+        surroundings: wire.surroundings.map(surroundings_from_wire).transpose()?.map(Box::new),
     })
 }
 
@@ -189,6 +191,7 @@ pub fn gang_report_to_wire(report: &GangReport) -> v1::GangReport {
         quiet: quiet.collect(),
         process_ids: report.processes.clone(),
         rendezvous: report.rendezvous.as_deref().map(rendezvous_to_wire),
+        surroundings: report.surroundings.as_deref().map(surroundings_to_wire),
     }
 }
 

@@ -4,9 +4,11 @@
 
 mod agents;
 mod gang;
+mod inventory;
 mod job;
 mod rendezvous;
 mod status;
+mod surroundings;
 mod time;
 
 #[cfg(any(test, fuzzing))]
@@ -16,8 +18,10 @@ pub use gang::{
     assignment_from_wire, assignment_to_wire, gang_report_from_wire, gang_report_to_wire,
     placement_from_wire, placement_to_wire, rank_exit_from_wire, rank_exit_to_wire,
 };
+pub use inventory::{finding_to_wire, findings_from_wire, inventory_from_wire, inventory_to_wire};
 pub use job::{optional_stop_signal, resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire};
-pub use status::{invalid_argument, precondition, refusal, unavailable};
+pub use status::{NotLeader, invalid_argument, precondition, refusal, unavailable};
+pub use surroundings::{surroundings_from_wire, surroundings_to_wire};
 pub use time::{
     duration_to_wire, duration_to_wire_std, millis_from_timestamp, span_from_wire, timestamp_to_wire,
 };

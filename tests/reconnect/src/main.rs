@@ -1,9 +1,11 @@
 //! `cargo xtask bench reconnect`: thousands of nodes, each with the real session and core of the node daemon, hold jobs
 //! of a real coordinator, which is killed and started again. How soon they are all back, what is lost (nothing may
-//! be), and what it costs. The last line is a JSON object. `cargo xtask bench agents` is in `agents.rs`.
+//! be), and what it costs. The last line is a JSON object. `cargo xtask bench agents` is in `agents.rs`, `bench durable` in
+//! `durable.rs`.
 
 mod agents;
 mod coordinator;
+mod durable;
 mod node;
 mod stats;
 
@@ -39,6 +41,8 @@ enum Bench {
     Reconnect(Options),
     /// Agents that Muster did not start enter one round
     Agents(agents::Options),
+    /// Durable submissions, failover, and a restart with a large store
+    Durable(durable::Options),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -73,6 +77,7 @@ fn main() {
             raise_files(agents::most(&options));
             (runtime.block_on(agents::bench(&options)), true)
         }
+        Bench::Durable(options) => (runtime.block_on(durable::bench(&options)), true),
     };
     println!("{result}");
     // Ten thousand sessions need not be closed one by one.

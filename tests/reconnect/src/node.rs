@@ -51,10 +51,11 @@ pub fn identity(index: usize, coordinator: &str, data_dir: &Path) -> Identity {
             .to_owned(),
         data_id: format!("data-{index}"),
         data_dir: data_dir.to_owned(),
-        inventory: muster_core::Inventory {
+        inventory: tokio::sync::watch::channel(std::sync::Arc::new(muster_core::Inventory {
             total: muster_core::types::Resources { gpus: 0, cpu_millis: 64_000, memory_bytes: 1 << 38 },
             ..muster_core::Inventory::default()
-        },
+        }))
+        .1,
         config,
     }
 }

@@ -64,7 +64,14 @@ impl World {
         let adopted = |exits, fence| {
             let (assignment, launched) = (record.assignment.clone(), record.launched);
             let master_port = (assignment.placement.group_rank == 0).then_some(29500);
-            Input::Adopted(Box::new(Adopted { assignment, master_port, launched, exits, fence }))
+            Input::Adopted(Box::new(Adopted {
+                assignment,
+                master_port,
+                launched,
+                exits,
+                fence,
+                surroundings: None,
+            }))
         };
         match decision {
             Adoption::Adopt => {
@@ -271,6 +278,7 @@ impl World {
             uuid: format!("GPU-{index}"),
             model: "model".to_owned(),
             memory_bytes: 80 << 30,
+            ..Device::default()
         };
         let inventory = Inventory {
             total: Resources { gpus: GPUS, cpu_millis: 64_000, memory_bytes: 1 << 40 },

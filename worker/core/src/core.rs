@@ -60,6 +60,9 @@ impl Core {
                     part.master_port = port;
                 });
             }
+            Input::Surroundings(gang, surroundings) => {
+                self.observe(&gang, &mut effects, |part| part.surroundings = Some(surroundings));
+            }
             Input::Launched(gang) => {
                 self.observe(&gang, &mut effects, |part| part.phase = Some(ObservedPhase::Running));
             }
@@ -142,6 +145,7 @@ impl Core {
             exits: if planted(Bug::AdoptedExitsLost) { Vec::new() } else { adopted.exits },
             launch_sent: adopted.launched,
             fence: adopted.fence,
+            surroundings: adopted.surroundings,
             ..Part::new(adopted.assignment)
         };
         self.parts.insert(part.assignment.gang.clone(), part);

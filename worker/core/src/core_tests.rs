@@ -273,6 +273,7 @@ fn a_shim_that_is_adopted_is_as_if_this_daemon_had_started_it() {
         launched: true,
         exits: vec![],
         fence: Some(fence),
+        surroundings: None,
     };
     at(&mut core, 5000, Input::Adopted(Box::new(adopted)));
     assert_eq!((core.reports().len(), core.reports()[0].phase), (1, ObservedPhase::Running));

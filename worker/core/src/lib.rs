@@ -5,11 +5,18 @@
 
 mod adopt;
 mod core;
+pub mod doctor;
+pub mod health;
 mod lease;
 mod messages;
+mod numa;
 mod part;
+pub mod slurm;
+mod surroundings;
 
 pub use adopt::{Adoption, ShimRecord, adopt};
 pub use core::Core;
 pub use lease::Fence;
 pub use messages::{Adopted, Effect, Input};
+pub use numa::{NumaBinding, Processor, Topology};
+pub use surroundings::{Facts, compute_ports, derive};

@@ -1,6 +1,8 @@
 //! What goes into the core and what comes out.
 
-use muster_core::types::{Assignment, GangId, Millis, RankExit, RankProgress, RendezvousReport, StopMode};
+use muster_core::types::{
+    Assignment, GangId, Millis, RankExit, RankProgress, RendezvousReport, StopMode, Surroundings,
+};
 
 use crate::lease::Fence;
 
@@ -15,6 +17,8 @@ pub enum Input {
     Assign(Box<Assignment>),
     /// The gang could be launched; on its first node with the master port.
     Prepared(GangId, Option<u16>),
+    /// What the node adds to the environment of the gang's ranks. Comes before [`Input::Prepared`].
+    Surroundings(GangId, Box<Surroundings>),
     /// Every rank was launched.
     Launched(GangId),
     /// It could not be prepared or launched; nothing runs.
@@ -65,6 +69,8 @@ pub struct Adopted {
     pub exits: Vec<RankExit>,
     /// When it stops its ranks by itself.
     pub fence: Option<Fence>,
+    /// What it was told to add to their environment.
+    pub surroundings: Option<Box<Surroundings>>,
 }
 
 /// Something to do.

@@ -2,6 +2,7 @@
 
 use muster_core::types::{
     Assignment, GangReport, Millis, ObservedPhase, RankExit, RankProgress, RendezvousReport, StopMode,
+    Surroundings,
 };
 
 use crate::lease::Fence;
@@ -19,6 +20,7 @@ pub(crate) struct Part {
     /// Those of its ranks, in their order.
     pub processes: Vec<u32>,
     pub rendezvous: Option<Box<RendezvousReport>>,
+    pub surroundings: Option<Box<Surroundings>>,
     pub launch_sent: bool,
     /// How it was told to stop.
     pub stop_sent: Option<StopMode>,
@@ -45,6 +47,7 @@ impl Part {
             quiet: Vec::new(),
             processes: Vec::new(),
             rendezvous: None,
+            surroundings: None,
             launch_sent: false,
             stop_sent: None,
             fence: None,
@@ -70,6 +73,7 @@ impl Part {
             processes: self.processes.clone(),
             // The store ends with the ranks of its node.
             rendezvous: self.rendezvous.clone().filter(|_| self.phase == Some(ObservedPhase::Running)),
+            surroundings: self.surroundings.clone(),
         })
     }
 }

@@ -18,6 +18,7 @@ const HELLO_TAILS_BYTES_MAX: usize = 1 << 20;
 enum Next {
     Leaving,
     Report(GangId),
+    Health,
     PointsOf(GangId, Rank),
     Points,
 }
@@ -53,6 +54,9 @@ impl Daemon {
                 return Some(Next::PointsOf(gang.clone(), exit.rank));
             }
         }
+        if self.watched.is_due() {
+            return Some(Next::Health);
+        }
         self.outbox.can_send().then_some(Next::Points)
     }
 
@@ -65,6 +69,7 @@ impl Daemon {
                 let report = self.core.report(&gang)?;
                 Some(Up::Gang(convert::gang_report_to_wire(&report)))
             }
+            Next::Health => self.watched.message().map(Up::Health),
             Next::PointsOf(gang, rank) => self.outbox.next_batch_of(&gang, rank).map(Up::Points),
             Next::Points => self.outbox.next_batch().map(Up::Points),
         }

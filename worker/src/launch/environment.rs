@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use muster_core::types::{Assignment, Rank};
+use muster_core::types::surroundings::VariableSource;
+use muster_core::types::{Assignment, Rank, Surroundings};
 
 use crate::attached::Attached;
 
@@ -36,6 +37,8 @@ pub(crate) struct RankContext<'a> {
     /// The value of [`MARK`].
     pub mark: &'a str,
     pub attached: Option<&'a Attached>,
+    /// What the machine adds.
+    pub surroundings: Option<&'a Surroundings>,
 }
 
 /// Every variable of one rank. `inherited` is the daemon's environment.
@@ -63,6 +66,10 @@ pub(crate) fn of_rank(
         if applies {
             env.entry(key.into()).or_insert_with(|| value.into());
         }
+    }
+    let derived = paths.surroundings.map_or(&[][..], |all| &all.variables);
+    for variable in derived.iter().filter(|variable| variable.source == VariableSource::Node) {
+        env.entry(variable.name.clone().into()).or_insert_with(|| variable.value.clone().into());
     }
     for (key, value) in &spec.env {
         env.insert(key.into(), value.into());
@@ -111,6 +118,10 @@ fn of_attached(attached: &Attached, local_rank: u32, env: &mut BTreeMap<OsString
     env.insert("TORCHELASTIC_RUN_ID".into(), attached.run_id.clone().into());
     env.insert("TORCHELASTIC_SIGNALS_TO_HANDLE".into(), attached.signals.clone().into());
     env.insert("ROLE_NAME".into(), attached.role.clone().into());
+    if let Some((host, port)) = &attached.master {
+        env.insert("MASTER_ADDR".into(), host.into());
+        env.insert("MASTER_PORT".into(), port.to_string().into());
+    }
     if attached.virtual_local_rank {
         env.insert("LOCAL_RANK".into(), "0".into());
         let visible = env.get(OsStr::new("CUDA_VISIBLE_DEVICES")).and_then(|list| list.to_str());
@@ -166,6 +177,7 @@ mod tests {
             telemetry: Path::new("/run/1.sock"),
             mark: "k3v9x2ma/2@d",
             attached: None,
+            surroundings: None,
         };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();

@@ -4,6 +4,7 @@
 //! started. Ranks die with the thread that started them (PR_SET_PDEATHSIG), which is why that is a shim's main one.
 
 pub(crate) mod cgroup;
+pub(crate) mod checks;
 pub(crate) mod environment;
 pub(crate) mod error_file;
 mod files;

@@ -55,7 +55,8 @@ fn launched_before(gang: &GangId) -> String {
 
 /// Checks program and directory, makes the log directories and, on the first node, starts the ranks' store. The
 /// error is for the user: what is wrong on this node, and what to do.
-pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepared, String> {
+/// `port` is the store's, 0 for any.
+pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Result<Prepared, String> {
     let spec = &assignment.spec;
     if let Some(dir) = &spec.working_dir {
         match fs::metadata(dir) {
@@ -80,8 +81,15 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path) -> Result<Prepar
     let store = (assignment.placement.group_rank == 0)
         .then(|| {
             let address = assignment.placement.address;
-            RankStore::host(address).map_err(|error| {
-                format!("the ranks' store cannot serve on {address}: {error}; is it an address of this node?")
+            RankStore::host(address, port).map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    format!(
+                        "port {port} of {address} is taken; stop who has it, or name another --master-port"
+                    )
+                }
+                _ => format!(
+                    "the ranks' store cannot serve on {address}: {error}; is it an address of this node?"
+                ),
             })
         })
         .transpose()?;

@@ -11,7 +11,8 @@ use std::path::Path;
 use super::cgroup::Entrance;
 use super::spawn::{self, inherited};
 use crate::attached::{Output, Sink};
-use muster_core::types::Rank;
+use muster_core::types::{CpuList, Rank};
+use nix::sched::CpuSet;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -43,6 +44,7 @@ pub(crate) fn start(
     output: &Output,
     env: BTreeMap<OsString, OsString>,
     entrance: Option<&Entrance>,
+    cpus: Option<&CpuList>,
 ) -> Result<RankProcess, String> {
     // Straight into the file: no process of ours is in the way of a program that prints much. Appending, so that
     // what is there is never lost.
@@ -60,14 +62,25 @@ pub(crate) fn start(
     let stdin = if output.reads_input { inherited(0) } else { nothing(false) };
     let stdin = stdin.map_err(|error| format!("failed to open its standard input: {error}"))?;
     let stdio = [stdin, open(&output.stdout, 1)?, open(&output.stderr, 2)?];
+    let cpus = cpus.map(cpu_set).transpose()?;
     let pid = spawn::Program::new(program.path, program.command, env, program.working_dir, stdio)
-        .and_then(|program| program.spawn(entrance))
+        .and_then(|program| program.bound_to(cpus).spawn(entrance))
         .map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
     Ok(RankProcess { rank, pid })
 }
 
 fn nothing(to_write: bool) -> std::io::Result<OwnedFd> {
     OpenOptions::new().read(!to_write).write(to_write).open(NOTHING).map(OwnedFd::from)
+}
+
+/// As the kernel takes it. What does not fit is beyond the thousand processors that it is made for, and is left out.
+fn cpu_set(cpus: &CpuList) -> Result<CpuSet, String> {
+    let mut set = CpuSet::new();
+    for cpu in cpus.0.iter().filter(|cpu| (**cpu as usize) < CpuSet::count()) {
+        set.set(*cpu as usize)
+            .map_err(|error| format!("failed to bind a rank to processor {cpu}: {error}"))?;
+    }
+    Ok(set)
 }
 
 impl RankProcess {

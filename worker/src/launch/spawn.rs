@@ -14,6 +14,8 @@ use std::path::Path;
 use std::ptr;
 
 use nix::libc;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 
 use super::cgroup::Entrance;
 use super::files;
@@ -30,6 +32,8 @@ pub(super) struct Program {
     dir: CString,
     /// Standard input, output and error: none of them is 0, 1 or 2.
     stdio: [OwnedFd; 3],
+    /// Processors that it may use, if not all.
+    cpus: Option<CpuSet>,
 }
 
 impl Program {
@@ -55,7 +59,13 @@ impl Program {
             env: env.into_iter().map(pair).collect::<Result<_, _>>()?,
             dir: text(dir.as_os_str())?,
             stdio,
+            cpus: None,
         })
+    }
+
+    /// The same, on some processors alone.
+    pub fn bound_to(self, cpus: Option<CpuSet>) -> Self {
+        Self { cpus, ..self }
     }
 
     /// Runs it as a child in a session of its own, which dies with the calling thread. Returns once it runs; an error
@@ -145,6 +155,10 @@ impl Child<'_> {
         for (to, from) in (0..).zip(&self.program.stdio) {
             // SAFETY: system calls on descriptors that are open, and are not those that are replaced.
             check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
+        }
+        if let Some(cpus) = &self.program.cpus {
+            // A plain wrapper of its system call.
+            sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
         // SAFETY: system calls on texts and sets that live through them. That of the signal is ignored in a program of
         // Rust, and no rank expects that.

@@ -2,7 +2,7 @@
 //!
 //! What a connection says of the coordinator's process (nothing listens there, or it takes a connection and is silent) it
 //! says of whatever it reached, which may be a proxy, a tunnel or a service address. A coordinator therefore tells at
-//! which address it took the connection of a Join, and only that address can testify.
+//! which address it took the connection of a Join, whether it leads or not, and only that address can testify.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,7 +11,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use hyper_util::rt::TokioIo;
-use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tracing::warn;
@@ -119,11 +118,16 @@ impl Known {
         self.addresses.get(url) == Some(&address)
     }
 
-    /// A coordinator has answered a Join over this connection.
-    pub fn joined(&mut self, url: &str, reached: &Reached, joined: &v1::JoinResponse) {
-        let accepted: Option<SocketAddr> = joined.accepted_at.parse().ok();
+    /// Where the coordinator with this URL listens itself, if that is known.
+    pub fn address(&self, url: &str) -> Option<SocketAddr> {
+        self.addresses.get(url).copied()
+    }
+
+    /// A coordinator has answered over this connection, and says where it took it and on which boot of its machine.
+    pub fn answered(&mut self, url: &str, reached: &Reached, accepted_at: &str, boot_id: &str) {
+        let accepted: Option<SocketAddr> = accepted_at.parse().ok();
         // The loopback address of another machine is the end of a tunnel.
-        let here = |address: SocketAddr| !address.ip().is_loopback() || joined.boot_id == self.boot_id;
+        let here = |address: SocketAddr| !address.ip().is_loopback() || boot_id == self.boot_id;
         let direct = accepted.filter(|address| reached.peer == Some(*address) && here(*address));
         let before = match direct {
             Some(address) => {
@@ -134,7 +138,7 @@ impl Known {
         };
         if direct.is_none() && self.indirect.insert(url.to_owned()) {
             warn!(
-                coordinator = %url, peer = ?reached.peer, accepted_at = joined.accepted_at,
+                coordinator = %url, peer = ?reached.peer, accepted_at,
                 "something stands between this node and the coordinator; if the coordinator is away for a lease, ranks are \
                  stopped, because from here that looks as if only this node were cut off"
             );
@@ -193,12 +197,7 @@ mod tests {
         for (peer, accepted_at, boot_id, testifies) in cases {
             let address: SocketAddr = peer.parse().unwrap();
             let reached = Reached { peer: Some(address), refused: Vec::new() };
-            let joined = v1::JoinResponse {
-                accepted_at: accepted_at.to_owned(),
-                boot_id: boot_id.to_owned(),
-                ..v1::JoinResponse::default()
-            };
-            known().joined(url, &reached, &joined);
+            known().answered(url, &reached, accepted_at, boot_id);
             assert_eq!(known().testifies(url, address), testifies, "{peer} {accepted_at} {boot_id}");
             assert!(!known().testifies("http://d:7070", address));
         }

@@ -7,18 +7,26 @@
 //! extends every lease). Only the address at which it listens itself can prove so much: a proxy refuses for its own reasons.
 //! A connection that cannot be made proves nothing, and any word proves that somebody is there: a
 //! coordinator whose disk is slow may owe an answer for long, and counts leases meanwhile.
+//!
+//! Of several coordinators one leads, and it alone counts leases. One that says itself that it does not lead is as good
+//! as one that is gone: should it lead later, it starts then, and gives every node a whole lease. So if each of them is
+//! gone or says so, nobody can replace the ranks. It must be each of them, and they say how many they are: one that this
+//! node does not know may lead.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use muster_core::types::Millis;
-use muster_proto::v1;
+use muster_proto::convert::NotLeader;
+use muster_proto::v1::{self, cluster_service_client::ClusterServiceClient};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::connection::{Known, Reached, connect};
+use super::leader::Newest;
 use super::{CONNECT_MAX, Event};
 use crate::clock::boot_now;
 
@@ -32,22 +40,44 @@ enum Answer {
     Words,
 }
 
+/// Who shows that a coordinator does not lead.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Witness {
+    /// Its machine, by what this address of its own does.
+    Address(SocketAddr),
+    /// The coordinator of this identity, by its word.
+    Word(String),
+}
+
+/// That a coordinator did not lead then.
+#[derive(Clone, Debug)]
+struct Sign {
+    at: Millis,
+    witness: Witness,
+    /// How many there are, as it says.
+    coordinators: u32,
+}
+
 /// What the attempts so far say.
 pub(super) struct Signs {
     /// The lease's length, once a coordinator has said it.
     pub lease: Millis,
-    /// The coordinator that is being tried.
-    pub current: usize,
+    /// The coordinator that is being tried; none if it is none of those that were configured.
+    pub current: Option<usize>,
     urls: Vec<String>,
     known: Known,
-    /// For each coordinator, when it was last found to be gone, unless something else was found later.
-    gone: Vec<Option<Millis>>,
+    newest: Newest,
+    /// How many there are, as the last leader said.
+    coordinators: u32,
+    /// For each coordinator, when it was last found not to lead, unless something else was found later.
+    gone: Vec<Option<Sign>>,
     events: mpsc::Sender<Event>,
 }
 
 impl Signs {
-    pub fn new(urls: Vec<String>, known: Known, events: mpsc::Sender<Event>) -> Self {
-        Self { lease: Millis::from_secs(10), current: 0, gone: vec![None; urls.len()], urls, known, events }
+    pub fn new(urls: Vec<String>, known: Known, newest: Newest, events: mpsc::Sender<Event>) -> Self {
+        let (lease, gone) = (Millis::from_secs(10), vec![None; urls.len()]);
+        Self { lease, current: Some(0), coordinators: 1, gone, urls, known, newest, events }
     }
 
     /// The lease as a duration.
@@ -68,7 +98,9 @@ impl Signs {
     /// The endpoint, with probes that end a connection which stalls while there is time for another in the lease.
     pub fn probed(&self, endpoint: &Endpoint) -> Endpoint {
         let probe = self.lease() / 8;
-        endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe)
+        let endpoint = endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe);
+        // Where there are others, one whose machine is gone without a word does not cost the lease.
+        if self.urls.len() > 1 { endpoint.connect_timeout(probe.min(CONNECT_MAX)) } else { endpoint }
     }
 
     /// Waits for an answer on a connection that was made, and learns from it if none comes.
@@ -94,7 +126,18 @@ impl Signs {
                 }
                 found = probe => found,
             };
-            self.note((found == Answer::Silence).then_some(asked)).await;
+            let address = self.url().and_then(|url| self.known.address(url));
+            let silent = address.filter(|_| found == Answer::Silence);
+            self.note(silent.map(|address| Sign {
+                at: asked,
+                witness: Witness::Address(address),
+                coordinators: 0,
+            }))
+            .await;
+            // Another one may lead already.
+            if silent.is_some() && self.urls.len() > 1 {
+                return Err(Status::deadline_exceeded("the coordinator hangs"));
+            }
             // A sign is good for a lease. Ten thousand nodes that ask more often keep a coordinator that is merely slow
             // from answering any of them. But it must be young enough, should this connection break, to last until there
             // is another.
@@ -120,35 +163,91 @@ impl Signs {
         }
     }
 
+    /// The one that is being tried, if it was configured.
+    fn url(&self) -> Option<&String> {
+        self.urls.get(self.current?)
+    }
+
     /// Whether this is where the coordinator that is being tried listens itself.
     fn testifies(&self, address: SocketAddr) -> bool {
-        self.urls.get(self.current).is_some_and(|url| self.known.testifies(url, address))
+        self.url().is_some_and(|url| self.known.testifies(url, address))
     }
 
     /// It could not be reached then, for what that says.
     pub async fn refused(&mut self, at: Millis, reached: &Reached) {
-        let refused = reached.refused.iter().any(|address| self.testifies(*address));
-        self.note(refused.then_some(at)).await;
+        let refused = reached.refused.iter().copied().find(|address| self.testifies(*address));
+        self.note(refused.map(|address| Sign { at, witness: Witness::Address(address), coordinators: 0 }))
+            .await;
     }
 
-    /// It has answered a Join.
-    pub async fn joined(&mut self, reached: &Reached, joined: &v1::JoinResponse) {
-        if let Some(url) = self.urls.get(self.current) {
-            self.known.joined(url, reached, joined);
+    /// It has answered a Join. Refused if it was deposed.
+    pub async fn joined(&mut self, reached: &Reached, joined: &v1::JoinResponse) -> Result<(), Status> {
+        if let Some(url) = self.current.and_then(|current| self.urls.get(current)) {
+            self.known.answered(url, reached, &joined.accepted_at, &joined.boot_id);
         }
+        self.coordinators = joined.coordinators.max(1);
         self.note(None).await;
+        self.newest.joined(joined)
     }
 
-    /// The coordinator that is being tried was gone then, or was not.
-    pub async fn note(&mut self, gone: Option<Millis>) {
-        self.gone[self.current] = gone;
-        let all: Option<Vec<Millis>> = self.gone.iter().copied().collect();
-        // Only if every one is gone, and only as of the least recent sign of it.
-        if let Some(at) = all.and_then(|all| all.into_iter().min()) {
+    /// It has said that it does not lead, when it was asked then.
+    pub async fn does_not_lead(&mut self, at: Millis, reached: &Reached, says: &NotLeader) {
+        let mut direct = false;
+        if let Some(url) = self.current.and_then(|current| self.urls.get(current)) {
+            self.known.answered(url, reached, &says.accepted_at, &says.boot_id);
+            // Behind one address that is not its own there may be any of them.
+            direct = reached.peer.is_some_and(|peer| self.known.testifies(url, peer));
+        }
+        let (witness, coordinators) = (Witness::Word(says.coordinator.clone()), says.coordinators);
+        self.note(direct.then_some(Sign { at, witness, coordinators })).await;
+    }
+
+    /// The coordinator that is being tried did not lead then, or may have.
+    async fn note(&mut self, sign: Option<Sign>) {
+        let Some(of_current) = self.current.and_then(|current| self.gone.get_mut(current)) else { return };
+        *of_current = sign;
+        let Some(all) = self.gone.iter().cloned().collect::<Option<Vec<Sign>>>() else { return };
+        let witnesses: BTreeSet<&Witness> = all.iter().map(|sign| &sign.witness).collect();
+        let said = all.iter().map(|sign| sign.coordinators).max().filter(|said| *said > 0);
+        if witnesses.len() < said.unwrap_or(self.coordinators) as usize {
+            return;
+        }
+        // Only if none leads, and only as of the least recent sign of it.
+        if let Some(at) = all.iter().map(|sign| sign.at).min() {
             self.events.send(Event::CoordinatorGone { at }).await.ok();
         }
     }
+
+    /// There is somebody, whatever it says.
+    pub async fn somebody(&mut self) {
+        self.note(None).await;
+    }
+
+    /// What a session needs beside its stream: which messages count; and a look at coordinators of which it is not known
+    /// where they listen, so that they can testify should the leader be lost. The look never ends.
+    pub fn parts(&mut self) -> (&Newest, impl Future<Output = ()>) {
+        let Self { newest, known, urls, current, .. } = self;
+        let survey = async move {
+            for (index, url) in urls.iter().enumerate() {
+                let endpoint = Endpoint::from_shared(url.clone());
+                if Some(index) != *current
+                    && known.address(url).is_none()
+                    && let Ok(endpoint) = endpoint
+                    && let (Ok(channel), reached) = connect(&endpoint.connect_timeout(CONNECT_MAX)).await
+                    && let Err(status) = ClusterServiceClient::new(channel).get_cluster(SURVEY).await
+                    && let Some(says) = NotLeader::from_status(&status)
+                {
+                    known.answered(url, &reached, &says.accepted_at, &says.boot_id);
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        (newest, survey)
+    }
 }
+
+/// What one that does not lead refuses with its details, and the leader answers.
+const SURVEY: v1::GetClusterRequest = v1::GetClusterRequest {};
 
 /// Whether this is no answer but the end of the connection.
 pub(super) fn is_broken(status: &Status) -> bool {
@@ -173,14 +272,14 @@ mod tests {
     #[tokio::test]
     async fn all_coordinators_must_be_gone_as_of_the_oldest_sign() {
         let (sender, mut events) = mpsc::channel(8);
-        let (urls, known) = known(&["http://a:1", "http://b:1"]);
-        let mut signs = Signs::new(urls, known, sender);
+        let mut signs = signs(&["http://a:1", "http://b:1"], sender);
         let mut found = Vec::new();
         for (current, gone) in
             [(0, Some(5)), (1, None), (1, Some(9)), (0, None), (1, Some(11)), (0, Some(12))]
         {
-            signs.current = current;
-            signs.note(gone.map(Millis)).await;
+            signs.current = Some(current);
+            let witness = Witness::Word(current.to_string());
+            signs.note(gone.map(|at| Sign { at: Millis(at), witness, coordinators: 2 })).await;
             found.push(match events.try_recv() {
                 Ok(Event::CoordinatorGone { at }) => Some(at.0),
                 _ => None,
@@ -189,10 +288,54 @@ mod tests {
         assert_eq!(found, [None, None, Some(5), None, None, Some(11)]);
     }
 
-    fn known(urls: &[&str]) -> (Vec<String>, Known) {
+    fn signs(urls: &[&str], events: mpsc::Sender<Event>) -> Signs {
         let dir = tempfile::tempdir().unwrap();
         let known = Known::load(dir.path().to_owned(), "boot".to_owned());
-        (urls.iter().copied().map(str::to_owned).collect(), known)
+        let newest = Newest::load(dir.path().to_owned());
+        Signs::new(urls.iter().copied().map(str::to_owned).collect(), known, newest, events)
+    }
+
+    /// Which is asked, at which address, what it says, and whether nobody leads then.
+    type Answers<'a> = &'a [(usize, SocketAddr, NotLeader, bool)];
+
+    #[tokio::test]
+    async fn coordinators_that_do_not_lead_must_all_say_so_and_each_for_itself() {
+        let at: [SocketAddr; 3] = [1, 2, 3].map(|host| SocketAddr::from(([10, 0, 0, host], 7070)));
+        let says = |name: &str, accepted_at: SocketAddr, coordinators| NotLeader {
+            coordinator: name.to_owned(),
+            accepted_at: accepted_at.to_string(),
+            coordinators,
+            ..NotLeader::default()
+        };
+        let cases: [(&str, Answers<'_>); 4] = [
+            ("two of two", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("b", at[1], 2), true)]),
+            (
+                "two of three",
+                &[(0, at[0], says("a", at[0], 3), false), (1, at[1], says("b", at[1], 3), false)],
+            ),
+            ("one twice", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("a", at[1], 2), false)]),
+            (
+                "behind a proxy",
+                &[(0, at[0], says("a", at[0], 2), false), (1, at[2], says("b", at[1], 2), false)],
+            ),
+        ];
+        for (case, answers) in cases {
+            let (sender, mut events) = mpsc::channel(8);
+            let mut signs = signs(&["http://a:1", "http://b:1"], sender);
+            for (index, peer, says, nobody) in answers {
+                signs.current = Some(*index);
+                let reached = Reached { peer: Some(*peer), refused: Vec::new() };
+                signs.does_not_lead(Millis(7), &reached, says).await;
+                assert_eq!(events.try_recv().is_ok(), *nobody, "{case}");
+            }
+        }
+        // One that was named by another says nothing of those that were configured.
+        let (sender, mut events) = mpsc::channel(8);
+        let mut signs = signs(&["http://a:1"], sender);
+        signs.current = None;
+        let reached = Reached { peer: Some(at[0]), refused: Vec::new() };
+        signs.does_not_lead(Millis(7), &reached, &says("a", at[0], 1)).await;
+        assert!(events.try_recv().is_err());
     }
 
     #[tokio::test]
@@ -201,9 +344,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let url = format!("http://{address}");
         let endpoint = Endpoint::from_shared(url.clone()).unwrap();
-        let (urls, known) = known(&[&url]);
         let (sender, mut events) = mpsc::channel(8);
-        let mut signs = Signs::new(urls, known, sender);
+        let mut signs = signs(&[&url], sender);
         signs.lease = Millis(800);
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable, "something may stand between");
         let joined = |accepted_at: &str| v1::JoinResponse {
@@ -212,14 +354,14 @@ mod tests {
             ..v1::JoinResponse::default()
         };
         let reached = Reached { peer: Some(address), refused: Vec::new() };
-        signs.joined(&reached, &joined(&address.to_string())).await;
+        signs.joined(&reached, &joined(&address.to_string())).await.unwrap();
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
         drop(listener);
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
         let (_, refused) = connect(&endpoint).await;
         signs.refused(Millis(7), &refused).await;
         assert!(matches!(events.try_recv(), Ok(Event::CoordinatorGone { at: Millis(7) })));
-        signs.joined(&reached, &joined("10.0.0.1:7070")).await;
+        signs.joined(&reached, &joined("10.0.0.1:7070")).await.unwrap();
         signs.refused(Millis(9), &refused).await;
         assert!(events.try_recv().is_err(), "a tunnel's end refuses for its own reasons");
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use muster_core::types::{Assignment, GangId, Rank};
+use muster_core::types::{Assignment, GangId, Rank, Surroundings};
 use muster_worker_core::{Adopted, Fence, Input, ShimRecord};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -67,14 +67,19 @@ pub(crate) struct Shim {
 
 impl Shim {
     /// Starts a shim. Everything it observes goes to `events`, at last [`Input::Gone`] or [`Input::Failed`].
-    pub fn start(assignment: Assignment, context: Context, events: mpsc::Sender<Input>) -> Self {
+    pub fn start(
+        assignment: Assignment,
+        surroundings: Box<Surroundings>,
+        context: Context,
+        events: mpsc::Sender<Input>,
+    ) -> Self {
         #[cfg(feature = "simulation")]
         if turmoil::in_simulation() {
             return Self::with(|ends| crate::simulation::follow(assignment, ends, context.data_id, events));
         }
         Self::with(|ends| async move {
             let gang = assignment.gang.clone();
-            match begin(assignment, &context).await {
+            match begin(assignment, surroundings, &context).await {
                 Ok(link) => follow(link, ends, Told::default(), &context, &events).await,
                 Err(why) => _ = events.send(Input::Failed(gang, why)).await,
             }
@@ -148,6 +153,7 @@ impl Link {
             exits: self.state.exits.clone(),
             // The lease that a dead one knew of says nothing.
             fence: self.state.fence.filter(|_| self.stream.is_some()),
+            surroundings: self.record.order.surroundings.clone(),
         }
     }
 }
@@ -179,13 +185,18 @@ async fn connect(dir: &StateDir) -> io::Result<(Lines, OwnedWriteHalf)> {
     Ok((Lines::new(reader), writer))
 }
 
-async fn begin(assignment: Assignment, context: &Context) -> Result<Link, String> {
+async fn begin(
+    assignment: Assignment,
+    surroundings: Box<Surroundings>,
+    context: &Context,
+) -> Result<Link, String> {
     let (data_dir, data_id) = (context.data_dir.clone(), context.data_id.clone());
     let assignment = match &context.attached {
         Some(attached) => attached.own(assignment),
         None => assignment,
     };
-    let order = Order { assignment, data_dir, data_id, attached: context.attached.clone() };
+    let attached = context.attached.clone();
+    let order = Order { assignment, data_dir, data_id, attached, surroundings: Some(surroundings) };
     let log = gang_log_dir(&order.data_dir, &order.assignment.gang).join("shim.log");
     let command = context.command.clone();
     let outbox = context.outbox.clone();

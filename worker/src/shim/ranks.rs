@@ -104,6 +104,7 @@ impl Ranks {
                 telemetry: socket.path(),
                 mark: &mark,
                 attached: order.attached.as_ref(),
+                surroundings: order.surroundings.as_deref(),
             };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
             let working_dir = assignment.spec.working_dir.as_ref().map_or(log_dir.clone(), PathBuf::from);
@@ -115,7 +116,8 @@ impl Ranks {
             let entrance = self.cgroup.as_ref().map(|group| group.entrance(local_rank)).transpose();
             let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;
             let before = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
-            let process = process::start(*rank, program, &output, env, entrance.as_ref())?;
+            let cpus = order.cpus_of(local_rank);
+            let process = process::start(*rank, program, &output, env, entrance.as_ref(), cpus.as_ref())?;
             self.has_children = true;
             self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::{Assignment, GangId};
+use muster_core::types::{Assignment, CpuList, GangId, Surroundings};
 use muster_worker_core::ShimRecord;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
@@ -36,12 +36,22 @@ pub(crate) struct Order {
     /// The ranks end with the daemon, and have its terminal.
     #[serde(default)]
     pub attached: Option<Attached>,
+    /// What the machine adds to the environment of the ranks.
+    #[serde(default)]
+    pub surroundings: Option<Box<Surroundings>>,
 }
 
 impl Order {
     /// What every process of the gang has in its environment, unless it took it out.
     pub fn mark(&self) -> String {
         format!("{}@{}", self.assignment.gang, self.data_id)
+    }
+
+    /// Processors to which one rank is bound, if it is.
+    pub fn cpus_of(&self, local_rank: u32) -> Option<CpuList> {
+        let bindings = &self.surroundings.as_ref()?.bindings;
+        let binding = bindings.iter().find(|binding| binding.local_rank == local_rank)?;
+        binding.cpus.parse().ok().filter(|cpus: &CpuList| !cpus.0.is_empty())
     }
 
     /// Where one rank writes.

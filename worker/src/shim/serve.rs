@@ -100,7 +100,9 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
     let _listening = AbortOnDropHandle::new(tokio::spawn(listen(listener, shown, events)));
     shim.dir.write_record(&shim.record)?;
     let (assignment, data_dir) = (shim.record.order.assignment.clone(), shim.record.order.data_dir.clone());
-    let mut preparing = Some(tokio::task::spawn_blocking(move || prepare::prepare(&assignment, &data_dir)));
+    let port = shim.record.order.attached.as_ref().map_or(0, |attached| attached.store_port);
+    let mut preparing =
+        Some(tokio::task::spawn_blocking(move || prepare::prepare(&assignment, &data_dir, port)));
     loop {
         shim.look();
         if shim.is_over() {

@@ -140,6 +140,14 @@ impl Outbox {
         self.0.added.notify_one();
     }
 
+    /// A session with a coordinator that may have nothing: everything is there to be sent. It acknowledges what it has.
+    pub fn rewind_to_start(&self) {
+        for waiting in self.state().ranks.values_mut() {
+            (waiting.kept, waiting.known) = (Position::default(), 0);
+        }
+        self.rewind();
+    }
+
     /// The coordinator has everything up to `seq`.
     pub fn acknowledge(&self, gang: &GangId, rank: Rank, seq: u64) {
         let mut state = self.state();
@@ -331,6 +339,8 @@ mod tests {
         world.outbox.acknowledge(&gang(), Rank(0), 2);
         world.outbox.rewind();
         assert_eq!(world.sent(), [3, 4]);
+        world.outbox.rewind_to_start();
+        assert_eq!(world.sent(), [1, 2, 3, 4], "another coordinator may lack what this one has");
         world.outbox.end(&gang());
         assert!(world.outbox.holds(&gang()), "the last points outlive their gang");
         world.outbox.acknowledge(&gang(), Rank(0), 4);

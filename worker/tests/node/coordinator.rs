@@ -85,7 +85,7 @@ impl Coordinator {
     /// Says something in the open session.
     pub async fn say(&self, message: Down) {
         let session = self.state().session.clone().expect("a session is open");
-        session.send(Ok(v1::SessionResponse { message: Some(message) })).await.unwrap();
+        session.send(Ok(v1::SessionResponse { message: Some(message), term: 0 })).await.unwrap();
     }
 
     /// Ends the open session with an error; the node may come back at once.
@@ -205,7 +205,7 @@ impl Coordinator {
                 return;
             }
             if let Some(answer) = answer {
-                answers.send(Ok(v1::SessionResponse { message: Some(answer) })).await.ok();
+                answers.send(Ok(v1::SessionResponse { message: Some(answer), term: 0 })).await.ok();
             }
         }
     }
@@ -226,6 +226,7 @@ impl WorkerService for Coordinator {
             heartbeat_interval: Some(duration_to_wire_std(Duration::from_millis(50))),
             accepted_at,
             boot_id: boot_id.trim().to_owned(),
+            ..v1::JoinResponse::default()
         }))
     }
 

@@ -155,8 +155,8 @@ async fn ranks_without_progress_are_told_of_until_one_shows_some() {
     let mut rank = telemetry::connect(&world, 2).await;
     telemetry::report(&mut rank, 1..=7).await;
     let quiet = |ranks: usize| {
-        let report = world.coordinator.report(&gang).unwrap();
-        if report.quiet.len() == ranks { Ok(report.quiet) } else { Err(report) }
+        let report = world.coordinator.report(&gang);
+        report.clone().filter(|report| report.quiet.len() == ranks).map(|report| report.quiet).ok_or(report)
     };
     let stopped = pid_in(&world.path("pid1")).await;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(stopped), nix::sys::signal::Signal::SIGSTOP).unwrap();

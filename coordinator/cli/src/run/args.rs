@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::FalseyValueParser;
+use muster_worker::NumaBinding;
 
 use crate::units::{NodeRange, Span};
 
@@ -122,24 +123,20 @@ pub(crate) struct RunArgs {
         value_name = "HOST"
     )]
     pub master_addr: String,
-    /// With --rdzv-backend static: port at which the nodes meet there.
-    #[arg(
-        long,
-        alias = "master_port",
-        env = "PET_MASTER_PORT",
-        default_value_t = 29500,
-        value_name = "PORT"
-    )]
-    pub master_port: u16,
+    /// With --rdzv-backend static: port at which nodes and ranks meet there. Default: 29500, or any that is free where there is
+    /// one node.
+    #[arg(long, alias = "master_port", env = "PET_MASTER_PORT", value_name = "PORT")]
+    pub master_port: Option<u16>,
     /// Address of this node, at which the others reach it. Default: the one from which it reaches the rendezvous.
     #[arg(long, alias = "local_addr", env = "PET_LOCAL_ADDR", value_name = "HOST")]
     pub local_addr: Option<String>,
     /// A Python class of torchrun's, which cannot be loaded here.
     #[arg(long, alias = "logs_specs", value_name = "NAME")]
     pub logs_specs: Option<String>,
-    /// Where ranks run on the machine; not there yet.
-    #[arg(long, alias = "numa_binding", value_parser = ["node", "socket", "exclusive", "core-complex"])]
-    pub numa_binding: Option<String>,
+    /// Processors of each rank, near the GPU of its local rank: all of the GPU's NUMA node, all of its socket, a part of the node's
+    /// cores that no other rank has, or a core complex of the node.
+    #[arg(long, alias = "numa_binding", value_name = "node|socket|exclusive|core-complex")]
+    pub numa_binding: Option<NumaBinding>,
     /// Signals that are passed on to the ranks, and end the run.
     #[arg(
         long,
@@ -331,6 +328,7 @@ mod tests {
             ("-r 4 x", "is neither 0, 1, 2 or 3"),
             ("--signals-to-handle SIGKILL x", "is no signal that can be handled"),
             ("--local-ranks-filter a x", "is not a list such as"),
+            ("--numa-binding all x", "is none of node, socket, exclusive and core-complex"),
             ("--nproc-per-node 2", "SCRIPT"),
         ] {
             let error = run(line).unwrap_err();

@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::args::RunArgs;
 use crate::exit::Failure;
 
-/// The port at which torchrun's nodes meet, if none is named.
+/// The port at which torchrun's nodes meet, if none is named: c10d and static.
 const PORT_DEFAULT: u16 = 29400;
+const MASTER_PORT_DEFAULT: u16 = 29500;
 /// torchrun's time for all nodes to come.
 const JOIN_TIMEOUT_DEFAULT: Duration = Duration::from_mins(10);
 
@@ -39,6 +40,8 @@ pub(super) struct Meeting {
     pub place: Place,
     pub host: String,
     pub port: u16,
+    /// Port of the ranks' store; 0 for any that is free.
+    pub store_port: u16,
     /// This node's place among them.
     pub rank: Option<u32>,
     /// Time for all of them to come.
@@ -53,6 +56,7 @@ impl Meeting {
             place: Place::Alone,
             host: String::new(),
             port: 0,
+            store_port: 0,
             rank: None,
             join_timeout: JOIN_TIMEOUT_DEFAULT,
             last_call: LAST_CALL_DEFAULT,
@@ -68,12 +72,17 @@ impl Meeting {
                 (meeting.host, meeting.port) = host_and_port(endpoint, 7070)?;
                 meeting.place = Place::Coordinator;
             }
+            // Two runs on one machine must not want the same port, unless somebody says so.
+            "static" if !args.standalone && args.nnodes.max == 1 => {
+                meeting.store_port = args.master_port.unwrap_or(0);
+            }
             "static" | "c10d" | "muster" if args.standalone || args.nnodes.max == 1 => {}
             "static" => {
+                let port = args.master_port.unwrap_or(MASTER_PORT_DEFAULT);
                 (meeting.host, meeting.port) = if named {
-                    host_and_port(&args.rdzv_endpoint, args.master_port)?
+                    host_and_port(&args.rdzv_endpoint, port)?
                 } else {
-                    (args.master_addr.trim_matches(['[', ']']).to_owned(), args.master_port)
+                    (args.master_addr.trim_matches(['[', ']']).to_owned(), port)
                 };
                 if args.node_rank >= args.nnodes.max {
                     let (rank, nodes) = (args.node_rank, args.nnodes.max);
@@ -130,6 +139,11 @@ impl Meeting {
             }
         }
         Ok(is_host)
+    }
+
+    /// Whether ranks meet where nodes do. Under c10d the node that serves need not be the first, whose store is the ranks'.
+    pub fn shares_port(&self) -> bool {
+        self.rank.is_some()
     }
 
     /// The coordinator's.

@@ -9,6 +9,7 @@ use muster_core::types::{NodeName, RUN_LABEL, RUN_RANK_LABEL};
 use muster_proto::v1;
 use muster_worker::Attached;
 use tokio::net::{TcpListener, UnixListener, lookup_host};
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -16,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Scratch;
 use super::args::RunArgs;
 use super::meeting::{Meeting, Place, Serve};
+use super::port;
 use crate::args::{Global, Output};
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
@@ -33,6 +35,8 @@ const LEAVE_MAX: Duration = Duration::from_secs(5);
 pub(super) struct Node {
     pub client: Client,
     pub name: NodeName,
+    /// Where the ranks' store serves now.
+    pub store: watch::Sender<Option<SocketAddr>>,
     /// The coordinator is there for this run alone.
     pub is_own: bool,
     pub join_timeout: Duration,
@@ -54,6 +58,7 @@ impl Node {
         attached: Attached,
     ) -> Result<Self, Failure> {
         let broken = CancellationToken::new();
+        let (store, store_seen) = watch::channel(None);
         let config = muster_coordinator::Config {
             store: muster_coordinator::StoreKind::Memory,
             lease: LEASE,
@@ -72,12 +77,14 @@ impl Node {
             Place::Coordinator => (meeting.url(), None),
             Place::Peers(wanted) => {
                 let listener = bind(&meeting.host, meeting.port, wanted).await?;
-                (
-                    meeting.url(),
-                    listener.map(|listener| {
+                let serving = listener.map(|listener| {
+                    if meeting.shares_port() {
+                        serve(config, port::shared(listener, store_seen), broken.clone())
+                    } else {
                         serve(config, muster_coordinator::connections(listener), broken.clone())
-                    }),
-                )
+                    }
+                });
+                (meeting.url(), serving)
             }
         };
         let name = node_name(meeting.place == Place::Alone);
@@ -115,6 +122,7 @@ impl Node {
         Ok(Self {
             client,
             name,
+            store,
             is_own: meeting.place != Place::Coordinator,
             join_timeout: meeting.join_timeout,
             is_alone: meeting.place == Place::Alone,

@@ -67,7 +67,6 @@ pub(super) fn say_what_has_no_effect(args: &RunArgs) -> Result<(), Failure> {
     let given = [
         ("--monitor-interval", args.monitor_interval.is_some(), "the end of a rank is seen at once"),
         ("--start-method", args.start_method.is_some(), "ranks are programs of their own"),
-        ("--numa-binding", args.numa_binding.is_some(), "ranks are not bound to NUMA nodes yet"),
     ];
     for (flag, _, why) in given.into_iter().filter(|(_, given, _)| *given) {
         eprintln!("muster run: {flag} has no effect here: {why}");

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{GangId, JobSpec, Millis, NodeName, Rank, RendezvousReport, StopMode};
+use super::{GangId, JobSpec, Millis, NodeName, Rank, RendezvousReport, StopMode, Surroundings};
 
 /// One node's part of a gang.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +100,8 @@ pub struct GangReport {
     pub processes: Vec<u32>,
     /// From the gang's first node: what its store shows while some rank does not get on there.
     pub rendezvous: Option<Box<RendezvousReport>>,
+    /// What the node adds to the environment of its ranks, once it has prepared them.
+    pub surroundings: Option<Box<Surroundings>>,
 }
 
 /// How far a rank is that shows no progress.

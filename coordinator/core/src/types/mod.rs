@@ -1,22 +1,26 @@
 //! The checked nouns that every part of Muster shares. A value of these types needs no second check.
 
 mod assignment;
+mod cpus;
 mod ids;
 mod pattern;
 pub mod rendezvous;
 mod resources;
 mod spec;
 mod stop;
+pub mod surroundings;
 
 pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
+pub use cpus::CpuList;
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
 pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;
 pub use resources::Resources;
 pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
+pub use surroundings::Surroundings;
 
 use serde::{Deserialize, Serialize};
 

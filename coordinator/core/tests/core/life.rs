@@ -133,6 +133,7 @@ fn a_node_that_cannot_prepare_fails_the_job_before_anything_ran() {
         quiet: vec![],
         processes: vec![],
         rendezvous: None,
+        surroundings: None,
     };
     world.report(&name("b"), report);
     assert_eq!(world.state(&job), JobState::Failed, "the next generation would meet the same");

@@ -2,6 +2,7 @@
 
 mod agents;
 mod life;
+mod machines;
 mod properties;
 mod recovery;
 mod rendezvous;

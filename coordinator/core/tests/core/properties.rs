@@ -1,11 +1,12 @@
 //! Random histories over the model cluster: the invariants hold after every step, and once faults stop, what
 //! can run runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::world::{World, spec};
-use muster_core::JobState;
-use muster_core::types::{Generation, Resources};
+use crate::world::{World, name, spec};
+use muster_core::health::{Finding, Severity, Verdict};
+use muster_core::types::{Generation, NodeName, Resources};
+use muster_core::{Input, JobState};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -17,11 +18,17 @@ enum Op {
     Disconnect(usize),
     Crash(usize),
     Freeze(usize, bool),
+    Health { node: usize, severity: Option<Severity>, faulty: Option<u32> },
+    Uncordon(usize),
     Pass(u64),
     RestartCoordinator,
 }
 
 const NODES: [&str; 4] = ["a", "b", "c", "d"];
+
+fn severity() -> impl Strategy<Value = Severity> {
+    prop_oneof![Just(Severity::Degraded), Just(Severity::Quarantined)]
+}
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
@@ -34,9 +41,33 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..4_usize).prop_map(Op::Disconnect),
         1 => (0..4_usize).prop_map(Op::Crash),
         1 => (0..4_usize, any::<bool>()).prop_map(|(node, frozen)| Op::Freeze(node, frozen)),
+        2 => (0..4_usize, prop::option::of(severity()), prop::option::of(0..4_u32))
+            .prop_map(|(node, severity, faulty)| Op::Health { node, severity, faulty }),
+        1 => (0..4_usize).prop_map(Op::Uncordon),
         3 => (1..20_000_u64).prop_map(Op::Pass),
         1 => Just(Op::RestartCoordinator),
     ]
+}
+
+/// What a node says of its health, with a GPU that is faulty.
+fn say_health(world: &mut World, node: &str, severity: Option<Severity>, faulty: Option<u32>) {
+    let Some(session) = world.node(node).session else { return };
+    let found = |severity| Finding { subject: "disk".into(), severity, reason: "full".into() };
+    let mut inventory = world.join_of(node).inventory;
+    for gpu in inventory.gpus.iter_mut().filter(|gpu| Some(gpu.index) == faulty) {
+        gpu.fault = Some("it is off the bus".into());
+    }
+    world.input(Input::Health {
+        node: name(node),
+        session,
+        findings: severity.map(found).into_iter().collect(),
+        inventory: Some(Box::new(inventory)),
+    });
+}
+
+fn quarantined(world: &World) -> BTreeSet<NodeName> {
+    let all = world.core.nodes_after(None);
+    all.filter(|node| node.health.verdict() == Verdict::Quarantined).map(|node| node.name.clone()).collect()
 }
 
 struct History {
@@ -103,6 +134,10 @@ fn apply(world: &mut World, history: &mut History, op: &Op) {
             world.node(NODES[node]).frozen = frozen;
             world.settle();
         }
+        Op::Health { node, severity, faulty } => say_health(world, NODES[node], severity, faulty),
+        Op::Uncordon(node) => {
+            world.input(Input::SetCordon { node: NODES[node].to_owned(), cordon: None });
+        }
         Op::Pass(millis) => world.pass(millis),
         Op::RestartCoordinator => world.restart_coordinator(),
     }
@@ -116,6 +151,10 @@ fn heal(world: &mut World, history: &History) {
             if world.node(node).session.is_none() {
                 world.connect(node);
             }
+        }
+        for node in NODES {
+            say_health(world, node, None, None);
+            world.input(Input::SetCordon { node: node.to_owned(), cordon: None });
         }
         world.settle();
         world.pass(if round == 0 { 130_000 } else { 31_000 });
@@ -141,8 +180,19 @@ proptest! {
         }
         let mut history = History { jobs: vec![], generations: BTreeMap::new(), ended: BTreeMap::new() };
         for op in &ops {
+            let (before, known) = (quarantined(&world), history.generations.clone());
             apply(&mut world, &mut history, op);
             history.check(&world);
+            // Nothing but news of a node makes its verdict worse, so one that was quarantined before and is now was so
+            // all the time.
+            let out: BTreeSet<NodeName> = &before & &quarantined(&world);
+            for job in history.jobs.iter().filter_map(|id| world.core.job(id).ok()) {
+                let new = known.get(job.id.as_str()).is_none_or(|generation| *generation < job.generation);
+                let placed = job.placements().iter().filter(|_| new && job.gang.is_some());
+                for placement in placed {
+                    prop_assert!(!out.contains(&placement.node), "{} got {}", placement.node, job.id);
+                }
+            }
         }
         heal(&mut world, &history);
         history.check(&world);

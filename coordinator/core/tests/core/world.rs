@@ -307,6 +307,7 @@ impl ModelNode {
                     quiet: vec![],
                     processes: vec![],
                     rendezvous: None,
+                    surroundings: None,
                 },
             )
         });
@@ -340,7 +341,13 @@ fn exit_of(rank: u32, code: Option<i32>, signal: Option<i32>, time: Millis) -> R
 }
 
 fn device(index: u32) -> Device {
-    Device { index, uuid: format!("GPU-{index}"), model: "H100".into(), memory_bytes: 80 << 30 }
+    Device {
+        index,
+        uuid: format!("GPU-{index}"),
+        model: "H100".into(),
+        memory_bytes: 80 << 30,
+        ..Device::default()
+    }
 }
 
 mod erased {

@@ -1,0 +1,72 @@
+//! What nodes add to the environment of a job's ranks, and why.
+
+use muster_proto::v1::{self, VariableSource};
+
+use super::table;
+use crate::args::{Global, JobArgs, Output};
+use crate::client::Client;
+use crate::exit::{Failure, out};
+use crate::json;
+
+/// Node names that are spelled out before the rest is counted.
+const NAMES_SHOWN: usize = 8;
+
+/// `muster job ID --env`.
+pub(super) async fn show(client: &Client, args: &JobArgs, global: &Global) -> Result<(), Failure> {
+    let request = v1::GetJobEnvironmentRequest { job_id: args.job_id.clone() };
+    let found = client.jobs().get_job_environment(request).await?.into_inner();
+    if global.output == Output::Json {
+        json::print("GetJobEnvironmentResponse", &found)?;
+        return Ok(());
+    }
+    if found.environments.is_empty() {
+        out!(
+            "no node of the job has prepared it; what they add is known from then until the ranks have ended\n"
+        );
+    }
+    for (index, group) in found.environments.iter().enumerate() {
+        let surroundings = group.surroundings.clone().unwrap_or_default();
+        let gap = if index == 0 { "" } else { "\n" };
+        out!("{gap}{}\n", names(&group.node_names));
+        let variables: Vec<_> = surroundings.variables.iter().map(variable).collect();
+        if variables.is_empty() {
+            out!("adds nothing\n");
+        } else {
+            out!("{}", table(&["VARIABLE", "VALUE", "SET BY", "WHY"], &variables));
+        }
+        let bindings: Vec<_> = surroundings.bindings.iter().map(binding).collect();
+        if !bindings.is_empty() {
+            out!("{}", table(&["LOCAL RANK", "GPUS", "CPUS", "WHY"], &bindings));
+        }
+    }
+    if found.environments_more > 0 {
+        out!("\nand {} further kinds of nodes\n", found.environments_more);
+    }
+    Ok(())
+}
+
+fn names(all: &[String]) -> String {
+    let what = if all.len() == 1 { "node" } else { "nodes" };
+    match all.split_at_checked(NAMES_SHOWN) {
+        Some((shown, more)) if !more.is_empty() => {
+            format!("{what} {} and {} more", shown.join(", "), more.len())
+        }
+        _ => format!("{what} {}", all.join(", ")),
+    }
+}
+
+fn variable(variable: &v1::DerivedVariable) -> Vec<String> {
+    let source = match variable.source() {
+        VariableSource::Unspecified => "?",
+        VariableSource::Node => "node",
+        VariableSource::Job => "job",
+        VariableSource::Daemon => "daemon's environment",
+    };
+    vec![variable.name.clone(), variable.value.clone(), source.to_owned(), variable.reason.clone()]
+}
+
+fn binding(binding: &v1::RankBinding) -> Vec<String> {
+    let gpus: Vec<String> = binding.gpus.iter().map(ToString::to_string).collect();
+    let cpus = if binding.cpus.is_empty() { "all".to_owned() } else { binding.cpus.clone() };
+    vec![binding.local_rank.to_string(), gpus.join(","), cpus, binding.reason.clone()]
+}

@@ -1,0 +1,181 @@
+//! What a machine has, as its daemon found it: facts only. What follows from them is decided elsewhere (`schedule.rs`,
+//! `health.rs`, and on the node).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::Resources;
+
+/// One GPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Index on the node.
+    pub index: u32,
+    /// Identity that survives a reboot.
+    pub uuid: String,
+    /// Model.
+    pub model: String,
+    /// Bytes of device memory.
+    pub memory_bytes: u64,
+    /// Place on the PCI bus; empty if it is not known.
+    #[serde(default)]
+    pub pci_address: String,
+    /// NUMA node to which it is attached, where there are several.
+    #[serde(default)]
+    pub numa_node: Option<u32>,
+    /// Devices of the fabric ports that are nearest to it.
+    #[serde(default)]
+    pub near_fabric: Vec<String>,
+    /// Why no rank may use it, if none may.
+    #[serde(default)]
+    pub fault: Option<String>,
+}
+
+/// What a fabric port speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum LinkLayer {
+    /// Something else.
+    #[default]
+    Other,
+    /// InfiniBand.
+    InfiniBand,
+    /// Ethernet: RDMA over it is RoCE.
+    Ethernet,
+}
+
+/// Where a fabric port is between dead and usable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PortState {
+    /// Not known.
+    #[default]
+    Unknown,
+    /// No link.
+    Down,
+    /// A link that no subnet manager has configured.
+    Init,
+    /// The subnet manager is configuring it.
+    Armed,
+    /// In use.
+    Active,
+    /// A disturbance that it may get over.
+    ActiveDefer,
+}
+
+impl PortState {
+    /// As the kernel names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Down => "DOWN",
+            Self::Init => "INIT",
+            Self::Armed => "ARMED",
+            Self::Active => "ACTIVE",
+            Self::ActiveDefer => "ACTIVE_DEFER",
+        }
+    }
+}
+
+/// A port of an RDMA device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FabricPort {
+    /// Device, such as `mlx5_0`.
+    pub device: String,
+    /// Number on the device, from 1.
+    pub port: u32,
+    /// What it speaks.
+    pub link_layer: LinkLayer,
+    /// Whether it can be used.
+    pub state: PortState,
+    /// State of the link below it, as the kernel names it.
+    pub physical_state: String,
+    /// Megabits per second.
+    pub rate_mbps: u32,
+    /// Width and speed, such as `4X NDR`.
+    pub speed: String,
+    /// Place on the PCI bus; empty if it is not known.
+    pub pci_address: String,
+    /// NUMA node to which it is attached, where there are several.
+    pub numa_node: Option<u32>,
+    /// Network interface of the same port; empty if there is none.
+    pub interface: String,
+}
+
+impl FabricPort {
+    /// As NCCL names it: `mlx5_0:1`.
+    pub fn name(&self) -> String {
+        format!("{}:{}", self.device, self.port)
+    }
+
+    /// Whether NCCL can use it.
+    pub fn is_active(&self) -> bool {
+        self.state == PortState::Active
+    }
+}
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkInterface {
+    /// Name.
+    pub name: String,
+    /// IP addresses, as text.
+    pub addresses: Vec<String>,
+    /// Up, with a link.
+    pub up: bool,
+    /// Megabits per second; 0 if it is not known.
+    pub speed_mbps: u32,
+    /// Largest packet in bytes; 0 if it is not known.
+    pub mtu_bytes: u32,
+    /// NUMA node to which it is attached, where there are several.
+    pub numa_node: Option<u32>,
+}
+
+/// Processors and memory that are near to each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumaNode {
+    /// As the kernel counts.
+    pub id: u32,
+    /// As the kernel lists them, such as `0-31,64-95`.
+    pub cpus: String,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
+/// What a machine has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Totals.
+    pub total: Resources,
+    /// GPUs.
+    pub gpus: Vec<Device>,
+    /// Labels for node selectors.
+    pub labels: BTreeMap<String, String>,
+    /// Host name.
+    pub hostname: String,
+    /// Version of the daemon.
+    pub version: String,
+    /// InfiniBand and RoCE ports.
+    #[serde(default)]
+    pub fabric_ports: Vec<FabricPort>,
+    /// Network interfaces with hardware behind them.
+    #[serde(default)]
+    pub interfaces: Vec<NetworkInterface>,
+    /// NUMA nodes.
+    #[serde(default)]
+    pub numa_nodes: Vec<NumaNode>,
+    /// Bytes that /dev/shm may hold.
+    #[serde(default)]
+    pub shm_bytes: u64,
+    /// Bytes that a process may lock; none without a limit.
+    #[serde(default)]
+    pub memlock_bytes: Option<u64>,
+    /// Files that a process may have open; none without a limit.
+    #[serde(default)]
+    pub open_files_max: Option<u64>,
+    /// Version of the GPU driver.
+    #[serde(default)]
+    pub driver_version: String,
+    /// Newest CUDA version that the driver can run.
+    #[serde(default)]
+    pub cuda_version: String,
+}

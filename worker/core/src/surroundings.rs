@@ -1,0 +1,180 @@
+//! What follows from a machine for the ranks that are to run on it: NCCL's and Gloo's network, and processors near to each
+//! rank's GPUs. Pure: whoever calls says what the machine has and which way leads to the first node.
+//!
+//! Nothing here overrides a user: what the job or whoever started the daemon has set is shown as theirs, and stays.
+
+use std::collections::BTreeSet;
+
+use muster_core::types::surroundings::{DerivedVariable, RankBinding, VALUE_BYTES_MAX, VariableSource};
+use muster_core::types::{Assignment, CpuList, Surroundings};
+use muster_core::{Device, FabricPort, Inventory, LinkLayer};
+
+/// Ports slower than the fastest by more than this factor are for something else than training, where nothing else tells.
+const RATE_FACTOR_MAX: u32 = 2;
+
+/// What the machine is, and what is set already.
+pub struct Facts<'a> {
+    /// What it has.
+    pub inventory: &'a Inventory,
+    /// The interface that leads to the gang's first node, if one was found.
+    pub interface: Option<&'a str>,
+    /// Processors that the daemon may use.
+    pub cpus: &'a CpuList,
+    /// The daemon's own environment.
+    pub inherited: &'a dyn Fn(&str) -> Option<String>,
+}
+
+/// Everything that a node adds for its part of a gang.
+pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
+    let inventory = facts.inventory;
+    let mut all: Vec<(&str, String, String)> = Vec::new();
+    // A job that names nothing has the whole node, its GPUs included.
+    let has_gpus = !assignment.placement.gpus.is_empty()
+        || (assignment.spec.per_proc.is_zero() && !inventory.gpus.is_empty());
+    if has_gpus && let Some((ports, reason)) = hca_list(inventory) {
+        all.push(("NCCL_IB_HCA", ports, reason));
+    }
+    if let Some(interface) = facts.interface {
+        let here = assignment.placement.address == assignment.master_addr;
+        let reason = if here {
+            format!(
+                "{interface} has this node's address {}, at which the others reach it",
+                assignment.master_addr
+            )
+        } else {
+            format!("{interface} leads to the first node, {}", assignment.master_addr)
+        };
+        if has_gpus {
+            all.push(("NCCL_SOCKET_IFNAME", format!("={interface}"), reason.clone()));
+        }
+        all.push(("GLOO_SOCKET_IFNAME", interface.to_owned(), reason));
+    }
+    let variables = all.into_iter().map(|(name, value, reason)| {
+        let theirs = (assignment.spec.env.get(name).cloned().map(|own| (own, VariableSource::Job)))
+            .or_else(|| Some(((facts.inherited)(name)?, VariableSource::Daemon)));
+        let (value, source, reason) = match theirs {
+            Some((own, source)) if own == value => {
+                (own, source, format!("set by the user, as derived: {reason}"))
+            }
+            Some((own, source)) => {
+                (own, source, format!("set by the user, left as it is; derived was {value}: {reason}"))
+            }
+            None => (value, VariableSource::Node, reason),
+        };
+        DerivedVariable { name: name.to_owned(), value, source, reason }
+    });
+    Surroundings { variables: variables.collect(), bindings: bindings(assignment, facts) }
+}
+
+type PassedOver<'a> = Vec<(&'a FabricPort, String)>;
+
+/// The ports over which ranks shall speak, and those that are passed over, each with why.
+pub fn compute_ports(inventory: &Inventory) -> (Vec<&FabricPort>, PassedOver<'_>) {
+    let (mut chosen, mut passed) = (Vec::new(), Vec::new());
+    for port in &inventory.fabric_ports {
+        if port.is_active() {
+            chosen.push(port);
+        } else {
+            passed.push((port, format!("is {}", port.state.name())));
+        }
+    }
+    if chosen.iter().any(|port| port.link_layer == LinkLayer::InfiniBand) {
+        let why = "is Ethernet (RoCE), and the others are InfiniBand: they cannot reach each other";
+        pass_over(&mut chosen, &mut passed, |port| match port.link_layer {
+            LinkLayer::InfiniBand => None,
+            LinkLayer::Ethernet | LinkLayer::Other => Some(why.to_owned()),
+        });
+    }
+    // Below the same bridge as a GPU: that is what they were put there for. Storage and management are elsewhere.
+    let near: BTreeSet<&str> =
+        inventory.gpus.iter().flat_map(|gpu| &gpu.near_fabric).map(String::as_str).collect();
+    if chosen.iter().any(|port| near.contains(port.device.as_str())) {
+        let why = "is not next to a GPU: it is there for storage or management";
+        pass_over(&mut chosen, &mut passed, |port| {
+            (!near.contains(port.device.as_str())).then(|| why.to_owned())
+        });
+    }
+    let fastest = chosen.iter().map(|port| port.rate_mbps).max().unwrap_or(0);
+    let gbps = |mbps: u32| f64::from(mbps) / 1000.0;
+    pass_over(&mut chosen, &mut passed, |port| {
+        let slow = port.rate_mbps.saturating_mul(RATE_FACTOR_MAX) < fastest;
+        slow.then(|| format!("has {} Gb/s, and the fastest {}", gbps(port.rate_mbps), gbps(fastest)))
+    });
+    (chosen, passed)
+}
+
+/// Takes out those that there is something against.
+fn pass_over<'a>(
+    chosen: &mut Vec<&'a FabricPort>,
+    passed: &mut PassedOver<'a>,
+    against: impl Fn(&FabricPort) -> Option<String>,
+) {
+    for port in std::mem::take(chosen) {
+        match against(port) {
+            None => chosen.push(port),
+            Some(why) => passed.push((port, why)),
+        }
+    }
+}
+
+fn hca_list(inventory: &Inventory) -> Option<(String, String)> {
+    let (chosen, passed) = compute_ports(inventory);
+    if chosen.is_empty() {
+        return None;
+    }
+    let names: Vec<String> = chosen.iter().map(|port| port.name()).collect();
+    // With '=' NCCL takes exactly these; without it mlx5_1 would stand for mlx5_10 as well.
+    let value = format!("={}", names.join(","));
+    if value.len() > VALUE_BYTES_MAX {
+        return None;
+    }
+    let of =
+        format!("{} of {} ports are active and for training", chosen.len(), inventory.fabric_ports.len());
+    let others = passed.iter().map(|(port, why)| format!("{} {why}", port.name()));
+    let reason: Vec<String> = std::iter::once(of).chain(others).collect();
+    Some((value, reason.join("; ")))
+}
+
+fn bindings(assignment: &Assignment, facts: &Facts<'_>) -> Vec<RankBinding> {
+    let per_rank = assignment.spec.per_proc.gpus as usize;
+    if per_rank == 0 {
+        return Vec::new();
+    }
+    let own = ["KMP_AFFINITY", "GOMP_CPU_AFFINITY"]
+        .into_iter()
+        .find(|name| assignment.spec.env.contains_key(*name) || (facts.inherited)(name).is_some());
+    let of_rank = |(local_rank, gpus): (u32, &[u32])| {
+        let (cpus, reason) = match own {
+            Some(name) => (CpuList::default(), format!("{name} is set: the user places threads")),
+            None => near_cpus(gpus, facts),
+        };
+        RankBinding { local_rank, gpus: gpus.to_vec(), cpus: cpus.to_string(), reason }
+    };
+    (0..).zip(assignment.placement.gpus.chunks(per_rank)).map(of_rank).collect()
+}
+
+/// The processors of the NUMA nodes to which the GPUs are attached.
+fn near_cpus(gpus: &[u32], facts: &Facts<'_>) -> (CpuList, String) {
+    let none = |why: &str| (CpuList::default(), why.to_owned());
+    let all = &facts.inventory.numa_nodes;
+    if all.len() < 2 {
+        return none("the machine has no more than one NUMA node");
+    }
+    let device =
+        |index: &u32| -> Option<&Device> { facts.inventory.gpus.iter().find(|gpu| gpu.index == *index) };
+    let nodes: Option<BTreeSet<u32>> = gpus.iter().map(|index| device(index)?.numa_node).collect();
+    let Some(nodes) = nodes else { return none("it is not known to which NUMA node its GPUs are attached") };
+    let lists = all.iter().filter(|node| nodes.contains(&node.id));
+    let near: BTreeSet<u32> =
+        lists.filter_map(|node| node.cpus.parse::<CpuList>().ok()).flat_map(|l| l.0).collect();
+    let cpus = CpuList(near).and(facts.cpus);
+    if cpus.0.is_empty() {
+        return none("the daemon may use no processor of its GPUs' NUMA node");
+    }
+    let ids: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+    (cpus, format!("NUMA node {}, to which its GPUs are attached", ids.join(" and ")))
+}
+
+#[cfg(test)]
+#[path = "surroundings_tests.rs"]
+mod tests;

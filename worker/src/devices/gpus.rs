@@ -1,0 +1,167 @@
+//! NVIDIA GPUs, from the driver's own library, or from its files in /proc where that cannot be loaded. A machine without
+//! the library has no GPUs, and nothing is wrong with it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use muster_core::{Device, Inventory};
+use nvml_wrapper::Nvml;
+use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
+use nvml_wrapper::error::NvmlError;
+use tracing::info;
+
+use super::{Discovery, pci};
+
+/// By this name the library is there without its development files.
+const LIBRARY: &str = "libnvidia-ml.so.1";
+
+#[derive(Debug)]
+pub(super) struct Gpus {
+    root: PathBuf,
+    /// The daemon's own CUDA_VISIBLE_DEVICES: only those in it are ours to give.
+    visible: Option<String>,
+    /// Loaded once, at the first look; none where it cannot be.
+    library: OnceLock<Option<Nvml>>,
+}
+
+impl Gpus {
+    /// Asks the driver's library.
+    pub fn by_driver() -> Self {
+        let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+        Self { root: "/".into(), visible, library: OnceLock::new() }
+    }
+
+    /// Reads files alone.
+    pub fn by_files() -> Self {
+        Self { library: OnceLock::from(None), ..Self::by_driver() }
+    }
+
+    fn library(&self) -> Option<&Nvml> {
+        let load = || match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
+            Ok(nvml) => Some(nvml),
+            Err(NvmlError::LibloadingError(_)) => None,
+            Err(error) => {
+                info!(%error, "the GPU driver's library cannot be used");
+                None
+            }
+        };
+        self.library.get_or_init(load).as_ref()
+    }
+}
+
+impl Discovery for Gpus {
+    fn discover(&self, found: &mut Inventory) {
+        found.gpus = match self.library() {
+            Some(nvml) => {
+                found.driver_version = nvml.sys_driver_version().unwrap_or_default();
+                let cuda = nvml.sys_cuda_driver_version().ok();
+                let version = |cuda: i32| format!("{}.{}", cuda / 1000, cuda % 1000 / 10);
+                found.cuda_version = cuda.map(version).unwrap_or_default();
+                (0..nvml.device_count().unwrap_or(0)).map(|index| ask(nvml, index)).collect()
+            }
+            None => in_files(&self.root),
+        };
+        if let Some(visible) = &self.visible {
+            let wanted: Vec<&str> = visible.split(',').map(str::trim).collect();
+            found.gpus.retain(|gpu| wanted.iter().any(|w| *w == gpu.index.to_string() || *w == gpu.uuid));
+        }
+    }
+}
+
+/// What the driver says of one GPU. One that it cannot speak to is there all the same, and is given to no rank: the others
+/// keep their indices.
+fn ask(nvml: &Nvml, index: u32) -> Device {
+    let lost = |error: NvmlError| Device {
+        index,
+        fault: Some(format!("the driver cannot speak to it: {error}; reset it, or reboot the machine")),
+        ..Device::default()
+    };
+    let device = match nvml.device_by_index(index) {
+        Ok(device) => device,
+        Err(error) => return lost(error),
+    };
+    let memory = match device.memory_info() {
+        Ok(memory) => memory.total,
+        Err(error @ (NvmlError::GpuLost | NvmlError::Unknown)) => return lost(error),
+        // An older driver, or a GPU that shares the memory of the host.
+        Err(_) => 0,
+    };
+    // Those since the driver was loaded: a reset begins anew. GPUs without ECC cannot tell.
+    let errors = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).unwrap_or(0);
+    let fault = (errors > 0).then(|| {
+        format!("{errors} memory errors that could not be corrected; reset it (nvidia-smi -r -i {index})")
+    });
+    Device {
+        index,
+        uuid: device.uuid().unwrap_or_default(),
+        model: device.name().unwrap_or_default(),
+        memory_bytes: memory,
+        pci_address: device.pci_info().map(|place| pci::normal(&place.bus_id)).unwrap_or_default(),
+        numa_node: None,
+        near_fabric: Vec::new(),
+        fault,
+    }
+}
+
+/// NVIDIA's driver shows one directory per GPU, named by its place on the bus. Their order is the index: that of
+/// nvidia-smi and of CUDA_DEVICE_ORDER=PCI_BUS_ID, also in a container that shows only some GPUs, where the device
+/// minor is not.
+fn in_files(root: &Path) -> Vec<Device> {
+    let Ok(entries) = fs::read_dir(root.join("proc/driver/nvidia/gpus")) else { return Vec::new() };
+    let mut places: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    places.sort();
+    let read = |place: &PathBuf| {
+        let text = fs::read_to_string(place.join("information")).ok()?;
+        Some((place.file_name()?.to_str()?.to_owned(), text))
+    };
+    let texts = places.iter().filter_map(read);
+    (0..)
+        .zip(texts)
+        .map(|(index, (address, text))| {
+            let field = |name: &str| {
+                let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_prefix(':'));
+                line.map(|value| value.trim().to_owned()).unwrap_or_default()
+            };
+            // The driver's files do not tell the memory.
+            let (uuid, model) = (field("GPU UUID"), field("Model"));
+            Device { index, uuid, model, pci_address: address, ..Device::default() }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a container shows them that was given the upper GPUs of its machine.
+    fn fake_gpus(count: u32) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for i in 0..count {
+            let minor = i + 4;
+            let text = format!("Model: \t\t NVIDIA H100\nGPU UUID: \t GPU-{i}\nDevice Minor: \t {minor}\n");
+            let dir = root.path().join(format!("proc/driver/nvidia/gpus/0000:{i}a:00.0"));
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("information"), text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn gpus_are_those_the_driver_shows_and_the_daemon_may_see() {
+        let root = fake_gpus(4);
+        let seen = |visible: Option<&str>| {
+            let (root, visible) = (root.path().to_owned(), visible.map(ToOwned::to_owned));
+            let mut found = Inventory::default();
+            Gpus { root, visible, library: OnceLock::from(None) }.discover(&mut found);
+            found.gpus
+        };
+        let indices = |visible| seen(visible).iter().map(|gpu| gpu.index).collect::<Vec<_>>();
+        assert_eq!(indices(None), [0, 1, 2, 3]);
+        assert_eq!(indices(Some("2,GPU-0")), [0, 2]);
+        assert_eq!(indices(Some("")), [0; 0]);
+        let second = &seen(None)[1];
+        assert_eq!((second.model.as_str(), second.pci_address.as_str()), ("NVIDIA H100", "0000:1a:00.0"));
+    }
+}
