@@ -237,6 +237,14 @@ pub(crate) struct SubmitArgs {
     /// Directory handed to the ranks as MUSTER_CHECKPOINT_DIR.
     #[arg(long, value_name = "DIR")]
     pub checkpoint_dir: Option<String>,
+    /// Directory below which the program writes TensorBoard event files: their scalars are the job's metrics. Relative to
+    /// where the ranks start.
+    #[arg(long, value_name = "DIR")]
+    pub tensorboard_dir: Option<String>,
+    /// Regular expression that finds metrics in lines of standard output, such as
+    /// 'step (?P<step>[0-9]+).* loss (?P<loss>[0-9.eE+-]+)'.
+    #[arg(long, value_name = "REGEX")]
+    pub metric_pattern: Option<String>,
     /// Jobs of a higher priority are placed first.
     #[arg(long, allow_negative_numbers = true)]
     pub priority: Option<i32>,

@@ -122,11 +122,8 @@ impl Ranks {
             self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }
         let followed: Vec<Followed> = self.running.values().map(Running::followed).collect();
-        let looker = Looker::new(
-            assignment.spec.metric_pattern.as_deref(),
-            prepared.events.clone(),
-            &followed,
-        );
+        let looker =
+            Looker::new(assignment.spec.metric_pattern.as_deref(), prepared.events.clone(), &followed);
         self.follower = looker.map(|looker| sockets.follow(looker));
         Ok(())
     }

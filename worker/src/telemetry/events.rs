@@ -17,6 +17,8 @@ use tracing::{info, warn};
 use self::file::{EventFile, Sink};
 pub(super) use self::owner::Owners;
 use self::owner::{Owner, Writer};
+use self::record::FRAME_BYTES_MAX;
+use super::output::LOOK_BYTES_MAX;
 use super::source::Source;
 
 /// How event files are called, as TensorBoard itself finds them.
@@ -29,6 +31,9 @@ const ENTRIES_MAX: usize = 10_000;
 const FILES_MAX: usize = 256;
 /// Files that are known, followed or not: those that were there before, and as many again.
 const KNOWN_MAX: usize = 2 * ENTRIES_MAX;
+
+// Else a record that just fits would never be read whole.
+const _: () = assert!(LOOK_BYTES_MAX >= FRAME_BYTES_MAX);
 
 /// A directory, and the event files that were there before the gang was: what an earlier generation, or another job,
 /// has written is not read again.
@@ -78,11 +83,16 @@ struct OfRank {
 impl Events {
     /// Those of the ranks with these sources, which have been started.
     pub fn new(dir: EventDir, owners: Owners, sources: impl Iterator<Item = Source>) -> Self {
-        let of_rank = |source: Source| {
-            (source.rank(), OfRank { sink: Sink::new(source), first_dir: None })
-        };
+        let of_rank = |source: Source| (source.rank(), OfRank { sink: Sink::new(source), first_dir: None });
         let (known, dir) = (dir.before, dir.path);
-        Self { dir, known, owners, ranks: sources.map(of_rank).collect(), files: Vec::new(), complained: false }
+        Self {
+            dir,
+            known,
+            owners,
+            ranks: sources.map(of_rank).collect(),
+            files: Vec::new(),
+            complained: false,
+        }
     }
 
     /// Finds new files, and reads on in all. Says whether there is more.
@@ -148,7 +158,8 @@ fn prefix(first: &Path, dir: &Path) -> String {
     let shared = first.components().zip(dir.components()).take_while(|(one, other)| one == other).count();
     let own: PathBuf = dir.components().skip(shared).collect();
     // The directory above the first has nothing of its own.
-    let own = if own.as_os_str().is_empty() { dir.file_name().map(PathBuf::from).unwrap_or_default() } else { own };
+    let own =
+        if own.as_os_str().is_empty() { dir.file_name().map(PathBuf::from).unwrap_or_default() } else { own };
     format!("{}/", own.to_string_lossy())
 }
 

@@ -14,13 +14,13 @@ pub(crate) mod parse;
 mod socket;
 mod source;
 
+pub(crate) use events::EventDir;
 #[cfg(any(test, fuzzing))]
 pub(crate) use file::numbers;
-#[cfg(any(test, fuzzing))]
-pub(crate) use output::lines;
-pub(crate) use events::EventDir;
 pub(crate) use follow::{Followed, Follower, Looker};
 pub(crate) use outbox::Outbox;
+#[cfg(any(test, fuzzing))]
+pub(crate) use output::lines;
 pub(crate) use socket::{RankSocket, Sockets};
 pub(crate) use source::Changes;
 

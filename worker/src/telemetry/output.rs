@@ -145,14 +145,14 @@ mod tests {
         let source = Source::open(Rank(0), dir.path(), Changes::default()).unwrap();
         let pattern = Arc::new(MetricPattern::new("loss (?<loss>[0-9.]+)").unwrap());
         let mut output = OutputFile::new(path.clone(), pattern, source);
-        let mut buffer = vec![0; 64];
+        let mut buffer = vec![0; LOOK_BYTES_MAX];
         output.look(&mut buffer);
         let mut file = File::create(&path).unwrap();
         for (text, count) in [
             ("starts\nloss 4", 0),
             (".5\rloss 3.5\r\n", 2),
             ("", 2),
-            (&format!("{}\nloss 2.5\n", "-".repeat(200)), 3),
+            (&format!("{}\nloss 2.5\n", "-".repeat(2 * LOOK_BYTES_MAX)), 3),
             ("loss 1.5", 3),
         ] {
             file.write_all(text.as_bytes()).unwrap();
@@ -160,7 +160,8 @@ mod tests {
             assert_eq!(points(dir.path()).len(), count, "{text}");
         }
         output.finish(&mut buffer);
-        let found: Vec<_> = points(dir.path()).into_iter().map(|(step, values)| (step, values["loss"])).collect();
+        let found: Vec<_> =
+            points(dir.path()).into_iter().map(|(step, values)| (step, values["loss"])).collect();
         assert_eq!(found, [(1, 4.5), (2, 3.5), (3, 2.5), (4, 1.5)]);
     }
 }

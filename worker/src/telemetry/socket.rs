@@ -29,8 +29,8 @@ const PATH_BYTES_MAX: usize = 107;
 /// Bytes that "/", a local rank and ".sock" add to a directory.
 const NAME_BYTES_MAX: usize = 16;
 
-/// Makes the sockets of one gang in one private directory, and reads them, and whatever is followed, on a thread of its own: neither a flood
-/// of points nor a disk that hangs holds up what starts and stops the ranks.
+/// Makes the sockets of one gang in one private directory, and reads them, and whatever is followed, on a thread of its
+/// own: neither a flood of points nor a disk that hangs holds up what starts and stops the ranks.
 #[derive(Debug)]
 pub(crate) struct Sockets {
     dir: PathBuf,

@@ -83,7 +83,8 @@ impl MetricPattern {
 fn refusal(error: &regex::Error) -> String {
     match error {
         regex::Error::CompiledTooBig(_) => {
-            r"is too large when compiled; repeat less, or use [0-9] in place of \d and (?-u:\w) of \w".to_owned()
+            r"is too large when compiled; repeat less, or use [0-9] in place of \d and (?-u:\w) of \w"
+                .to_owned()
         }
         other => {
             // Its last line is the reason; those before it draw the pattern.
@@ -102,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_refusal_says_what_to_do() {
-        let values = |count: usize| (0..count).map(|i| format!("(?<v{i}>.)")).collect::<String>();
+        let values = |count: usize| (0..count).map(|i| format!("(?<v{i}>.)")).collect::<Vec<_>>().concat();
         let table = [
             (r"step (?P<step>\d+).*loss (?P<loss>[0-9.eE+-]+)".to_owned(), None),
             (values(64), None),
@@ -119,7 +120,9 @@ mod tests {
         for (pattern, expected) in table {
             let refused = MetricPattern::new(&pattern).err();
             let is_as_expected = match (&refused, expected) {
-                (Some(refused), Some(expected)) => refused.starts_with(expected) && refused.lines().count() == 1,
+                (Some(refused), Some(expected)) => {
+                    refused.starts_with(expected) && refused.lines().count() == 1
+                }
                 (refused, expected) => refused.is_none() && expected.is_none(),
             };
             assert!(is_as_expected, "{pattern}: {refused:?}");
@@ -128,9 +131,10 @@ mod tests {
 
     #[test]
     fn lines_as_programs_print_them() {
+        /// A pattern, a line, and the step and values in it.
+        type Case = (&'static str, &'static str, Option<(Option<u64>, &'static [(&'static str, f64)])>);
         let full = r"step (?P<step>\d+).*loss[=: ]+(?P<loss>\S+?)(,|$)(.*lr (?P<lr>\S+))?";
-        type Values = &'static [(&'static str, f64)];
-        let table: [(&str, &str, Option<(Option<u64>, Values)>); 9] = [
+        let table: [Case; 9] = [
             (full, "step 7: loss 0.25", Some((Some(7), &[("loss", 0.25)]))),
             (full, "[10:01] step 8, loss=2e-1, lr 1e-4", Some((Some(8), &[("loss", 0.2), ("lr", 1e-4)]))),
             (full, "step 9: loss nan, lr inf", Some((Some(9), &[]))),

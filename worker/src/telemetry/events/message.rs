@@ -28,7 +28,7 @@ struct Value {
     #[prost(string, tag = "1")]
     tag: String,
     #[prost(float, optional, tag = "2")]
-    simple_value: Option<f32>,
+    scalar: Option<f32>,
     #[prost(message, optional, tag = "8")]
     tensor: Option<Tensor>,
 }
@@ -81,7 +81,7 @@ pub(crate) fn scalars(record: &[u8]) -> Result<Option<Scalars>, String> {
 
 /// As programs have written scalars: in a field of their own, and since TensorFlow 2 as tensors without dimensions.
 fn scalar(value: Value) -> Option<(String, f64)> {
-    let number = match (value.simple_value, &value.tensor) {
+    let number = match (value.scalar, &value.tensor) {
         (Some(number), _) => widened(number),
         (None, Some(tensor)) => number_in(tensor)?,
         (None, None) => return None,
@@ -110,11 +110,8 @@ fn widened(number: f32) -> f64 {
 /// An event with these values, for tests and as the fuzzer's samples.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn encoded(step: i64, values: &[(&str, f32)]) -> Vec<u8> {
-    let value = |(tag, number): &(&str, f32)| Value {
-        tag: (*tag).to_owned(),
-        simple_value: Some(*number),
-        tensor: None,
-    };
+    let value =
+        |(tag, number): &(&str, f32)| Value { tag: (*tag).to_owned(), scalar: Some(*number), tensor: None };
     let values = values.iter().map(value).collect();
     Event { wall_time: 1_760_000_000.5, step, summary: Some(Summary { values }) }.encode_to_vec()
 }
@@ -124,7 +121,7 @@ mod tests {
     use super::*;
 
     fn of(tensor: Tensor) -> Vec<u8> {
-        let value = Value { tag: "loss".into(), simple_value: None, tensor: Some(tensor) };
+        let value = Value { tag: "loss".into(), scalar: None, tensor: Some(tensor) };
         Event { wall_time: 1.0, step: 3, summary: Some(Summary { values: vec![value] }) }.encode_to_vec()
     }
 
@@ -132,7 +129,8 @@ mod tests {
     fn scalars_in_every_form_and_nothing_else() {
         let float = Tensor { dtype: DT_FLOAT, ..Tensor::default() };
         let double = Tensor { dtype: DT_DOUBLE, ..Tensor::default() };
-        let shape = |dims: &[i64]| Some(Shape { dims: dims.iter().map(|size| Dim { size: *size }).collect() });
+        let shape =
+            |dims: &[i64]| Some(Shape { dims: dims.iter().map(|size| Dim { size: *size }).collect() });
         let table = [
             (encoded(3, &[("loss", 0.1)]), Some(0.1)),
             (of(Tensor { floats: vec![0.1], ..float.clone() }), Some(0.1)),
@@ -166,8 +164,13 @@ mod tests {
             [&[0x2a, inner.len().min(127) as u8][..], &inner].concat()
         };
         // Half a field, a length beyond the end, a group that is never closed, a tag that is no text.
-        let table: [&[u8]; 5] =
-            [&[0x09, 1], &[0x2a, 0xff, 0xff, 0xff, 0xff, 0x0f], &[0x0b; 200], &[0x2a, 5, 10, 3, 10, 1, 0xff], &[0xff; 64]];
+        let table: [&[u8]; 5] = [
+            &[0x09, 1],
+            &[0x2a, 0xff, 0xff, 0xff, 0xff, 0x0f],
+            &[0x0b; 200],
+            &[0x2a, 5, 10, 3, 10, 1, 0xff],
+            &[0xff; 64],
+        ];
         for bytes in table {
             scalars(bytes).unwrap_err();
         }

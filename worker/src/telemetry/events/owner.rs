@@ -72,7 +72,7 @@ impl Owners {
         }
     }
 
-    pub fn of(&self, writer: Writer) -> Owner {
+    pub(super) fn of(&self, writer: Writer) -> Owner {
         let mut at = match writer {
             Writer::Process(pid) => pid,
             Writer::Unknown => return Owner::Unknown,

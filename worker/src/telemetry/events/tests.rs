@@ -169,7 +169,7 @@ fn damage_ends_one_file_and_what_is_large_or_no_event_is_passed_over() {
     world.append(NAME_OF_0, &good(7));
     let found = world.ended(0);
     let steps: Vec<_> = found.iter().map(|point| point.split(' ').next().unwrap()).collect();
-    assert_eq!(steps, ["1", "3", "2", "7"]);
+    assert_eq!(steps, ["1", "2", "3", "7"]);
 }
 
 #[test]
@@ -193,7 +193,10 @@ fn bounds_hold_whatever_a_program_writes() {
         world.append(NAME_OF_0, &event(1, part));
     }
     for file in 0..300 {
-        world.append(&format!("d/events.out.tfevents.1760000000.vm.11.{file}"), &event(file, &[("loss", 1.0)]));
+        world.append(
+            &format!("d/events.out.tfevents.1760000000.vm.11.{file}"),
+            &event(file, &[("loss", 1.0)]),
+        );
     }
     world.ended(0);
     let found = points(&world.dir.path().join("0"));
