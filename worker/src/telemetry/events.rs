@@ -49,7 +49,11 @@ impl EventDir {
         match list(&path) {
             Ok(Listing { files, is_whole: true }) => Some(Self { path, before: files.into_iter().collect() }),
             Ok(Listing { is_whole: false, .. }) => {
-                warn!(path = %path.display(), "tensorboard_dir is not followed: it holds more than {ENTRIES_MAX} files and directories; name one of its own for this job");
+                warn!(
+                    path = %path.display(),
+                    "tensorboard_dir is not followed: it holds more than {ENTRIES_MAX} files and directories; name one \
+                     of its own for this job"
+                );
                 None
             }
             Err(error) => {
