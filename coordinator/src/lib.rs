@@ -6,6 +6,7 @@
 mod agents;
 mod clock;
 mod driver;
+mod edge;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -33,10 +34,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::Connected;
 use tracing::{info, warn};
 
 use clock::Clock;
+pub use edge::{Held, connections};
 use office::{Following, Office, Reign, Standing};
 
 /// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
@@ -50,6 +52,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Serve on an address that is not loopback although nothing protects it.
     pub insecure: bool,
+    /// Address of a port that serves nothing but the health service, for probes that can neither encrypt nor say who they are.
+    pub health_listen: Option<SocketAddr>,
+    /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
+    pub loopback_names_only: bool,
     /// Directory for the store and the metrics; made if it is not there.
     pub data_dir: PathBuf,
     /// Where control state is kept.
@@ -72,6 +78,8 @@ impl Config {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
+            health_listen: None,
+            loopback_names_only: false,
             data_dir,
             store: StoreKind::Redb,
             lease: Duration::from_secs(10),
@@ -167,19 +175,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let config = Config { listen: address, ..config };
+    let loopback_names_only = address.ip().is_loopback() && !config.insecure;
+    let config = Config { listen: address, loopback_names_only, ..config };
     let ready = || {
         // Nobody may be there to read it.
         writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
     };
     run_on(config, connections(listener), ready, shutdown).await
-}
-
-/// The connections of a listener, as a coordinator takes them.
-pub fn connections(listener: tokio::net::TcpListener) -> TcpIncoming {
-    // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
-    // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
-    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// The same on connections that come from elsewhere. `ready` is called once the state is loaded.

@@ -20,6 +20,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
+        health_listen: args.health_listen,
+        loopback_names_only: false,
         data_dir: args.data_dir,
         store,
         lease: args.lease.0,
