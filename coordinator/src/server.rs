@@ -25,6 +25,8 @@ use tracing::{info, warn};
 use crate::edge;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
+use crate::monitor::calls::CountCalls;
 use crate::office::{Office, STALE};
 use crate::{Config, Error};
 
@@ -51,14 +53,14 @@ pub(crate) async fn serve<I, C>(
     connections: I,
     config: &Config,
     office: Office,
-    metrics: Metrics,
+    (metrics, monitor): (Metrics, Monitor),
     shutdown: CancellationToken,
 ) -> Result<(), Error>
 where
     I: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let api = Api::new(office.clone(), metrics, config);
+    let api = Api::new(office.clone(), metrics, monitor.clone(), config);
     let (health, health_service) = tonic_health::server::health_reporter();
     let (mut names, shown, led) = (vec![""], office.clone(), office.clone());
     let shows = move |request: Request<()>| shown.admit(&request).map(|()| request);
@@ -89,7 +91,9 @@ where
     let by_any_name = !config.loopback_names_only;
     // From the outside in.
     let layers = ServiceBuilder::new()
-        // First, so that refused calls are traced too.
+        // First, so that whatever is refused is counted.
+        .layer(CountCalls(monitor))
+        // Next, so that refused calls are traced too.
         .layer(TraceLayer::new(SharedClassifier::new(failures())))
         // Before anything is done for it: who calls loopback by another name was led here.
         .filter(move |request| if by_any_name { Ok(request) } else { edge::only_by_loopback_names(request) })

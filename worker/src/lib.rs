@@ -21,6 +21,7 @@ pub mod load {
     pub use crate::session::{Event, Identity, Queues, keep, request};
 }
 mod logs;
+mod monitor;
 mod session;
 mod shim;
 #[cfg(feature = "simulation")]
@@ -43,6 +44,7 @@ pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
+pub use muster_monitor::Listen;
 pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
@@ -72,6 +74,10 @@ pub struct Config {
     pub topology_conf: Option<PathBuf>,
     /// How the machine is watched; not at all without.
     pub watch: Option<Watch>,
+    /// Where `/metrics`, `/healthz` and `/readyz` are.
+    pub http_listen: Listen,
+    /// Serve them on an address that is not loopback, in the clear.
+    pub http_insecure: bool,
 }
 
 impl Config {
@@ -89,6 +95,8 @@ impl Config {
             given: None,
             topology_conf: None,
             watch: None,
+            http_listen: Listen::Off,
+            http_insecure: false,
         }
     }
 }
@@ -139,6 +147,9 @@ pub enum Error {
     /// Another daemon holds the data directory.
     #[error("another node daemon uses the data directory {0}; stop it or choose another --data-dir")]
     DataDirHeld(PathBuf),
+    /// The metrics cannot be served.
+    #[error(transparent)]
+    Http(#[from] muster_monitor::AddressError),
     /// What describes the machine cannot be used.
     #[error("failed to find out what this machine has: {0}")]
     Inventory(String),

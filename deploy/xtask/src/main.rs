@@ -72,7 +72,7 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, ibstat, libfaketime, Slurm
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, ibstat, libfaketime, Prometheus, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)
