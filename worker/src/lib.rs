@@ -32,6 +32,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use muster_core::types::NodeName;
 use muster_core::types::surroundings::RankBinding;
@@ -72,7 +73,12 @@ pub struct Config {
     pub topology_conf: Option<PathBuf>,
     /// How the machine is watched; not at all without.
     pub watch: Option<Watch>,
+    /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
+    pub stop_grace_max: Duration,
 }
+
+/// Whoever stops a daemon (systemd, Kubernetes) kills it after 30 to 90 s, if not told otherwise.
+pub const STOP_GRACE_MAX: Duration = Duration::from_secs(20);
 
 impl Config {
     /// Default settings for a node.
@@ -89,6 +95,7 @@ impl Config {
             given: None,
             topology_conf: None,
             watch: None,
+            stop_grace_max: STOP_GRACE_MAX,
         }
     }
 }

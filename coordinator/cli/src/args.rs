@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-pub(crate) use worker::{DoctorArgs, WorkerArgs};
+pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
@@ -127,6 +127,8 @@ pub(crate) enum Command {
         after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
     )]
     Doctor(DoctorArgs),
+    /// Exit with 0 if a coordinator serves and with 1 if not, for probes that run a program.
+    Healthcheck(HealthcheckArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),

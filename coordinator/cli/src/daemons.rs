@@ -67,6 +67,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         given: args.machine.given(),
         topology_conf: args.topology_conf,
         watch: Some(args.watch.into()),
+        stop_grace_max: args.stop_grace_max.0,
         sysfs_root: args.machine.sysfs_root,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
