@@ -27,7 +27,10 @@ async fn ask(url: &str, service: &str) -> anyhow::Result<()> {
     let channel = endpoint.connect().await.context("cannot be reached")?;
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = HealthClient::new(channel).check(request).await.map_err(|status| {
-        anyhow!("{}", if status.message().is_empty() { status.code().description() } else { status.message() })
+        anyhow!(
+            "{}",
+            if status.message().is_empty() { status.code().description() } else { status.message() }
+        )
     })?;
     let status = answer.into_inner().status();
     if status == ServingStatus::Serving {

@@ -11,6 +11,7 @@ mod deps;
 mod digits;
 mod fetch;
 mod fuzz;
+mod kubernetes;
 mod libtorch;
 mod machine;
 mod nightly;
@@ -72,7 +73,8 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, ibstat, libfaketime, Slurm
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, etcd, ibstat,
+    /// kubectl, kubernetes-validate, libfaketime, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)
