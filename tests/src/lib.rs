@@ -5,6 +5,7 @@
 #![expect(clippy::disallowed_methods, reason = "tests wait on the clock of the machine")]
 
 mod bed;
+mod buildah;
 mod cluster;
 mod etcd;
 mod machine;
@@ -18,6 +19,7 @@ use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
+pub use buildah::{Buildah, Container};
 pub use cluster::{Clocks, Cluster, Daemon, Settings};
 pub use etcd::{Etcd, has_etcd};
 pub use machine::{FakeMachine, RAILS, Rail};

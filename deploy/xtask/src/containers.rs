@@ -1,5 +1,7 @@
-//! What the tests of deploy/kubernetes call: kubectl, which renders, and kubernetes-validate, which has the schemas.
+//! What the tests of deploy/kubernetes and deploy/docker call: kubectl, which renders, kubernetes-validate, which has the schemas,
+//! and buildah.
 
+use crate::apt;
 use crate::cargo;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
@@ -27,8 +29,11 @@ const MEMBERS: [&str; 3] = [
 /// With the schemas of Kubernetes 1.25 to 1.37.
 const VALIDATE: &str = "kubernetes-validate==1.37.0";
 
-/// Both.
-pub fn optional() -> [Optional; 2] {
+/// Debian's buildah, and the library that few machines have.
+const BUILDAH: [&str; 2] = ["buildah", "libgpgme11"];
+
+/// All of them.
+pub fn optional() -> [Optional; 3] {
     let serves = "tests of the Kubernetes manifests";
     let kubectl = Part {
         name: "kubectl 1.32",
@@ -42,9 +47,16 @@ pub fn optional() -> [Optional; 2] {
         fingerprint: VALIDATE.into(),
         files: &["kubernetes-validate/kubernetes_validate/__main__.py"],
     };
+    let buildah = Part {
+        name: "buildah",
+        stamp: "buildah/.stamp",
+        fingerprint: BUILDAH.join(" "),
+        files: &["buildah/usr/bin/buildah"],
+    };
     [
         Optional { part: kubectl, bring: bring_kubectl, serves },
         Optional { part: validate, bring: bring_validate, serves },
+        Optional { part: buildah, bring: bring_buildah, serves: "tests of the container images" },
     ]
 }
 
@@ -71,4 +83,9 @@ fn bring_validate(deps: &Deps) -> Result<String> {
     cargo::run(pip.arg(&staged).arg(VALIDATE)).context("pip failed")?;
     deps.place(&staged, "kubernetes-validate")?;
     Ok("installed by pip".into())
+}
+
+fn bring_buildah(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &BUILDAH)?, "buildah")?;
+    Ok("from Debian's packages".into())
 }
