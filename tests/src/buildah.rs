@@ -33,8 +33,10 @@ impl Buildah {
         // Nothing is fetched, and so nothing is signed.
         std::fs::write(config.join("policy.json"), r#"{"default":[{"type":"insecureAcceptAnything"}]}"#)
             .unwrap();
-        let [run, graph] = ["run", "graph"].map(|name| dir.path().join(name));
-        let storage = format!("[storage]\ndriver = \"vfs\"\nrunroot = {run:?}\ngraphroot = {graph:?}\n");
+        let place = dir.path().display();
+        let storage = format!(
+            "[storage]\ndriver = \"vfs\"\nrunroot = \"{place}/run\"\ngraphroot = \"{place}/graph\"\n"
+        );
         std::fs::write(dir.path().join("storage.conf"), storage).unwrap();
         let (program, libraries) = (tree.join("usr/bin/buildah"), tree.join("usr/lib/x86_64-linux-gnu"));
         let buildah = Self { dir, program, libraries };

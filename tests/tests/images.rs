@@ -22,7 +22,7 @@ fn root() -> PathBuf {
 fn static_muster() -> Option<PathBuf> {
     let target = binary("muster").parent().unwrap().parent().unwrap().to_owned();
     let built = |name: &&str| target.join(format!("x86_64-unknown-linux-{name}/image/muster"));
-    ["musl", "gnu"].iter().map(|name| built(&name)).find(|path| path.is_file())
+    ["musl", "gnu"].iter().map(built).find(|path| path.is_file())
 }
 
 #[test]
