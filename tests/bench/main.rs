@@ -52,7 +52,8 @@ fn main() {
         Some("stamp") => launch::stamp(Path::new(&args[1])),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `agents`, `durable`, `init`, `launch`, `recovery`, `reconnect`, `store` and, without a name, \
+                "there is no bench {other}; there are `agents`, `durable`, `init`, `launch`, `recovery`, `reconnect`, `store` \
+                 and, without a name, \
                  training"
             )
         }

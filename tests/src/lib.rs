@@ -33,7 +33,7 @@ pub use tools::{
 };
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.
-pub const PATIENCE: Duration = Duration::from_mins(1);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Waits until `look` gives something, and fails with what it saw last.
 pub fn eventually<T, E: Debug>(what: &str, mut look: impl FnMut() -> Result<T, E>) -> T {
