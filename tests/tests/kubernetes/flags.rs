@@ -46,11 +46,18 @@ fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
     list(&container["args"]).iter().map(expand).collect()
 }
 
-/// What it does not know, or cannot read, it says before it comes to --help.
+/// What it does not know, or cannot read, it says before it comes to --help. First each alone, so that all are told, and then
+/// together.
 fn of_muster(arguments: &[String], title: &str, found: &mut Vec<String>) {
-    let outcome = Outcome::of(Command::new(binary("muster")).args(arguments).arg("--help"));
-    if outcome.code != 0 {
-        found.push(format!("{title}: {}", outcome.stderr.lines().next().unwrap_or_default()));
+    let [command, flags @ ..] = arguments else { return found.push(format!("{title} is told nothing")) };
+    let alone = flags.iter().map(std::slice::from_ref);
+    for flags in alone.chain([flags]) {
+        let mut muster = Command::new(binary("muster"));
+        let outcome = Outcome::of(muster.arg(command).args(flags).arg("--help"));
+        if outcome.code != 0 {
+            let why = outcome.stderr.lines().next().unwrap_or_default();
+            found.push(format!("{title}, {}: {why}", flags.join(" ")));
+        }
     }
 }
 
