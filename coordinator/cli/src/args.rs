@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
-pub(crate) use worker::{DoctorArgs, WorkerArgs};
+pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
@@ -131,6 +131,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
     )]
     Doctor(DoctorArgs),
+    /// Exit with 0 if a coordinator serves and with 1 if not, for probes that run a program.
+    #[command(
+        after_help = "Example:\n  muster healthcheck --coordinator http://127.0.0.1:7070 --service live"
+    )]
+    Healthcheck(HealthcheckArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),

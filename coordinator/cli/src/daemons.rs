@@ -77,6 +77,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         given: args.machine.given(),
         topology_conf: args.topology_conf,
         watch: Some(args.watch.into()),
+        stop_grace_max: args.stop_grace_max.0,
         sysfs_root: args.machine.sysfs_root,
         http_listen: args.daemon.http_listen.unwrap_or(Listen::Off),
         http_insecure: args.daemon.http_insecure,
