@@ -238,6 +238,8 @@ fn sample_spec() -> v1::JobSpec {
         last_call: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
         stop_signal: "SIGINT".into(),
         on_coordinator_loss: v1::CoordinatorLossPolicy::Stop.into(),
+        tensorboard_dir: "runs".into(),
+        metric_pattern: "step (?P<step>[0-9]+).*loss (?P<loss>[0-9.]+)".into(),
     }
 }
 
@@ -249,7 +251,8 @@ fn job_spec_samples() -> Vec<Vec<u8>> {
     let many =
         v1::JobSpec { env: (0..40).map(|i| (format!("{i}={long}"), "\0".into())).collect(), ..least.clone() };
     let policy = v1::JobSpec { on_coordinator_loss: 3, ..least.clone() };
-    [sample_spec(), least, quoted, many, policy].iter().map(encoded).collect()
+    let pattern = v1::JobSpec { metric_pattern: format!("(?<{long:.200}>"), ..least.clone() };
+    [sample_spec(), least, quoted, many, policy, pattern].iter().map(encoded).collect()
 }
 
 fn sample_placement() -> v1::NodePlacement {

@@ -5,6 +5,7 @@
 #![expect(clippy::disallowed_methods, reason = "tests wait on the clock of the machine")]
 
 mod bed;
+mod buildah;
 mod cluster;
 mod etcd;
 mod http;
@@ -19,6 +20,7 @@ use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
+pub use buildah::{Buildah, Container};
 pub use cluster::{Clocks, Cluster, Daemon, Settings, http_address};
 pub use etcd::{Etcd, has_etcd};
 pub use http::http_get;
@@ -33,7 +35,7 @@ pub use tools::{
 };
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.
-pub const PATIENCE: Duration = Duration::from_mins(1);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Waits until `look` gives something, and fails with what it saw last.
 pub fn eventually<T, E: Debug>(what: &str, mut look: impl FnMut() -> Result<T, E>) -> T {

@@ -47,6 +47,24 @@ fn exit_codes_tell_what_happened() {
 }
 
 #[test]
+fn healthcheck_has_two_exit_codes() {
+    let cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let url = cluster.url();
+    let either = format!("http://127.0.0.1:1,{url}");
+    for (coordinators, service, code, words) in [
+        (url.as_str(), "", 0, ""),
+        (&url, "live", 0, ""),
+        (&either, "live", 0, ""),
+        (&url, "nonsense", 1, "service not registered"),
+        ("http://127.0.0.1:1", "", 1, "cannot be reached"),
+        ("nonsense", "", 1, "is no URL"),
+    ] {
+        let outcome = muster(&["healthcheck", "--coordinator", coordinators, "--service", service]);
+        assert_eq!((outcome.code, outcome.stderr.contains(words)), (code, true), "{outcome:?}");
+    }
+}
+
+#[test]
 fn a_followed_failure_shows_its_cause() {
     let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
     let outcome =

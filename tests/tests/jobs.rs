@@ -141,6 +141,37 @@ for step in range(1, 2001):
 }
 
 #[test]
+fn lines_of_output_are_points_while_the_program_runs() {
+    let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
+    let script = "for i in 1 2 3; do printf '%d%%\\r' $i; echo step $i: loss=0.$i rank $RANK; done
+        while [ ! -e $GO ]; do read up idle < /proc/uptime; done; echo step 4: loss=0.25 rank $RANK";
+    let dir = tempfile::tempdir().unwrap();
+    let go = dir.path().join("go");
+    let pattern = r"step (?<step>\d+): loss=(?<loss>\S+) rank (?<mine>\d)";
+    let env = format!("GO={}", go.display());
+    let id = cluster.submit(&["--nproc-per-node", "2", "--metric-pattern", pattern, "--env", &env], script);
+    eventually("what it has printed so far", || {
+        let job = cluster.job(&id);
+        (job["latestStep"] == "3" && job["state"] == "JOB_STATE_RUNNING").then_some(()).ok_or(job)
+    });
+    std::fs::write(&go, "").unwrap();
+    let job = cluster.wait_for(&id, "SUCCEEDED");
+    assert_eq!((&job["latestStep"], &job["latestLoss"]), (&"4".into(), &0.25.into()));
+    for rank in [0, 1] {
+        let points =
+            cluster.muster(&["metrics", &id, "--rank", &rank.to_string(), "--output", "json"]).json();
+        let found: Vec<_> =
+            points.iter().map(|point| (point["step"].clone(), point["values"].clone())).collect();
+        let point = |step: &str, loss: f64| {
+            (step.into(), serde_json::json!({ "loss": loss, "mine": f64::from(rank) }))
+        };
+        assert_eq!(found, [point("1", 0.1), point("2", 0.2), point("3", 0.3), point("4", 0.25)]);
+    }
+    let refused = cluster.muster(&["submit", "--metric-pattern", "loss (", "--", "true"]);
+    assert!(refused.stderr.contains("metric_pattern: is no regular expression"), "{refused:?}");
+}
+
+#[test]
 fn a_node_that_leaves_or_dies_is_named_and_nothing_of_it_is_left() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut cluster = Cluster::start(Settings { lease: "1s", ..Settings::default() });

@@ -272,4 +272,21 @@ if os.environ["RANK"] == "0":
     assert_eq!(outcome.code, 0, "{outcome:?}");
     let runs = place.path("runs/one");
     assert_eq!(runs.read_dir().unwrap().count(), 1, "as under torchrun, and nothing else");
+
+    // On a cluster its curves are the job's, once each, and nothing of the run before.
+    let cluster = Cluster::start(Settings { workers: 1, ..Settings::default() });
+    std::fs::write(place.path("train.py"), program).unwrap();
+    let flags =
+        ["submit", "--nproc-per-node", "2", "--tensorboard-dir", "runs", "--follow", "--output", "json"];
+    let python = ["--python", torch_python().unwrap().to_str().unwrap(), "--", "train.py"].map(str::to_owned);
+    let mut command = cluster.command(&flags);
+    let job = Outcome::of(command.args(python).current_dir(place.path(""))).json().remove(0);
+    assert_eq!((&job["state"], &job["latestStep"]), (&"JOB_STATE_SUCCEEDED".into(), &"50".into()), "{job}");
+    let points = cluster.muster(&["metrics", job["id"].as_str().unwrap(), "--output", "json"]).json();
+    let found: Vec<_> = points.iter().map(|point| (point["step"].clone(), point["values"].clone())).collect();
+    let expected = (1..=50u32).map(|step| {
+        let loss: f64 = (1.0 / step as f32).to_string().parse().unwrap();
+        (step.to_string().into(), serde_json::json!({ "loss": loss, "lr": 0.1 }))
+    });
+    assert_eq!(found, expected.collect::<Vec<_>>());
 }

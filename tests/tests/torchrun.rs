@@ -145,9 +145,9 @@ fn agents_come_and_go_and_the_coordinator_too() {
     bed.cluster.restart_coordinator();
     let before = (first.lines(), third.lines());
     let mut fourth = bed.start(&args);
+    fourth.says("0 2/3");
     first.says("0 0/3");
     third.says("0 1/3");
-    fourth.says("0 2/3");
     assert_eq!(
         first.lines().len(),
         before.0.len() + 1,

@@ -54,6 +54,9 @@ impl Attached {
         assignment.spec.command.clone_from(&self.command);
         assignment.spec.working_dir = Some(self.working_dir.clone());
         assignment.spec.env.clear();
+        // Its ranks' output is its user's to read, and no file of theirs is.
+        assignment.spec.tensorboard_dir = None;
+        assignment.spec.metric_pattern = None;
         assignment
     }
 
@@ -71,6 +74,15 @@ pub(crate) enum Sink {
     /// The same as this process's.
     Inherited,
     Nothing,
+}
+
+impl Sink {
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Inherited | Self::Nothing => None,
+        }
+    }
 }
 
 /// Where one rank writes.
@@ -105,11 +117,13 @@ impl Output {
         }
     }
 
+    /// The file of its standard output, if it is one.
+    pub fn stdout_file(&self) -> Option<&Path> {
+        self.stdout.file()
+    }
+
     /// The file of its standard error, if it is one.
     pub fn stderr_file(&self) -> Option<&Path> {
-        match &self.stderr {
-            Sink::File(path) => Some(path),
-            Sink::Inherited | Sink::Nothing => None,
-        }
+        self.stderr.file()
     }
 }

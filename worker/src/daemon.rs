@@ -36,9 +36,6 @@ use sending::{observed, room_from};
 const INBOX_MAX: usize = 1024;
 /// Points are sent in batches, at most this often.
 const POINTS_INTERVAL: Duration = Duration::from_millis(50);
-/// Longest time to stop ranks when the daemon itself is to end, whatever grace their jobs have: whoever stops a
-/// daemon (systemd, Kubernetes) kills it after 30 to 90 s.
-const SHUTDOWN_GRACE_MAX: u64 = 20_000;
 /// Time that killed ranks get to be gone when the daemon ends. One that the kernel does not let go of (a dead
 /// file server, a hung driver) must not keep the daemon; its shim says so after 10 s.
 const KILLED_MAX: Duration = Duration::from_secs(11);
@@ -158,7 +155,7 @@ impl Daemon {
         };
         self.say(muster_monitor::stopping);
         self.step(Input::Shutdown);
-        let grace = Duration::from_millis(SHUTDOWN_GRACE_MAX);
+        let grace = self.identity.config.stop_grace_max;
         if !self.is_idle_within(grace, &mut session).await {
             for shim in self.shims.values() {
                 shim.tell(Command::Stop(StopMode {

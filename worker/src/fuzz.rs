@@ -14,16 +14,20 @@ use prost::Message;
 
 use crate::session::times;
 use crate::shim::{Command, News, Record, State};
+use crate::telemetry::events::message::{encoded, scalars};
+use crate::telemetry::events::record::{Found, first, framed};
 use crate::telemetry::parse::parse;
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 7] = [
+pub const DECODERS: [Decoder; 9] = [
     Decoder { name: "telemetry_line", decode: telemetry_line, samples: telemetry_samples },
     Decoder { name: "join_response", decode: join_response, samples: join_samples },
     Decoder { name: "session_response", decode: session_response, samples: session_samples },
     Decoder { name: "shim_message", decode: shim_message, samples: shim_samples },
     Decoder { name: "topology_conf", decode: topology_conf, samples: topology_samples },
     Decoder { name: "check_line", decode: check_line, samples: check_samples },
+    Decoder { name: "event_file", decode: event_file, samples: event_samples },
+    Decoder { name: "output_lines", decode: output_lines, samples: output_samples },
     Decoder { name: "points_file", decode: points_file, samples: points_samples },
 ];
 
@@ -99,6 +103,41 @@ fn points_samples() -> Vec<Vec<u8>> {
     ["{\"step\":1,\"time\":5,\"values\":{\"loss\":0.5}}\n{\"dropped\":3}\nnot a point\n{\"step\":2"]
         .map(Into::into)
         .into()
+}
+
+/// Records of an event file are found without a step back or over the end, framed again they are what they were, and
+/// whatever is in them is a scalar or is not.
+fn event_file(bytes: &[u8]) {
+    let mut rest = bytes;
+    while let Found::Record(record, length) = first(rest) {
+        assert_eq!(framed(record), &rest[..length]);
+        if let Ok(Some(found)) = scalars(record) {
+            assert!(!found.values.is_empty() && found.values.iter().all(|(tag, _)| !tag.is_empty()));
+        }
+        rest = &rest[length..];
+    }
+    // As a record that the fuzzer need not give a checksum.
+    if let Err(why) = scalars(bytes) {
+        assert!(!why.is_empty(), "a refusal says why");
+    }
+}
+
+fn event_samples() -> Vec<Vec<u8>> {
+    let event = encoded(7, &[("loss", 0.5), ("lr", 0.1)]);
+    vec![[framed(&event), framed(b"")].concat(), event]
+}
+
+/// Lines of output are the same in whatever pieces they come.
+fn output_lines(bytes: &[u8]) {
+    let Some((piece, text)) = bytes.split_first() else { return };
+    let whole = crate::telemetry::lines(text, text.len());
+    // A long line is looked at again with each piece, so that there are not too many of these.
+    let piece = usize::from(*piece) + text.len() / 256;
+    assert_eq!(crate::telemetry::lines(text, piece), whole);
+}
+
+fn output_samples() -> Vec<Vec<u8>> {
+    ["\x03step 1 loss 2.5\r 10%\n\nend"].map(Into::into).into()
 }
 
 fn telemetry_line(bytes: &[u8]) {

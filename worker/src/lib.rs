@@ -33,6 +33,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use muster_core::types::NodeName;
 use muster_core::types::surroundings::RankBinding;
@@ -78,7 +79,12 @@ pub struct Config {
     pub http_listen: Listen,
     /// Serve them on an address that is not loopback, in the clear.
     pub http_insecure: bool,
+    /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
+    pub stop_grace_max: Duration,
 }
+
+/// Whoever stops a daemon (systemd, Kubernetes) kills it after 30 to 90 s, if not told otherwise.
+pub const STOP_GRACE_MAX: Duration = Duration::from_secs(20);
 
 impl Config {
     /// Default settings for a node.
@@ -97,6 +103,7 @@ impl Config {
             watch: None,
             http_listen: Listen::Off,
             http_insecure: false,
+            stop_grace_max: STOP_GRACE_MAX,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
 mod daemon;
+mod submit;
 mod worker;
 
 use std::net::SocketAddr;
@@ -9,11 +10,12 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
-pub(crate) use worker::{DoctorArgs, WorkerArgs};
+pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
+pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
-use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
+use crate::units::Span;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -129,6 +131,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  muster doctor --coordinator http://10.0.0.1:7070 --peer gpu-7 --peer gpu-8"
     )]
     Doctor(DoctorArgs),
+    /// Exit with 0 if a coordinator serves and with 1 if not, for probes that run a program.
+    #[command(
+        after_help = "Example:\n  muster healthcheck --coordinator http://127.0.0.1:7070 --service live"
+    )]
+    Healthcheck(HealthcheckArgs),
     /// Stop a job for good.
     #[command(after_help = "Example:\n  muster cancel k3v9x2ma --reason 'wrong data'")]
     Cancel(CancelArgs),
@@ -175,95 +182,12 @@ pub(crate) struct CoordinatorArgs {
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,
+    /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,
+    /// which neither encrypt nor say who they are. Ready is who leads; the service `live` is well while the process is.
+    #[arg(long, value_name = "ADDRESS")]
+    pub health_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub daemon: DaemonArgs,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct SubmitArgs {
-    /// A job specification as grpcurl takes it, in JSON or TOML; flags override what it says.
-    #[arg(long, value_name = "FILE")]
-    pub file: Option<PathBuf>,
-    /// Name for listings. Default: the program's.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Nodes, or the fewest and the most.
-    #[arg(long, alias = "nodes", value_name = "N|MIN:MAX")]
-    pub nnodes: Option<NodeRange>,
-    /// Ranks per node.
-    #[arg(long, alias = "nproc_per_node", value_name = "P")]
-    pub nproc_per_node: Option<u32>,
-    /// How often the gang may start again after a fault.
-    #[arg(long, alias = "max_restarts", value_name = "R")]
-    pub max_restarts: Option<u32>,
-    /// GPUs for each rank.
-    #[arg(long, value_name = "G")]
-    pub gpus_per_proc: Option<u32>,
-    /// CPU cores for each rank, such as 1.5.
-    #[arg(long, value_name = "C")]
-    pub cpus_per_proc: Option<f64>,
-    /// Memory for each rank, such as 4GiB.
-    #[arg(long, value_name = "BYTES")]
-    pub memory_per_proc: Option<Bytes>,
-    /// Variable for every rank, or the name of one that has the value it has here; may be repeated.
-    #[arg(long = "env", value_name = "KEY[=VALUE]")]
-    pub env: Vec<Variable>,
-    /// Python that runs a script.py: a path, or a name in the PATH of the nodes. Default: PYTHON_EXEC, that of the virtual
-    /// environment that is active here, or python3.
-    #[arg(long, value_name = "PATH")]
-    pub python: Option<String>,
-    /// Absolute directory in which the ranks start. Default: this one where the program or script is named by a relative path,
-    /// else the log directory.
-    #[arg(long, value_name = "DIR")]
-    pub working_dir: Option<String>,
-    /// Directory handed to the ranks as MUSTER_CHECKPOINT_DIR.
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint_dir: Option<String>,
-    /// Jobs of a higher priority are placed first.
-    #[arg(long, allow_negative_numbers = true)]
-    pub priority: Option<i32>,
-    /// Label that a node must carry; may be repeated.
-    #[arg(long = "node-selector", value_name = "KEY=VALUE")]
-    pub node_selector: Vec<KeyValue>,
-    /// Time between the stop signal and SIGKILL when ranks are stopped.
-    #[arg(long, value_name = "SPAN")]
-    pub stop_grace: Option<Span>,
-    /// Longest time from placement until every rank runs.
-    #[arg(long, value_name = "SPAN")]
-    pub start_timeout: Option<Span>,
-    /// Longest time without a point or a line of output of any rank; then the job hangs and starts again. Default: none.
-    #[arg(long, value_name = "SPAN")]
-    pub progress_timeout: Option<Span>,
-    /// Once the fewest nodes are there, how long the first start waits for more. Default: not at all.
-    #[arg(long, value_name = "SPAN")]
-    pub last_call: Option<Span>,
-    /// Signal that asks ranks to end, such as SIGINT. Default: SIGTERM.
-    #[arg(long, value_name = "SIGNAL")]
-    pub stop_signal: Option<String>,
-    /// Whether ranks run on when only the coordinator is gone. Default: run.
-    #[arg(long, value_enum)]
-    pub on_coordinator_loss: Option<CoordinatorLoss>,
-    /// Makes a repeated call harmless. Default: a new one for each call.
-    #[arg(long, value_name = "ID")]
-    pub request_id: Option<String>,
-    /// Stay, show progress and rank 0's output, and end with the job.
-    #[arg(long, short)]
-    pub follow: bool,
-    /// Say where the job would go, and submit nothing.
-    #[arg(long, conflicts_with = "follow")]
-    pub dry_run: bool,
-    /// Program and arguments. A script.py is run by --python.
-    #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
-}
-
-/// What becomes of ranks when no coordinator runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CoordinatorLoss {
-    /// They run on: nobody can replace them.
-    Run,
-    /// They are stopped when the node's lease ends.
-    Stop,
 }
 
 #[derive(Debug, clap::Args)]

@@ -26,6 +26,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
+        health_listen: args.health_listen,
+        loopback_names_only: false,
         http_listen: args.daemon.http_listen.unwrap_or(COORDINATOR_HTTP),
         http_insecure: args.daemon.http_insecure,
         data_dir: args.data_dir,
@@ -75,6 +77,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         given: args.machine.given(),
         topology_conf: args.topology_conf,
         watch: Some(args.watch.into()),
+        stop_grace_max: args.stop_grace_max.0,
         sysfs_root: args.machine.sysfs_root,
         http_listen: args.daemon.http_listen.unwrap_or(Listen::Off),
         http_insecure: args.daemon.http_insecure,

@@ -7,6 +7,7 @@ mod demo;
 mod doctor;
 mod exit;
 mod follow;
+mod healthcheck;
 mod json;
 mod leader;
 mod nodes;
@@ -69,6 +70,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Nodes => nodes::nodes(&global).await,
         Command::Node(args) => nodes::node(&args, &global).await,
         Command::Doctor(args) => doctor::run(args, &global).await,
+        Command::Healthcheck(args) => healthcheck::run(&args, &global).await,
         Command::Cancel(args) => submit::cancel(args, &global).await,
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,

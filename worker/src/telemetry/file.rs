@@ -108,19 +108,11 @@ pub(super) struct Look {
 /// Reads the whole lines from a place on, as far as one look goes. A line that cannot be read has a number too.
 pub(super) fn read(path: &Path, from: Position) -> io::Result<Look> {
     let mut buffer = vec![0; READ_BYTES_MAX];
-    let mut filled = 0;
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Look::default()),
         file => file?,
     };
-    while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], from.offset + filled as u64) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+    let filled = fill(&file, &mut buffer, from.offset)?;
     let mut at = from;
     let whole = buffer[..filled].split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let lines = whole.map(|bytes| {
@@ -133,6 +125,20 @@ pub(super) fn read(path: &Path, from: Position) -> io::Result<Look> {
     let lines: VecDeque<_> = lines.collect();
     // Bytes without any line are none of ours, and not looked at again and again.
     Ok(Look { more: filled == READ_BYTES_MAX && !lines.is_empty(), lines })
+}
+
+/// Reads from a place on until the buffer is full or the file ends. Gives what it has read.
+pub(super) fn fill(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }
 
 /// The numbers of the lines of a file with these bytes, for the fuzzer.

@@ -6,8 +6,8 @@ use muster_core::types::Millis;
 use serde::Deserialize;
 
 /// Values in a point and bytes in a value's name, as the API allows.
-const VALUES_MAX: usize = 64;
-const NAME_BYTES_MAX: usize = 128;
+pub(super) const VALUES_MAX: usize = 64;
+pub(super) const NAME_BYTES_MAX: usize = 128;
 /// The last second that a Timestamp can say, in the year 9999; readers choke on what lies beyond it.
 const TIME_SECONDS_MAX: f64 = 253_402_300_799.0;
 
@@ -27,6 +27,11 @@ struct Line {
     values: BTreeMap<String, Option<f64>>,
 }
 
+/// A time in Unix seconds. One that cannot be is as none: the point itself may be fine.
+pub(super) fn time(seconds: f64) -> Option<Millis> {
+    (0.0..TIME_SECONDS_MAX).contains(&seconds).then_some(Millis((seconds * 1000.0) as u64))
+}
+
 /// Reads a line. The error says what is wrong with it.
 pub(crate) fn parse(line: &[u8]) -> Result<Reported, String> {
     let line: Line = serde_json::from_slice(line).map_err(|error| format!("is not a point: {error}"))?;
@@ -37,9 +42,7 @@ pub(crate) fn parse(line: &[u8]) -> Result<Reported, String> {
         let bytes = name.len();
         return Err(format!("has a value whose name has {bytes} bytes; 1 to {NAME_BYTES_MAX} are allowed"));
     }
-    // A time that cannot be is as none: the point itself may be fine.
-    let time = line.time.filter(|time| (0.0..TIME_SECONDS_MAX).contains(time));
-    let time = time.map(|time| Millis((time * 1000.0) as u64));
+    let time = line.time.and_then(time);
     let values =
         line.values.into_iter().filter_map(|(name, value)| Some((name, value.filter(|v| v.is_finite())?)));
     Ok(Reported { step: line.step, time, values: values.collect() })

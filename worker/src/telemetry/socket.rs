@@ -1,23 +1,21 @@
 //! The socket of one rank.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::Rank;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::file::Writer;
-use super::parse::parse;
+use super::follow::{Follower, Looker};
+use super::source::{Changes, Source};
 
 /// Connections of one rank at once: a program and what it starts.
 const CONNECTIONS_MAX: usize = 16;
@@ -31,46 +29,8 @@ const PATH_BYTES_MAX: usize = 107;
 /// Bytes that "/", a local rank and ".sock" add to a directory.
 const NAME_BYTES_MAX: usize = 16;
 
-/// Ranks of which points were written since the last look, and how far each rank is.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Changes(Arc<Written>);
-
-#[derive(Debug, Default)]
-struct Written {
-    ranks: Mutex<BTreeSet<Rank>>,
-    steps: Mutex<BTreeMap<Rank, u64>>,
-    added: Notify,
-}
-
-impl Changes {
-    fn add(&self, rank: Rank, step: u64) {
-        lock(&self.0.ranks).insert(rank);
-        lock(&self.0.steps).insert(rank, step);
-        self.0.added.notify_one();
-    }
-
-    /// Returns once there are some.
-    pub async fn added(&self) {
-        self.0.added.notified().await;
-    }
-
-    pub fn take(&self) -> Vec<Rank> {
-        std::mem::take(&mut *lock(&self.0.ranks)).into_iter().collect()
-    }
-
-    /// The last step that a rank reported.
-    pub fn step(&self, rank: Rank) -> Option<u64> {
-        lock(&self.0.steps).get(&rank).copied()
-    }
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change is one call.
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Makes the sockets of one gang in one private directory, and reads them on a thread of its own: neither a flood
-/// of points nor a disk that hangs holds up what starts and stops the ranks.
+/// Makes the sockets of one gang in one private directory, and reads them, and whatever is followed, on a thread of its
+/// own: neither a flood of points nor a disk that hangs holds up what starts and stops the ranks.
 #[derive(Debug)]
 pub(crate) struct Sockets {
     dir: PathBuf,
@@ -107,10 +67,14 @@ impl Sockets {
         let _guard = self.runtime.enter();
         let listener = UnixListener::bind(&path)?;
         let drain = CancellationToken::new();
-        let writer = Arc::new(Mutex::new(Writer::open(log_dir)?));
-        let source = Source { rank, writer, changes: self.changes.clone(), refused: Arc::default() };
-        let task = self.runtime.spawn(listen(listener, source, drain.clone()));
-        Ok(RankSocket { path, drain, task })
+        let source = Source::open(rank, log_dir, self.changes.clone())?;
+        let task = self.runtime.spawn(listen(listener, source.clone(), drain.clone()));
+        Ok(RankSocket { path, drain, task, source })
+    }
+
+    /// Looks now and then for what the ranks write elsewhere, until the follower is dropped.
+    pub fn follow(&self, looker: Looker) -> Follower {
+        Follower::start(looker, &self.runtime)
     }
 }
 
@@ -126,9 +90,15 @@ pub(crate) struct RankSocket {
     path: PathBuf,
     drain: CancellationToken,
     task: tokio::task::JoinHandle<()>,
+    source: Source,
 }
 
 impl RankSocket {
+    /// Where else the rank's points go that come by another way.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
     /// Where the rank connects.
     pub fn path(&self) -> &Path {
         &self.path
@@ -147,38 +117,6 @@ impl Drop for RankSocket {
     fn drop(&mut self) {
         self.task.abort();
         std::fs::remove_file(&self.path).ok();
-    }
-}
-
-#[derive(Clone)]
-struct Source {
-    rank: Rank,
-    writer: Arc<Mutex<Writer>>,
-    changes: Changes,
-    /// Lines and connections that were refused, over all connections of the rank.
-    refused: Arc<AtomicU64>,
-}
-
-impl Source {
-    /// Writes a point to the rank's file.
-    fn add(&self, line: &[u8]) {
-        let written = parse(line).map_err(|why| format!("a line {why}")).and_then(|point| {
-            let step = point.step;
-            let written = lock(&self.writer).add(point).map(|()| step);
-            written.map_err(|error| format!("a point could not be kept: {error}"))
-        });
-        match written {
-            Ok(step) => self.changes.add(self.rank, step),
-            Err(why) => self.refuse(&why),
-        }
-    }
-
-    /// Counts, and complains the first time and then ever more rarely: what a rank sends must not fill the log.
-    fn refuse(&self, why: &str) {
-        let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
-        if refused.is_power_of_two() {
-            warn!(rank = %self.rank, refused, %why, "telemetry of a rank is refused");
-        }
     }
 }
 
@@ -232,7 +170,7 @@ async fn read(stream: impl AsyncRead + Unpin, source: &Source) {
         } else if too_long {
             source.refuse("a line is longer than 64 KiB");
         } else {
-            source.add(&line);
+            source.add_line(&line);
         }
     }
 }
@@ -244,12 +182,11 @@ mod tests {
 
     async fn steps(bytes: &[u8]) -> (Vec<u64>, u64) {
         let dir = tempfile::tempdir().unwrap();
-        let writer = Arc::new(Mutex::new(Writer::open(dir.path()).unwrap()));
-        let source = Source { rank: Rank(0), writer, changes: Changes::default(), refused: Arc::default() };
+        let source = Source::open(Rank(0), dir.path(), Changes::default()).unwrap();
         read(bytes, &source).await;
         let lines = read_file(&path_in(dir.path()), Position::default()).unwrap().lines;
         let step = |(_, line)| if let Some(Line::Point { step, .. }) = line { Some(step) } else { None };
-        (lines.into_iter().filter_map(step).collect(), source.refused.load(Ordering::Relaxed))
+        (lines.into_iter().filter_map(step).collect(), source.refused())
     }
 
     #[tokio::test]

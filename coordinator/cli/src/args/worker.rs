@@ -33,6 +33,10 @@ pub(crate) struct WorkerArgs {
     /// Slurm's topology.conf, from which the node takes the labels leaf, spine and zone where --label names none.
     #[arg(long, value_name = "FILE")]
     pub topology_conf: Option<PathBuf>,
+    /// Longest time that ranks get to end in when this daemon is stopped, less than whoever stops it gives it. They go on
+    /// elsewhere, and no restart is spent.
+    #[arg(long, default_value = "20s", value_name = "SPAN")]
+    pub stop_grace_max: Span,
     #[command(flatten)]
     pub watch: WatchArgs,
     #[command(flatten)]
@@ -51,6 +55,16 @@ pub(crate) struct DoctorArgs {
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub machine: MachineArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct HealthcheckArgs {
+    /// What is asked for: `live`, that the process is well; or nothing, that it leads too.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME")]
+    pub service: String,
+    /// Time for the answer.
+    #[arg(long, default_value = "3s", value_name = "SPAN")]
+    pub timeout: Span,
 }
 
 /// Flags that tell a daemon, or the doctor, about its machine.

@@ -3,7 +3,9 @@
 mod assignment;
 mod cpus;
 mod ids;
+mod pattern;
 pub mod rendezvous;
+mod resources;
 mod spec;
 mod stop;
 pub mod surroundings;
@@ -13,8 +15,10 @@ pub use assignment::{
 };
 pub use cpus::CpuList;
 pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
+pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;
-pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, Resources, SpecError, limits};
+pub use resources::Resources;
+pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 pub use surroundings::Surroundings;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CoordinatorLoss, Millis, StopSignal, ids::is_name_char};
+use super::{CoordinatorLoss, MetricPattern, Millis, Resources, StopSignal, ids::is_name_char};
 
 /// Bounds on what one job may ask for, each with its reason.
 pub mod limits {
@@ -66,54 +66,6 @@ pub const RUN_LABEL: &str = "muster.run";
 /// Label of such a node: which of the run's nodes it is, from 0, where whoever started it says so.
 pub const RUN_RANK_LABEL: &str = "muster.run.rank";
 
-/// An amount of resources. Its order has no meaning beside that there is one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Resources {
-    /// Whole GPUs.
-    pub gpus: u32,
-    /// Thousandths of a CPU core.
-    pub cpu_millis: u32,
-    /// Bytes of memory.
-    pub memory_bytes: u64,
-}
-
-impl Resources {
-    /// Whether nothing is asked for.
-    pub fn is_zero(&self) -> bool {
-        *self == Self::default()
-    }
-
-    /// `self` for each of `count` processes, or the largest value where that does not fit.
-    #[must_use]
-    pub fn times(self, count: u32) -> Self {
-        Self {
-            gpus: self.gpus.saturating_mul(count),
-            cpu_millis: self.cpu_millis.saturating_mul(count),
-            memory_bytes: self.memory_bytes.saturating_mul(u64::from(count)),
-        }
-    }
-
-    /// The sum.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
-        Self {
-            gpus: self.gpus.saturating_add(other.gpus),
-            cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
-            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
-        }
-    }
-
-    /// What is left of `self` once `other` is taken; zero where it is less.
-    #[must_use]
-    pub fn minus(self, other: Self) -> Self {
-        Self {
-            gpus: self.gpus.saturating_sub(other.gpus),
-            cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
-            memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
-        }
-    }
-}
-
 /// A checked job specification. Made by [`JobSpec::check`]; the counts are at least 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobSpec {
@@ -157,6 +109,12 @@ pub struct JobSpec {
     /// Whether ranks run on when only the coordinator is gone.
     #[serde(default)]
     pub on_coordinator_loss: CoordinatorLoss,
+    /// Where the program writes TensorBoard event files; relative to where the ranks start.
+    #[serde(default)]
+    pub tensorboard_dir: Option<String>,
+    /// Makes points of lines of output; a [`MetricPattern`].
+    #[serde(default)]
+    pub metric_pattern: Option<String>,
 }
 
 /// One thing that is wrong with a specification.
@@ -191,6 +149,8 @@ impl JobSpec {
             last_call: Millis(0),
             stop_signal: StopSignal::default(),
             on_coordinator_loss: CoordinatorLoss::default(),
+            tensorboard_dir: None,
+            metric_pattern: None,
         }
     }
 
@@ -201,6 +161,7 @@ impl JobSpec {
         self.check_env(&mut errors);
         self.check_counts(&mut errors);
         self.check_rest(&mut errors);
+        self.check_telemetry(&mut errors);
         if errors.0.is_empty() { Ok(self) } else { Err(errors.0) }
     }
 
@@ -312,6 +273,18 @@ impl JobSpec {
             errors.add("progress_timeout", "is not between 1s and 24h, nor 0s for none".into());
         }
     }
+
+    fn check_telemetry(&self, errors: &mut Errors) {
+        if let Some(dir) = &self.tensorboard_dir {
+            errors.check_text("tensorboard_dir", dir, limits::PATH_BYTES_MAX);
+            if dir.contains("://") {
+                errors.add("tensorboard_dir", "is a URL; nodes follow files in a directory of theirs".into());
+            }
+        }
+        if let Some(Err(why)) = self.metric_pattern.as_deref().map(MetricPattern::new) {
+            errors.add("metric_pattern", why);
+        }
+    }
 }
 
 struct Errors(Vec<SpecError>);
@@ -366,7 +339,7 @@ mod tests {
     #[test]
     fn each_violation_names_its_field() {
         type Break = fn(&mut JobSpec);
-        let table: [(&str, Break); 15] = [
+        let table: [(&str, Break); 18] = [
             ("command", |s| s.command.clear()),
             ("command[0]", |s| s.command[0] = " ".into()),
             ("command[1]", |s| s.command[1] = "a\0b".into()),
@@ -382,6 +355,9 @@ mod tests {
             ("env[\"A=B\"]", |s| _ = s.env.insert("A=B".into(), "1".into())),
             ("last_call", |s| s.last_call = Millis(limits::SPAN_MAX.0 + 1)),
             ("working_dir", |s| s.working_dir = Some("relative".into())),
+            ("tensorboard_dir", |s| s.tensorboard_dir = Some("s3://bucket/runs".into())),
+            ("tensorboard_dir", |s| s.tensorboard_dir = Some("x".repeat(5000))),
+            ("metric_pattern", |s| s.metric_pattern = Some("loss (".into())),
         ];
         for (field, break_it) in table {
             let mut spec = valid();
