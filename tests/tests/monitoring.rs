@@ -131,7 +131,6 @@ fn what_is_counted_is_what_happens() {
         (&coordinator, "muster_job_restarts_total", 1.0),
         (&coordinator, "muster_placements_total", 4.0),
         (&coordinator, "muster_queue_wait_seconds_count", 3.0),
-        (&coordinator, "muster_job_start_seconds_count", 3.0),
         (&coordinator, "muster_nodes{state=\"ready\"}", 1.0),
         (&coordinator, "muster_nodes_by_verdict{verdict=\"healthy\"}", 1.0),
         (&coordinator, "muster_sessions", 1.0),
@@ -157,6 +156,8 @@ fn what_is_counted_is_what_happens() {
             expected.iter().filter(|e| value(e) != Some(e.2)).map(|e| (e.1, value(e), e.2)).collect();
         if wrong.is_empty() { Ok(()) } else { Err(wrong) }
     });
+    // Whether all ranks of the one that kills itself were seen to run is a matter of luck.
+    assert!(scrape(&coordinator)["muster_job_start_seconds_count"] >= 2.0);
     assert!(scrape(&coordinator)["muster_queue_oldest_timestamp_seconds"] > 0.0);
 
     // A call of no such method has no series of its own.
