@@ -147,7 +147,7 @@ impl Tally {
                 monitor.queue_wait.observe(seconds(gang.placed.since(job.created)));
             }
         }
-        // The gang of a program that ends at once may be gone with the same report.
+        // One that is short has ended before anybody looks.
         let placed = job.gang.as_ref().map(|gang| gang.placed).or(job.past.last().map(|past| past.placed));
         if let (Some(started), Some(placed), false) = (job.started, placed, before.started) {
             monitor.job_start.observe(seconds(started.since(placed)));
