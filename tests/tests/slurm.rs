@@ -1,6 +1,8 @@
 //! `deploy/slurm/muster.sbatch` in a real Slurm: its exit code is the job's, and an allocation whose time is up is queued
 //! again and goes on from its checkpoint.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::path::Path;
 
 use muster_tests::{Outcome, Slurm, binary, deployed, eventually, is_running, processes_with, skip};
