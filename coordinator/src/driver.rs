@@ -7,6 +7,7 @@
 
 mod durable;
 mod handle;
+mod send;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -16,8 +17,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{Millis, NodeName, Session};
-use muster_core::{Core, Effects, Event, Input, Job, Join, Node, NodeState, Refusal, Reply, ToNode};
-use muster_proto::{convert, v1};
+use muster_core::{Core, Effects, Event, Input, Job, Join, Node, NodeState, Refusal, Reply, ToNode, Write};
+use muster_proto::v1;
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot, watch as channel};
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,7 @@ use tracing::{info, warn};
 use crate::clock::Clock;
 use crate::links::{Link, Links};
 use crate::metrics::Metrics;
+use crate::monitor::{Monitor, Tally};
 use crate::{Error, persist};
 use durable::finished;
 use handle::{Answer, Command, JobWatch, Later, NodeWatch};
@@ -34,7 +36,7 @@ pub(crate) use handle::{Handle, Hello, RequestError};
 use watch::Watchers;
 
 /// Commands that may wait for the driver; senders wait beyond it.
-const INBOX_MAX: usize = 4096;
+pub(crate) const INBOX_MAX: usize = 4096;
 /// Effects that may wait for the store; beyond it the inbox is not read.
 const DEFERRED_MAX: usize = 65_536;
 
@@ -49,6 +51,7 @@ enum Deferred {
     JobChanged(Arc<Job>),
     NodeChanged(Arc<Node>),
     JobDeleted(muster_core::types::JobId),
+    NodeForgotten(NodeName),
     Run(Later),
     /// A watcher sees what came before it as one state, and every change that comes after.
     WatchJob(Result<Box<Job>, Refusal>, JobWatch),
@@ -99,6 +102,8 @@ pub(crate) struct Driver {
     links: Links,
     metrics: Metrics,
     watchers: Watchers,
+    monitor: Monitor,
+    tally: Tally,
 }
 
 /// Takes leadership, loads the state and makes the driver; [`Driver::run`] runs it.
@@ -106,6 +111,7 @@ pub(crate) fn start(
     mut store: Box<dyn Store>,
     config: muster_core::Config,
     metrics: Metrics,
+    monitor: Monitor,
     clock: Clock,
     leads: Leads,
 ) -> Result<(Handle, Driver), Error> {
@@ -119,6 +125,7 @@ pub(crate) fn start(
     let links = Links::default();
     let (degraded, trouble) = channel::channel(None);
     let handle = Handle { inbox: sender, links: links.clone(), clock, trouble };
+    let tally = Tally::new(monitor.clone(), &core);
     let mut driver = Driver {
         core,
         clock,
@@ -134,6 +141,8 @@ pub(crate) fn start(
         links,
         metrics,
         watchers: Watchers::default(),
+        monitor,
+        tally,
     };
     driver.take(effects, None);
     Ok((handle, driver))
@@ -158,7 +167,9 @@ impl Driver {
     /// Runs until `stop`, and then finishes what is to be written; or until `over`, or until it sees by itself that another
     /// coordinator leads.
     pub async fn run(&mut self, stop: &CancellationToken, over: &CancellationToken) -> Result<End, Error> {
-        match self.lead(stop, over).await {
+        let ended = self.lead(stop, over).await;
+        self.tally.clear();
+        match ended {
             Err(Error::Store(StoreError::Fenced)) => Ok(End::Deposed),
             ended => ended,
         }
@@ -203,6 +214,7 @@ impl Driver {
                     paused_ms = now.since(woken).0,
                     "the coordinator did not run for a while; leases are extended"
                 );
+                self.monitor.pauses.inc();
                 self.now = self.now.max(now);
                 self.step(Input::Stalled, None);
             }
@@ -293,6 +305,7 @@ impl Driver {
                 if let Some(older) = self.links.replace(&node, link.clone()) {
                     older.close(Status::aborted("a newer session of this node was opened"));
                 }
+                self.monitor.sessions_opened.inc();
                 info!(%node, %session, "node connected");
                 Ok(link)
             }
@@ -316,8 +329,12 @@ impl Driver {
         {
             panic!("the core's state is broken: {broken}");
         }
+        let mut forgotten = Vec::new();
         for write in &effects.writes {
             persist::encode(&mut self.filling.batch, write);
+            if let Write::DeleteNode(name) = write {
+                forgotten.push(Deferred::NodeForgotten(name.clone()));
+            }
         }
         let deferred = &mut self.filling.deferred;
         deferred.extend(
@@ -341,6 +358,7 @@ impl Driver {
                 Event::JobDeleted(id) => deferred.push(Deferred::JobDeleted(id)),
             }
         }
+        deferred.extend(forgotten);
     }
 
     fn carry_out(&mut self, deferred: Vec<Deferred>) {
@@ -350,15 +368,21 @@ impl Driver {
                 Deferred::Reply(reply, answer) => drop(reply.send(answer)),
                 Deferred::JobChanged(job) => {
                     info!(job_id = %job.id, state = ?job.state, generation = job.generation.0, reason = %job.reason, "job");
+                    self.tally.job(&job);
                     self.watchers.job_changed(&job);
                 }
                 Deferred::NodeChanged(node) => {
                     if node.state == NodeState::Lost {
                         warn!(node = %node.name, "node lost: its lease ended");
                     }
+                    self.tally.node(&node);
                     self.watchers.node_changed(&node);
                 }
-                Deferred::JobDeleted(id) => self.metrics.delete(&id),
+                Deferred::JobDeleted(id) => {
+                    self.tally.job_deleted(&id);
+                    self.metrics.delete(&id);
+                }
+                Deferred::NodeForgotten(name) => self.tally.node_forgotten(&name),
                 Deferred::Run(later) => later(),
                 Deferred::WatchJob(job, reply) => {
                     let watched = job.map(|job| {
@@ -369,32 +393,6 @@ impl Driver {
                 }
                 Deferred::WatchNodes(nodes, reply) => drop(reply.send((nodes, self.watchers.nodes()))),
             }
-        }
-    }
-
-    fn send(&mut self, node: &NodeName, session: Session, what: ToNode) {
-        let Some(link) = self.links.get(node).filter(|link| link.session == session) else { return };
-        let message = match what {
-            ToNode::Welcome(assignments) => v1::session_response::Message::Welcome(v1::Welcome {
-                session: session.0,
-                assignments: assignments.iter().map(convert::assignment_to_wire).collect(),
-            }),
-            ToNode::Assign(assignment) => {
-                v1::session_response::Message::Assignment(convert::assignment_to_wire(&assignment))
-            }
-            ToNode::Close(why) => {
-                warn!(%node, %session, %why, "session closed");
-                self.links.remove(node, session);
-                link.close(Status::aborted(why));
-                return;
-            }
-        };
-        if !link.send(message) {
-            // The whole desired state goes out again when the node opens its next session.
-            warn!(%node, %session, "node does not keep up; its session is closed");
-            self.links.remove(node, session);
-            link.close(Status::resource_exhausted("too many messages wait for this node; connect again"));
-            self.step(Input::Disconnected { node: node.clone(), session }, None);
         }
     }
 }

@@ -12,6 +12,7 @@ pub mod fuzz;
 mod grpc;
 mod links;
 mod metrics;
+mod monitor;
 mod office;
 mod persist;
 mod seen;
@@ -27,16 +28,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::Millis;
+use muster_monitor::AddressError;
+pub use muster_monitor::Listen;
 pub use muster_store::EtcdConfig;
 use muster_store::{MemoryStore, RedbStore, Store};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::{info, warn};
 
 use clock::Clock;
+use monitor::Monitor;
 use office::{Following, Office, Reign, Standing};
 
 /// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
@@ -50,6 +56,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Serve on an address that is not loopback although nothing protects it.
     pub insecure: bool,
+    /// Where `/metrics`, `/healthz` and `/readyz` are.
+    pub http_listen: Listen,
+    /// Serve them on an address that is not loopback, in the clear. [`Self::insecure`] says so too.
+    pub http_insecure: bool,
     /// Directory for the store and the metrics; made if it is not there.
     pub data_dir: PathBuf,
     /// Where control state is kept.
@@ -72,6 +82,8 @@ impl Config {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
+            http_listen: Listen::Off,
+            http_insecure: false,
             data_dir,
             store: StoreKind::Redb,
             lease: Duration::from_secs(10),
@@ -138,6 +150,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// The metrics cannot be served.
+    #[error(transparent)]
+    Http(#[from] AddressError),
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] muster_store::Error),
@@ -160,29 +175,39 @@ pub enum Error {
 
 /// Runs a coordinator until `shutdown` is cancelled or it cannot go on.
 ///
-/// Prints `{"listening":"address:port"}` as the first line on standard error once the port is bound and the
-/// state is loaded. Returns after every accepted request was answered and every decision is stored.
+/// Prints `{"listening":"address:port"}`, with `http_listening` where metrics are served, as the first line on standard
+/// error once the ports are bound and the state is loaded. Returns after every accepted request was answered and every decision is stored.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     check(&config)?;
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let config = Config { listen: address, ..config };
-    let ready = || {
+    let http = muster_monitor::bind(config.http_listen, config.http_insecure || config.insecure).await?;
+    let at = http.as_ref().and_then(|http| http.local_addr().ok());
+    let more = at.map(|at| format!(",\"http_listening\":\"{at}\"")).unwrap_or_default();
+    let says = format!("{{\"listening\":\"{address}\"{more}}}");
+    let ready = move || {
         // Nobody may be there to read it.
-        writeln!(io::stderr(), "{}", serde_json::json!({ "listening": address.to_string() })).ok();
+        writeln!(io::stderr(), "{says}").ok();
+        muster_monitor::ready();
     };
-    run_on(config, connections(listener), ready, shutdown).await
+    let stopping = shutdown.clone();
+    let _told = AbortOnDropHandle::new(tokio::spawn(async move {
+        stopping.cancelled().await;
+        muster_monitor::stopping();
+    }));
+    serve(config, connections(listener), http, ready, shutdown).await
 }
 
 /// The connections of a listener, as a coordinator takes them.
-pub fn connections(listener: tokio::net::TcpListener) -> TcpIncoming {
+pub fn connections(listener: TcpListener) -> TcpIncoming {
     // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
     // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
     TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
-/// The same on connections that come from elsewhere. `ready` is called once the state is loaded.
+/// The same on connections that come from elsewhere, without metrics. `ready` is called once the state is loaded.
 pub async fn run_on<I, C>(
     config: Config,
     connections: I,
@@ -193,6 +218,28 @@ where
     I: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
+    serve(config, connections, None, ready, shutdown).await
+}
+
+async fn serve<I, C>(
+    config: Config,
+    connections: I,
+    http: Option<TcpListener>,
+    ready: impl FnOnce(),
+    shutdown: CancellationToken,
+) -> Result<(), Error>
+where
+    I: Stream<Item = io::Result<C>>,
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    let monitor = Monitor::new();
+    let page = |office: &Office| {
+        // Ends with the process, or with whoever runs several in one.
+        http.map(|http| {
+            tokio::spawn(muster_monitor::serve(http, monitor.page(office.clone()), shutdown.clone()))
+        })
+        .map(AbortOnDropHandle::new)
+    };
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|source| Error::DataDir { path: config.data_dir.clone(), source })?;
     let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
@@ -217,13 +264,16 @@ where
                 url,
                 config: config.clone(),
                 metrics: metrics.clone(),
+                monitor: monitor.clone(),
                 clock,
                 standing,
             };
+            let _page = page(&office);
             ready();
             info!(data_dir = %config.data_dir.display(), version, "coordinator serves; it leads when it is elected");
             let mut standing = tokio::spawn(candidate.run(shutdown.clone()));
-            let serving = server::serve(connections, &config, office, metrics, shutdown.clone());
+            let serving =
+                server::serve(connections, &config, office, (metrics, monitor.clone()), shutdown.clone());
             tokio::pin!(serving);
             let served = tokio::select! {
                 served = &mut serving => {
@@ -243,7 +293,8 @@ where
         }
     };
     let core_config = muster_core::Config { lease: millis(config.lease), ..muster_core::Config::default() };
-    let (handle, mut driver) = driver::start(store, core_config, metrics.clone(), clock, Arc::new(|| true))?;
+    let (handle, mut driver) =
+        driver::start(store, core_config, metrics.clone(), monitor.clone(), clock, Arc::new(|| true))?;
     let over = shutdown.child_token();
     let reign = Reign {
         agents: agents::Runs::new(clock, over.clone()),
@@ -255,6 +306,7 @@ where
     };
     let (standing, office) = watch::channel(Standing::Leading(reign));
     let office = Office::new(office, clock);
+    let _page = page(&office);
 
     ready();
     info!(data_dir = %config.data_dir.display(), version, "coordinator ready");
@@ -264,7 +316,7 @@ where
     let stop = driver_stop.clone();
     let mut driver_task = tokio::spawn(async move { driver.run(&stop, &CancellationToken::new()).await });
     let served = tokio::select! {
-        served = server::serve(connections, &config, office, metrics, shutdown.clone()) => served,
+        served = server::serve(connections, &config, office, (metrics, monitor.clone()), shutdown.clone()) => served,
         // The driver only ends by itself when it cannot go on.
         ended = &mut driver_task => {
             ended??;
@@ -284,7 +336,7 @@ fn advertised(config: &Config) -> String {
     config.advertise.clone().unwrap_or_else(|| format!("http://{}", config.listen))
 }
 
-fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address {
         SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
         SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,

@@ -68,16 +68,19 @@ impl Link {
     }
 
     /// Hands a piece of log to its reader. A reader that has more waiting than the credit it gave is gone or
-    /// the node overran its credit; either way the subscription ends rather than hold up the session.
-    pub fn route_log(&self, data: v1::LogData) {
+    /// the node overran its credit; either way the subscription ends rather than hold up the session. False if a
+    /// reader was there and has lost its stream so.
+    pub fn route_log(&self, data: v1::LogData) -> bool {
         let (subscription, last) = (data.subscription, data.end || !data.error.is_empty());
         let reader = lock(&self.logs).get(&subscription).cloned();
-        let delivered = reader.is_some_and(|reader| reader.try_send(data).is_ok());
+        let (read, delivered) =
+            (reader.is_some(), reader.is_some_and(|reader| reader.try_send(data).is_ok()));
         if !delivered {
             self.unsubscribe(subscription);
         } else if last {
             lock(&self.logs).remove(&subscription);
         }
+        delivered || !read
     }
 }
 
@@ -88,6 +91,11 @@ pub(crate) struct Links(Arc<Mutex<HashMap<NodeName, Arc<Link>>>>);
 impl Links {
     pub fn get(&self, node: &NodeName) -> Option<Arc<Link>> {
         lock(&self.0).get(node).cloned()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        lock(&self.0).len()
     }
 
     /// Puts a session in the place of the node's older one, which it returns.

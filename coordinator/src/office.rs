@@ -92,6 +92,19 @@ impl Office {
         matches!(&*self.standing.borrow(), Standing::Leading(_))
     }
 
+    /// Whether it leads; if not, why, in words.
+    pub fn ready(&self) -> Result<(), String> {
+        match &*self.standing.borrow() {
+            Standing::Leading(_) => Ok(()),
+            Standing::Following(following) => {
+                let leader = following.leader.as_ref().map(|leader| format!("{leader} leads"));
+                let trouble =
+                    following.trouble.clone().unwrap_or_else(|| "no coordinator leads yet".to_owned());
+                Err(leader.unwrap_or(trouble))
+            }
+        }
+    }
+
     /// Each change of the standing.
     pub fn changes(&self) -> watch::Receiver<Standing> {
         self.standing.clone()

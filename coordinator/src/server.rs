@@ -20,6 +20,8 @@ use tower_http::trace::TraceLayer;
 
 use crate::grpc::Api;
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
+use crate::monitor::calls::CountCalls;
 use crate::office::{Office, STALE};
 use crate::{Config, Error};
 
@@ -46,14 +48,14 @@ pub(crate) async fn serve<I, C>(
     connections: I,
     config: &Config,
     office: Office,
-    metrics: Metrics,
+    (metrics, monitor): (Metrics, Monitor),
     shutdown: CancellationToken,
 ) -> Result<(), Error>
 where
     I: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let api = Api::new(office.clone(), metrics, config);
+    let api = Api::new(office.clone(), metrics, monitor.clone(), config);
     let (health, health_service) = tonic_health::server::health_reporter();
     let (mut names, shown, led) = (vec![""], office.clone(), office.clone());
     let shows = move |request: Request<()>| shown.admit(&request).map(|()| request);
@@ -82,7 +84,9 @@ where
 
     // From the outside in.
     let layers = ServiceBuilder::new()
-        // First, so that refused calls are traced too.
+        // First, so that whatever is refused is counted.
+        .layer(CountCalls(monitor))
+        // Next, so that refused calls are traced too.
         .layer(TraceLayer::new(SharedClassifier::new(failures())))
         // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
         .map_response(oversized_is_resource_exhausted)

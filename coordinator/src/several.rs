@@ -17,6 +17,7 @@ use crate::agents::Runs;
 use crate::clock::Clock;
 use crate::driver::{self, Driver, End, Leads};
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
 use crate::office::{Following, Reign, Standing};
 use crate::seen::Seen;
 use crate::{Config, Error};
@@ -31,6 +32,7 @@ pub(crate) struct Candidate {
     pub url: String,
     pub config: Config,
     pub metrics: Metrics,
+    pub monitor: Monitor,
     pub clock: Clock,
     pub standing: watch::Sender<Standing>,
 }
@@ -195,8 +197,10 @@ impl Candidate {
         let store = Box::new(EtcdStore::lead(etcd, term.clone()));
         let lease: Millis = crate::millis(self.config.lease);
         let config = muster_core::Config { lease, ..muster_core::Config::default() };
-        let (metrics, clock, held) = (self.metrics.clone(), Clock::start(), term.clone());
+        let (metrics, monitor) = (self.metrics.clone(), self.monitor.clone());
+        let (clock, held) = (Clock::start(), term.clone());
         let leads: Leads = Arc::new(move || held.is_held());
-        tokio::task::spawn_blocking(move || driver::start(store, config, metrics, clock, leads)).await?
+        tokio::task::spawn_blocking(move || driver::start(store, config, metrics, monitor, clock, leads))
+            .await?
     }
 }

@@ -284,6 +284,11 @@ fn set_clock(dir: &Path, host: usize, seconds: &str) {
     std::fs::rename(new, file).unwrap();
 }
 
+/// The address at which a daemon serves metrics, as it says in the first line of its log.
+pub fn http_address(daemon: &Daemon) -> String {
+    eventually("where metrics are served", || says(daemon, "http_listening"))
+}
+
 fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Settings) -> Daemon {
     let data_dir = dir.join("coordinator");
     let data_dir = data_dir.to_str().unwrap();
@@ -291,12 +296,19 @@ fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Set
     let name = format!("coordinator-{}", std::fs::read_dir(dir).unwrap().count());
     let lease = ["--lease", settings.lease, "--heartbeat", "200ms"];
     let lease = if settings.lease.is_empty() { &[][..] } else { &lease[..] };
-    let args = ["coordinator", "--listen", listen, "--data-dir", data_dir, "--insecure"];
+    // On a host of its own there may be no loopback.
+    let http = if settings.netns { "off" } else { "127.0.0.1:0" };
+    let args =
+        ["coordinator", "--listen", listen, "--http-listen", http, "--data-dir", data_dir, "--insecure"];
     Daemon::start_behind(prefix, dir, &name, &[&args[..], lease].concat())
 }
 
 fn listening(coordinator: &Daemon) -> Result<String, String> {
-    let log = coordinator.log();
+    says(coordinator, "listening")
+}
+
+fn says(daemon: &Daemon, key: &str) -> Result<String, String> {
+    let log = daemon.log();
     let first = log.lines().next().and_then(|line| serde_json::from_str::<Value>(line).ok());
-    first.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
+    first.and_then(|line| Some(line[key].as_str()?.to_owned())).ok_or(log)
 }

@@ -8,6 +8,7 @@ mod bed;
 mod buildah;
 mod cluster;
 mod etcd;
+mod http;
 mod machine;
 mod netns;
 mod place;
@@ -20,16 +21,17 @@ use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use buildah::{Buildah, Container};
-pub use cluster::{Clocks, Cluster, Daemon, Settings};
+pub use cluster::{Clocks, Cluster, Daemon, Settings, http_address};
 pub use etcd::{Etcd, has_etcd};
+pub use http::http_get;
 pub use machine::{FakeMachine, RAILS, Rail};
 pub use netns::{Cut, Netns, address as netns_address};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use several::{FAST, Several};
 pub use slurm::Slurm;
 pub use tools::{
-    Outcome, binary, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors, python, skip,
-    torch_python, trainer,
+    Outcome, binary, deployed, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors,
+    prometheus_path, python, skip, torch_python, trainer,
 };
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

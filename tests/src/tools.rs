@@ -85,6 +85,17 @@ pub fn ibstat_path() -> Option<PathBuf> {
     path.is_file().then_some(path)
 }
 
+/// `prometheus` or `promtool` as `cargo xtask test` brings them, if they are there.
+pub fn prometheus_path(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/prometheus/usr/bin").join(name);
+    path.is_file().then_some(path)
+}
+
+/// A file or folder of `deploy/`.
+pub fn deployed(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name)
+}
+
 /// The processors that this process may use.
 pub fn processors() -> Vec<usize> {
     let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();

@@ -1,7 +1,9 @@
 //! The one task that owns the node's core: what the coordinator wants and what the shims observe go in,
 //! commands to the shims and reports go out.
 
+mod ending;
 mod machine;
+mod noting;
 mod sending;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -11,7 +13,6 @@ use std::time::Duration;
 use muster_core::types::{GangId, Generation, JobId, Millis, ObservedPhase, Rank, StopMode, StopSignal};
 use muster_proto::convert;
 use muster_proto::v1;
-use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 use muster_worker_core::{Core, Effect, Input};
 use tokio::sync::mpsc;
@@ -23,6 +24,7 @@ use tracing::{info, warn};
 
 use crate::clock::boot_now;
 use crate::logs::{Live, Subscriptions};
+use crate::monitor::Monitor;
 use crate::session::{self, Event, Identity, Queues, request};
 use crate::shim::{Command, Context, Shim, find};
 use crate::telemetry::Outbox;
@@ -56,7 +58,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
     let _lock = data_dir::lock(&data_dir)?;
-    let watched = Watched::start(&config, data_dir.clone()).await?;
+    let monitor = Monitor::new();
+    let _page = monitor.serve(&config).await?;
+    let watched = Watched::start(&config, data_dir.clone(), monitor.clone()).await?;
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(Path::new("/")),
@@ -92,6 +96,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         hellos: 0,
         points_at: None,
         watched,
+        monitor,
         identity,
     };
     daemon.run(shutdown).await
@@ -128,12 +133,14 @@ struct Daemon {
     /// When points are to be sent, if any wait.
     points_at: Option<Instant>,
     watched: Watched,
+    monitor: Monitor,
     identity: Identity,
 }
 
 impl Daemon {
     async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
         self.adopt().await;
+        self.say(muster_monitor::ready);
         let (sender, mut session) = mpsc::channel(INBOX_MAX);
         let keeping = tokio::spawn(session::keep(self.identity.clone(), sender));
         let mut keeping = AbortOnDropHandle::new(keeping);
@@ -146,6 +153,7 @@ impl Daemon {
                 () = self.turn(&mut session) => {}
             }
         };
+        self.say(muster_monitor::stopping);
         self.step(Input::Shutdown);
         let grace = self.identity.config.stop_grace_max;
         if !self.is_idle_within(grace, &mut session).await {
@@ -167,7 +175,7 @@ impl Daemon {
             let running = self.running();
             let ended: Vec<GangId> = self.shims.keys().filter(|g| !running.contains(g)).cloned().collect();
             for gang in ended {
-                self.outbox.end(&gang);
+                self.monitor.given_up(self.outbox.end(&gang));
                 self.releasing.insert(gang);
             }
             self.release();
@@ -197,6 +205,7 @@ impl Daemon {
                 ended.push(gang.clone());
             }
             self.step(Input::Adopted(Box::new(adopted)));
+            self.count(&gang);
             self.shims.insert(gang, Shim::adopt(link, self.context.clone(), self.events.clone()));
         }
         let settled = async {
@@ -282,7 +291,10 @@ impl Daemon {
                 self.last_coordinator = Some(coordinator.clone());
                 self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
             }
-            Event::Closed => self.link = None,
+            Event::Closed => {
+                self.link = None;
+                self.monitor.set_connected(false);
+            }
             Event::Renewed { sent, lease } => self.step(Input::Renewed { sent, lease }),
             Event::CoordinatorGone { at } => self.step(Input::CoordinatorGone { at }),
             Event::Heard(message) => self.hear(*message),
@@ -297,6 +309,7 @@ impl Daemon {
                     let (node, session) = (&self.identity.config.name, welcome.session);
                     info!(%node, coordinator = %link.coordinator, session, "joined");
                 }
+                self.monitor.welcomed();
                 let mut all = Vec::new();
                 for wire in welcome.assignments {
                     match convert::assignment_from_wire(wire) {
@@ -320,7 +333,8 @@ impl Daemon {
             Down::LogSubscribe(wanted) => {
                 if let Some(link) = &mut self.link {
                     let (data_dir, live) = (self.context.data_dir.clone(), self.live.clone());
-                    link.subscriptions.add(wanted, data_dir, live, link.queues.logs.clone());
+                    let (logs, bytes) = (link.queues.logs.clone(), self.monitor.log_bytes());
+                    link.subscriptions.add(wanted, (data_dir, live), logs, bytes);
                 }
             }
             Down::LogCredit(credit) => {
@@ -338,16 +352,13 @@ impl Daemon {
     }
 
     fn step(&mut self, input: Input) {
-        match &input {
-            Input::Exited(gang, exit) => self.live.end(gang, exit.rank),
-            Input::Gone(gang) | Input::Failed(gang, _) => self.live.remove(gang),
-            _ => {}
-        }
+        self.note(&input);
         let mut effects: VecDeque<Effect> = self.core.step(boot_now(), input).into();
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Start(assignment) => {
                     let gang = assignment.gang.clone();
+                    self.monitor.started();
                     self.live.insert(gang.clone());
                     let surroundings = Box::new(self.surroundings(&assignment));
                     let known = Input::Surroundings(gang.clone(), surroundings.clone());
@@ -365,10 +376,14 @@ impl Daemon {
                 Effect::Kill(gang) => self.tell(&gang, Shim::kill),
                 Effect::Leaving(reason) => self.leaving = Some(reason),
                 Effect::Release(gang) => {
-                    self.outbox.end(&gang);
+                    self.monitor.given_up(self.outbox.end(&gang));
+                    self.monitor.gang(&gang, None, 0);
                     self.releasing.insert(gang);
                 }
-                Effect::Report(gang) => _ = self.unsent.insert(gang),
+                Effect::Report(gang) => {
+                    self.count(&gang);
+                    self.unsent.insert(gang);
+                }
             }
         }
     }
@@ -381,22 +396,6 @@ impl Daemon {
 
     fn leaving_since_shutdown(&self) -> Option<String> {
         self.core.is_stopping().then(|| "its daemon is being stopped".to_owned())
-    }
-
-    /// Waits until the coordinator has the last reports and points. Whether it has.
-    async fn flush(&mut self, session: &mut mpsc::Receiver<Event>) -> bool {
-        while self.link.is_some() && !(self.unsent.is_empty() && self.outbox.is_empty()) {
-            self.turn(session).await;
-        }
-        self.link.is_some()
-    }
-
-    async fn say_goodbye(&mut self, session: &mut mpsc::Receiver<Event>) {
-        let Some(link) = self.link.take() else { return };
-        let goodbye = v1::Goodbye { reason: "the daemon was stopped".to_owned() };
-        link.queues.bulk.send(request(Up::Goodbye(goodbye))).await.ok();
-        // The coordinator ends the stream once it has heard it.
-        while !matches!(session.recv().await, Some(Event::Closed) | None) {}
     }
 }
 

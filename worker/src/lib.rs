@@ -21,6 +21,7 @@ pub mod load {
     pub use crate::session::{Event, Identity, Queues, keep, request};
 }
 mod logs;
+mod monitor;
 mod session;
 mod shim;
 #[cfg(feature = "simulation")]
@@ -44,6 +45,7 @@ pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
+pub use muster_monitor::Listen;
 pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
@@ -75,6 +77,10 @@ pub struct Config {
     pub watch: Option<Watch>,
     /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
     pub stop_grace_max: Duration,
+    /// Where `/metrics`, `/healthz` and `/readyz` are.
+    pub http_listen: Listen,
+    /// Serve them on an address that is not loopback, in the clear.
+    pub http_insecure: bool,
 }
 
 /// Whoever stops a daemon (systemd, Kubernetes) kills it after 30 to 90 s, if not told otherwise.
@@ -96,6 +102,8 @@ impl Config {
             topology_conf: None,
             watch: None,
             stop_grace_max: STOP_GRACE_MAX,
+            http_listen: Listen::Off,
+            http_insecure: false,
         }
     }
 }
@@ -146,6 +154,9 @@ pub enum Error {
     /// Another daemon holds the data directory.
     #[error("another node daemon uses the data directory {0}; stop it or choose another --data-dir")]
     DataDirHeld(PathBuf),
+    /// The metrics cannot be served.
+    #[error(transparent)]
+    Http(#[from] muster_monitor::AddressError),
     /// What describes the machine cannot be used.
     #[error("failed to find out what this machine has: {0}")]
     Inventory(String),

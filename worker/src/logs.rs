@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use muster_core::types::{GangId, Generation, JobId, Rank};
+use muster_monitor::IntCounter;
 use muster_proto::v1;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -68,16 +69,16 @@ impl Subscriptions {
     pub fn add(
         &mut self,
         request: v1::LogSubscribe,
-        data_dir: PathBuf,
-        live: Live,
+        (data_dir, live): (PathBuf, Live),
         up: mpsc::Sender<v1::SessionRequest>,
+        sent: IntCounter,
     ) {
         self.0.retain(|_, (_, task)| !task.is_finished());
         let number = request.subscription;
         let credit = Arc::new(Semaphore::new(0));
         let full = self.0.len() >= SUBSCRIPTIONS_MAX;
         add_credit(&credit, request.credit_bytes);
-        let reader = Reader { request, credit: credit.clone(), up };
+        let reader = Reader { request, credit: credit.clone(), up, sent };
         let task = tokio::spawn(async move {
             let result = if full {
                 Err(format!("{SUBSCRIPTIONS_MAX} logs are being read from this node already"))
@@ -125,6 +126,8 @@ struct Reader {
     request: v1::LogSubscribe,
     credit: Arc<Semaphore>,
     up: mpsc::Sender<v1::SessionRequest>,
+    /// Counts bytes.
+    sent: IntCounter,
 }
 
 impl Reader {
@@ -172,6 +175,7 @@ impl Reader {
                     return Ok(());
                 }
                 offset += read as u64;
+                self.sent.inc_by(read as u64);
             } else if ended || !request.follow {
                 return Ok(());
             } else {

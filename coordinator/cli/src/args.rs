@@ -1,5 +1,6 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
+mod daemon;
 mod submit;
 mod worker;
 
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
 pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
@@ -152,26 +154,6 @@ pub(crate) enum Command {
     /// Start a coordinator and two workers here, and train a small network with DDP on them.
     #[command(after_help = DEMO_EXAMPLE)]
     Demo(DemoArgs),
-}
-
-/// How a daemon logs, and when it ends.
-#[derive(Debug, clap::Args)]
-pub(crate) struct DaemonArgs {
-    /// Form of the log lines on standard error; RUST_LOG filters them.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
-    /// End when standard input does, so that the daemon cannot outlive whoever started it.
-    #[arg(long, hide = true)]
-    pub exit_with_stdin: bool,
-}
-
-/// Form of the log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    /// For people.
-    Text,
-    /// An object per line.
-    Json,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,8 +1,10 @@
 //! `muster coordinator` and `muster worker`: logging, signals, and the libraries that do the work.
 
 use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::Context;
+use muster_coordinator::Listen;
 use muster_core::types::NodeName;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -13,6 +15,10 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
 
+/// Where a coordinator's metrics are unless it is told otherwise. A worker's are nowhere: hosts of several workers are the
+/// rule where people try things out, and clusters say where they scrape.
+const COORDINATOR_HTTP: Listen = Listen::Perhaps(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7071));
+
 /// `muster coordinator`.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let shutdown = start_logging(&args.daemon)?;
@@ -20,6 +26,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
+        http_listen: args.daemon.http_listen.unwrap_or(COORDINATOR_HTTP),
+        http_insecure: args.daemon.http_insecure,
         data_dir: args.data_dir,
         store,
         lease: args.lease.0,
@@ -69,6 +77,8 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         watch: Some(args.watch.into()),
         stop_grace_max: args.stop_grace_max.0,
         sysfs_root: args.machine.sysfs_root,
+        http_listen: args.daemon.http_listen.unwrap_or(Listen::Off),
+        http_insecure: args.daemon.http_insecure,
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {

@@ -24,11 +24,14 @@ impl Driver {
         } else if let Some(mut store) = self.store.take() {
             let Group { batch, deferred } = std::mem::take(&mut self.filling);
             let (fence, wait) = (self.fence, self.degraded.borrow().is_some());
+            let seconds = self.monitor.commit_seconds.clone();
             let commit = tokio::task::spawn_blocking(move || {
                 if wait {
                     std::thread::sleep(STORE_RETRY);
                 }
+                let timer = seconds.start_timer();
                 let result = store.commit(fence, &batch);
+                timer.observe_duration();
                 (store, batch, result)
             });
             self.writing = Some((commit, deferred));
@@ -41,6 +44,7 @@ impl Driver {
     ) -> Result<(), Error> {
         let (store, batch, result) = done;
         self.store = Some(store);
+        result.as_ref().inspect_err(|error| self.monitor.store_failed(error)).ok();
         let deferred = self.writing.take().map(|(_, deferred)| deferred).unwrap_or_default();
         match result {
             Ok(()) => {

@@ -151,6 +151,11 @@ impl Handle {
         self.trouble.borrow().clone()
     }
 
+    /// Commands that wait.
+    pub fn inbox_depth(&self) -> usize {
+        self.inbox.max_capacity() - self.inbox.capacity()
+    }
+
     pub fn clock(&self) -> Clock {
         self.clock
     }

@@ -37,7 +37,8 @@ async fn no_lease_ends_while_its_heartbeat_waits() {
     let config = muster_core::Config { lease: LEASE, ..muster_core::Config::default() };
     let metrics = Metrics::new(dir.path().to_owned());
     let store = Box::new(MemoryStore::default());
-    let (handle, mut driver) = start(store, config, metrics, Clock::start(), Arc::new(|| true)).unwrap();
+    let (handle, mut driver) =
+        start(store, config, metrics, Monitor::new(), Clock::start(), Arc::new(|| true)).unwrap();
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let running = tokio::spawn(async move { driver.run(&stopped, &CancellationToken::new()).await });

@@ -19,6 +19,7 @@ use tonic::{Code, Status};
 
 use crate::driver::{Handle, RequestError};
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
 use crate::office::Office;
 
 /// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
@@ -40,6 +41,7 @@ pub(crate) type Stream<T> = ReceiverStream<Result<T, Status>>;
 pub(crate) struct Api {
     pub office: Office,
     pub metrics: Metrics,
+    pub monitor: Monitor,
     pub lease: Duration,
     pub heartbeat: Duration,
     streams: Arc<Semaphore>,
@@ -47,11 +49,11 @@ pub(crate) struct Api {
 }
 
 impl Api {
-    pub fn new(office: Office, metrics: Metrics, config: &crate::Config) -> Self {
+    pub fn new(office: Office, metrics: Metrics, monitor: Monitor, config: &crate::Config) -> Self {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
-        Self { office, metrics, lease, heartbeat, streams, arrivals }
+        Self { office, metrics, monitor, lease, heartbeat, streams, arrivals }
     }
 
     /// The driver of the present time of leading.

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use super::{Api, STREAM_QUEUE, Stream};
 use crate::metrics::Point;
+use crate::monitor::Monitor;
 use crate::office::Reign;
 use crate::view;
 
@@ -18,7 +19,8 @@ use crate::view;
 const POINTS_AT_ONCE: usize = 256;
 
 /// A client that lets thousands of changes pile up is told, rather than given a stream with holes.
-fn too_slow() -> Status {
+fn too_slow(monitor: &Monitor, stream: &str) -> Status {
+    monitor.too_slow(stream);
     let message =
         "changes came faster than this client read them; call again to start from the present state";
     convert::refusal(Code::ResourceExhausted, "TOO_SLOW", message)
@@ -46,7 +48,10 @@ impl Api {
                 job = tokio::select! {
                     changed = changes.recv() => match changed {
                         Ok(job) => job,
-                        Err(RecvError::Lagged(_)) => return drop(sender.send(Err(too_slow())).await),
+                        Err(RecvError::Lagged(_)) => {
+                            let slow = too_slow(&self.monitor, "watch_job");
+                            return drop(sender.send(Err(slow)).await);
+                        }
                         Err(RecvError::Closed) => return drop(sender.send(Err(stopping())).await),
                     },
                     () = over.cancelled() => return drop(sender.send(Err(stopping())).await),
@@ -74,7 +79,7 @@ impl Api {
                 let next = tokio::select! {
                     changed = changes.recv() => match changed {
                         Ok(node) => response(&node),
-                        Err(RecvError::Lagged(_)) => Err(too_slow()),
+                        Err(RecvError::Lagged(_)) => Err(too_slow(&self.monitor, "watch_nodes")),
                         Err(RecvError::Closed) => Err(stopping()),
                     },
                     () = over.cancelled() => Err(stopping()),

@@ -140,7 +140,12 @@ impl Api {
                 driver.tell(Input::Report { node: name, session, report }).await?;
             }
             Some(Message::Points(batch)) => self.take_points(driver, link, batch).await?,
-            Some(Message::Log(data)) => link.route_log(data),
+            Some(Message::Log(data)) => {
+                let kept = link.route_log(data);
+                if !kept {
+                    self.monitor.too_slow("logs");
+                }
+            }
             Some(Message::Goodbye(goodbye)) => {
                 let reason: String = goodbye.reason.chars().take(REASON_CHARS_MAX).collect();
                 info!(%node, %session, %reason, "node says goodbye");
@@ -166,6 +171,7 @@ impl Api {
     async fn take_points(&self, driver: &Handle, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
         let (job, points) = checked_points(batch, driver.clock().now()).map_err(invalid)?;
         let Some(last) = points.last() else { return Ok(()) };
+        self.monitor.points.inc_by(points.len() as u64);
         let mut ack = v1::PointAck {
             job_id: job.to_string(),
             generation: last.generation.0,

@@ -74,7 +74,7 @@ enum Command {
 #[derive(Args)]
 struct SetupArgs {
     /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, etcd, ibstat,
-    /// kubectl, kubernetes-validate, buildah, libfaketime, Slurm
+    /// kubectl, kubernetes-validate, buildah, libfaketime, Prometheus, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)

@@ -149,8 +149,15 @@ pub fn optional() -> Vec<Optional> {
         fingerprint: IBSTAT.join(" "),
         files: &["ibstat/usr/sbin/ibstat"],
     };
+    let prometheus = Part {
+        name: "Prometheus",
+        stamp: "prometheus/.stamp",
+        fingerprint: "prometheus as Debian packages it".into(),
+        files: &["prometheus/usr/bin/prometheus", "prometheus/usr/bin/promtool"],
+    };
     let [kubectl, validate, buildah] = containers::optional();
     vec![
+        Optional { part: prometheus, bring: bring_prometheus, serves: "tests of metrics and alerts" },
         Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
         Optional { part: ibstat, bring: bring_ibstat, serves: "tests beside ibstat" },
         Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
@@ -167,6 +174,11 @@ const ETCD: [&str; 2] = ["etcd-client", "etcd-server"];
 fn bring_etcd(deps: &Deps) -> Result<String> {
     deps.place(&apt::unpacked(deps, &ETCD)?, "etcd")?;
     Ok("from Debian's packages".into())
+}
+
+fn bring_prometheus(deps: &Deps) -> Result<String> {
+    deps.place(&apt::unpacked(deps, &["prometheus"])?, "prometheus")?;
+    Ok("from Debian's package prometheus".into())
 }
 
 /// Debian's packages of Slurm, and of the libraries that they need beside the system's own.

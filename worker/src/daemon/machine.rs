@@ -19,6 +19,7 @@ use tracing::info;
 use super::Daemon;
 use crate::devices::{Machine, allowed_cpus, location, network};
 use crate::health::{self, Seen};
+use crate::monitor::Monitor;
 use crate::{Config, Error};
 
 /// What is wrong is said again after this time: the coordinator compares the node with others when it hears of it.
@@ -37,12 +38,13 @@ pub(super) struct Watched {
     /// Something is to be said.
     due: bool,
     pub seen: mpsc::Receiver<Seen>,
+    monitor: Monitor,
     _watching: Option<AbortOnDropHandle<()>>,
 }
 
 impl Watched {
     /// Looks at the machine for the first time, and goes on looking.
-    pub async fn start(config: &Config, data_dir: PathBuf) -> Result<Self, Error> {
+    pub async fn start(config: &Config, data_dir: PathBuf, monitor: Monitor) -> Result<Self, Error> {
         let mut labels = config.labels.clone();
         let machine = Arc::new(if config.attached.is_some() {
             Machine::at_a_glance(labels)
@@ -59,6 +61,7 @@ impl Watched {
         let found = looking.await.unwrap_or_else(|error| Err(error.to_string())).map_err(Error::Inventory)?;
         let (gpus, ports, total) = (found.gpus.len(), found.fabric_ports.len(), found.total);
         info!(node = %config.name, gpus, ports, total.cpu_millis, total.memory_bytes, "inventory");
+        monitor.machine(&found, &[]);
         let (sender, seen) = mpsc::channel(LOOKS_MAX);
         let watch = config.watch.clone();
         Ok(Self {
@@ -68,6 +71,7 @@ impl Watched {
             said_at: None,
             due: false,
             seen,
+            monitor,
             _watching: watch.map(|watch| health::watch(machine, data_dir, watch, sender)),
         })
     }
@@ -86,6 +90,7 @@ impl Watched {
         self.due |=
             self.findings != seen.findings || self.said_at.is_none_or(|at| at.elapsed() >= SAID_AGAIN);
         self.findings = seen.findings;
+        self.monitor.machine(&self.current.borrow(), &self.findings);
     }
 
     /// A session has begun; it has said what the machine has.

@@ -60,6 +60,12 @@ impl Daemon {
         self.outbox.can_send().then_some(Next::Points)
     }
 
+    fn points(&self, batch: Option<v1::PointBatch>) -> Option<Up> {
+        let batch = batch?;
+        self.monitor.points_sent(batch.points.len());
+        Some(Up::Points(batch))
+    }
+
     /// What is to be sent. None if it turned out that no points were there.
     pub(super) fn next_message(&mut self) -> Option<Up> {
         match self.next()? {
@@ -70,8 +76,8 @@ impl Daemon {
                 Some(Up::Gang(convert::gang_report_to_wire(&report)))
             }
             Next::Health => self.watched.message().map(Up::Health),
-            Next::PointsOf(gang, rank) => self.outbox.next_batch_of(&gang, rank).map(Up::Points),
-            Next::Points => self.outbox.next_batch().map(Up::Points),
+            Next::PointsOf(gang, rank) => self.points(self.outbox.next_batch_of(&gang, rank)),
+            Next::Points => self.points(self.outbox.next_batch()),
         }
     }
 }

@@ -250,6 +250,8 @@ fn spawn(
     } else {
         let log = OpenOptions::new().create(true).append(true).open(log).map_err(failed)?;
         process.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
+        // Systemd hears of the daemon from the daemon.
+        process.env_remove(muster_monitor::NOTIFY_SOCKET);
     }
     let child = process.spawn();
     Ok((dir, child.map_err(failed)?))

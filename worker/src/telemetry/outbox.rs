@@ -164,18 +164,20 @@ impl Outbox {
         }
     }
 
-    /// No rank of the gang will add anything.
-    pub fn end(&self, gang: &GangId) {
+    /// No rank of the gang will add anything. Gives how many ended ranks, of whichever gang, were given up for it.
+    pub fn end(&self, gang: &GangId) -> usize {
         let mut state = self.state();
         state.ranks.retain(|(other, _), waiting| {
             waiting.ended |= other == gang;
             !waiting.is_done()
         });
         let ended: Vec<_> = state.ranks.iter().filter(|(_, w)| w.ended).map(|(key, _)| key.clone()).collect();
-        for key in ended.iter().take(ended.len().saturating_sub(ENDED_MAX)) {
+        let beyond = ended.len().saturating_sub(ENDED_MAX);
+        for key in ended.iter().take(beyond) {
             warn!(gang = %key.0, rank = %key.1, "the last points of an ended rank are given up");
             state.ranks.remove(key);
         }
+        beyond
     }
 
     /// Whether points of the gang wait.
