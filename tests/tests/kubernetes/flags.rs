@@ -53,7 +53,7 @@ pub(crate) fn check_readme() -> Vec<String> {
 }
 
 /// With the variables that the kubelet puts in.
-fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
+pub(crate) fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
     let maps = objects.of_kind("ConfigMap");
     let value = |variable: &Value| {
         let reference = &variable["valueFrom"]["configMapKeyRef"];
