@@ -33,9 +33,10 @@ fn rendered() -> Option<Vec<(String, Objects)>> {
         return None;
     }
     let copy = tempfile::tempdir().unwrap();
-    let copied = Command::new("cp").arg("-r").arg(root().join("deploy")).arg(copy.path()).status().unwrap();
+    let copied =
+        Command::new("cp").arg("-r").arg(root().join("deploy/kubernetes")).arg(copy.path()).status().unwrap();
     assert!(copied.success());
-    let overlays = copy.path().join("deploy/kubernetes/overlays");
+    let overlays = copy.path().join("kubernetes/overlays");
     std::fs::create_dir(overlays.join("all")).unwrap();
     let components = ["hostnetwork", "infiniband", "monitoring", "topology"];
     let mut text = "namespace: muster\nresources: [../ha]\ncomponents:\n".to_owned();
