@@ -6,6 +6,7 @@
 mod agents;
 mod clock;
 mod driver;
+mod edge;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -38,10 +39,11 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::Connected;
 use tracing::{info, warn};
 
 use clock::Clock;
+pub use edge::{Held, connections};
 use monitor::Monitor;
 use office::{Following, Office, Reign, Standing};
 
@@ -56,6 +58,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Serve on an address that is not loopback although nothing protects it.
     pub insecure: bool,
+    /// Address of a port that serves nothing but the health service, for probes that can neither encrypt nor say who they are.
+    pub health_listen: Option<SocketAddr>,
+    /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
+    pub loopback_names_only: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
     pub http_listen: Listen,
     /// Serve them on an address that is not loopback, in the clear. [`Self::insecure`] says so too.
@@ -82,6 +88,8 @@ impl Config {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
+            health_listen: None,
+            loopback_names_only: false,
             http_listen: Listen::Off,
             http_insecure: false,
             data_dir,
@@ -182,7 +190,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let config = Config { listen: address, ..config };
+    let loopback_names_only = address.ip().is_loopback() && !config.insecure;
+    let config = Config { listen: address, loopback_names_only, ..config };
     let http = muster_monitor::bind(config.http_listen, config.http_insecure || config.insecure).await?;
     let at = http.as_ref().and_then(|http| http.local_addr().ok());
     let more = at.map(|at| format!(",\"http_listening\":\"{at}\"")).unwrap_or_default();
@@ -198,13 +207,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         muster_monitor::stopping();
     }));
     serve(config, connections(listener), http, ready, shutdown).await
-}
-
-/// The connections of a listener, as a coordinator takes them.
-pub fn connections(listener: TcpListener) -> TcpIncoming {
-    // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
-    // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
-    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// The same on connections that come from elsewhere, without metrics. `ready` is called once the state is loaded.

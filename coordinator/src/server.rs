@@ -1,10 +1,12 @@
 //! The gRPC server: which layers every call passes, in which order and why, and which services it reaches.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -13,11 +15,14 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 use tower::ServiceBuilder;
 use tower_http::classify::{GrpcCode, GrpcErrorsAsFailures, SharedClassifier};
 use tower_http::trace::TraceLayer;
+use tracing::{info, warn};
 
+use crate::edge;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -81,13 +86,17 @@ where
     health.set_service_status(LIVE, ServingStatus::Serving).await;
     set_health(&health, &names, office.leads()).await;
     let following = follow_health(health, names, office.clone());
+    let probed = serve_probes(config.health_listen, health_service.clone(), shutdown.clone());
 
+    let by_any_name = !config.loopback_names_only;
     // From the outside in.
     let layers = ServiceBuilder::new()
         // First, so that whatever is refused is counted.
         .layer(CountCalls(monitor))
         // Next, so that refused calls are traced too.
         .layer(TraceLayer::new(SharedClassifier::new(failures())))
+        // Before anything is done for it: who calls loopback by another name was led here.
+        .filter(move |request| if by_any_name { Ok(request) } else { edge::only_by_loopback_names(request) })
         // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
         .map_response(oversized_is_resource_exhausted)
         // Who reads while the store or etcd is in trouble is told that it may no longer be so.
@@ -122,12 +131,39 @@ where
     };
     tokio::select! {
         served = server => Ok(served?),
+        probed = probed => probed,
         () = following => Ok(()),
         () = drained => {
-            tracing::warn!("some calls did not finish in time and were dropped");
+            warn!("some calls did not finish in time and were dropped");
             Ok(())
         }
     }
+}
+
+/// Serves the health service alone, if there is a port for that. Ends only with an error.
+async fn serve_probes<H>(
+    address: Option<SocketAddr>,
+    health: HealthServer<H>,
+    shutdown: CancellationToken,
+) -> Result<(), Error>
+where
+    H: Health,
+{
+    if let Some(address) = address {
+        let failed = |source| Error::Bind { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        info!(address = %listener.local_addr().map_err(failed)?, "the health service alone is served here");
+        Server::builder()
+            .timeout(CALL_MAX)
+            .max_concurrent_streams(CONNECTION_STREAMS_MAX)
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
+            .http2_keepalive_interval(Some(KEEPALIVE.0))
+            .http2_keepalive_timeout(Some(KEEPALIVE.1))
+            .add_service(health)
+            .serve_with_incoming_shutdown(edge::probes(listener), shutdown.cancelled_owned())
+            .await?;
+    }
+    std::future::pending().await
 }
 
 /// Readiness goes with leading.

@@ -75,12 +75,12 @@ pub struct Config {
     pub topology_conf: Option<PathBuf>,
     /// How the machine is watched; not at all without.
     pub watch: Option<Watch>,
-    /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
-    pub stop_grace_max: Duration,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
     pub http_listen: Listen,
     /// Serve them on an address that is not loopback, in the clear.
     pub http_insecure: bool,
+    /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
+    pub stop_grace_max: Duration,
 }
 
 /// Whoever stops a daemon (systemd, Kubernetes) kills it after 30 to 90 s, if not told otherwise.
@@ -101,9 +101,9 @@ impl Config {
             given: None,
             topology_conf: None,
             watch: None,
-            stop_grace_max: STOP_GRACE_MAX,
             http_listen: Listen::Off,
             http_insecure: false,
+            stop_grace_max: STOP_GRACE_MAX,
         }
     }
 }

@@ -182,6 +182,10 @@ pub(crate) struct CoordinatorArgs {
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,
+    /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,
+    /// which neither encrypt nor say who they are. Ready is who leads; the service `live` is well while the process is.
+    #[arg(long, value_name = "ADDRESS")]
+    pub health_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub daemon: DaemonArgs,
 }

@@ -26,6 +26,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
+        health_listen: args.health_listen,
+        loopback_names_only: false,
         http_listen: args.daemon.http_listen.unwrap_or(COORDINATOR_HTTP),
         http_insecure: args.daemon.http_insecure,
         data_dir: args.data_dir,

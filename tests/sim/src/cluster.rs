@@ -58,9 +58,9 @@ impl World {
                 self.shim_thaws(machine, pid);
             }
             self.daemon_thaws(machine);
+            self.end_what_hangs(machine);
             let node = self.machines[machine].name.clone();
             self.ask(Asked::User { caller: u64::MAX, input: Input::SetCordon { node, cordon: None } });
-            self.end_what_hangs(machine);
         }
     }
 
@@ -72,6 +72,12 @@ impl World {
                 (state.hangs, state.unkillable) = (false, false);
                 ends.push((shim.assignment.gang.clone(), muster_core::types::Rank(rank)));
             }
+        }
+        // Nobody would take back a drain that begins later because the kernel still holds a rank.
+        let holding = self.machines[machine].shims.values().filter(|shim| shim.holds());
+        let held: Vec<_> = holding.map(|shim| shim.assignment.gang.clone()).collect();
+        for gang in held {
+            self.lets_go(machine, &gang);
         }
         for (gang, rank) in ends {
             let after = 20_000 + self.up_to(20_000);
