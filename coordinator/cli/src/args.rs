@@ -13,6 +13,7 @@ pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
 pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
+use crate::pki::PkiCommand;
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
 use crate::units::Span;
@@ -148,6 +149,9 @@ pub(crate) enum Command {
     /// Give a cordoned or drained node work again.
     #[command(after_help = "Example:\n  muster uncordon gpu-7")]
     Uncordon(NodeArgs),
+    /// Make the keys and certificates for encrypted connections.
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Move a cluster between kinds of store, or keep a copy of it.
     #[command(subcommand)]
     Store(StoreCommand),

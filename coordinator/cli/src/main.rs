@@ -11,6 +11,7 @@ mod healthcheck;
 mod json;
 mod leader;
 mod nodes;
+mod pki;
 mod plot;
 mod progress;
 mod run;
@@ -75,6 +76,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,
         Command::Uncordon(args) => nodes::uncordon(args, &global).await,
+        Command::Pki(command) => pki::run(command),
         Command::Store(command) => store::run(command).await,
         Command::Demo(args) => demo::run(&args).await,
     }
