@@ -26,6 +26,13 @@ pub struct Held<C> {
     _place: OwnedSemaphorePermit,
 }
 
+impl<C> Held<C> {
+    /// The connection itself.
+    pub(crate) fn get_ref(&self) -> &C {
+        &self.connection
+    }
+}
+
 /// The connections of a listener, as a coordinator takes them.
 pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
     bounded(listener, CONNECTIONS_MAX)

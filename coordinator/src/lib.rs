@@ -19,6 +19,7 @@ mod persist;
 mod seen;
 mod server;
 mod several;
+mod tls;
 pub mod transfer;
 mod view;
 
@@ -60,6 +61,8 @@ pub struct Config {
     pub insecure: bool,
     /// Address of a port that serves nothing but the health service, for probes that can neither encrypt nor say who they are.
     pub health_listen: Option<SocketAddr>,
+    /// Directory with ca.crt, tls.crt and tls.key, with which [`run`] encrypts connections. They may change.
+    pub tls_dir: Option<PathBuf>,
     /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
     pub loopback_names_only: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
@@ -87,6 +90,7 @@ impl Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
             health_listen: None,
+            tls_dir: None,
             loopback_names_only: false,
             http: Http::OFF,
             data_dir,
@@ -114,10 +118,11 @@ pub enum StoreKind {
 /// Why a coordinator could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Anybody who reaches the port could run programs on every node.
+    /// Anybody on the way could read along and run programs on every node.
     #[error(
-        "{0} is not a loopback address, and without TLS and tokens anybody who reaches it could run programs on \
-         every node; listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if the network is yours alone"
+        "{0} is not a loopback address, and connections to it would not be encrypted; make certificates with `muster pki init \
+         --dir DIR --host NAME` and pass --tls-dir DIR, or listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if \
+         the network is yours alone"
     )]
     NotLoopback(SocketAddr),
     /// Heartbeats would not keep the lease.
@@ -137,6 +142,21 @@ pub enum Error {
          the URL at which workers and users reach this coordinator"
     )]
     Advertise(SocketAddr),
+    /// Clients would be sent to where nobody answers them.
+    #[error(
+        "{0:?} is advertised to others, and connections are encrypted here; --advertise needs https:// with --tls-dir"
+    )]
+    AdvertisedPlain(String),
+    /// The certificates cannot be used.
+    #[error(
+        "failed to use the certificates in {dir}: {why}; `muster pki init --dir {dir}` makes ca.crt, tls.crt and tls.key"
+    )]
+    Tls {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// The data directory cannot be used.
     #[error("failed to make the data directory {path}: {source}")]
     DataDir {
@@ -184,10 +204,12 @@ pub enum Error {
 /// error once the ports are bound and the state is loaded. Returns after every accepted request was answered and every decision is stored.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     check(&config)?;
+    let certificates = config.tls_dir.as_deref().map(tls::Certificates::load).transpose()?;
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let loopback_names_only = address.ip().is_loopback() && !config.insecure;
+    // With TLS a page in a browser has no certificate for the name that it would have us called by.
+    let loopback_names_only = address.ip().is_loopback() && !config.insecure && certificates.is_none();
     let config = Config { listen: address, loopback_names_only, ..config };
     let insecure = config.http.insecure || config.insecure;
     let http = muster_monitor::bind(Http { insecure, ..config.http }).await?;
@@ -204,7 +226,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         stopping.cancelled().await;
         muster_monitor::stopping();
     }));
-    Box::pin(serve(config, connections(listener), http, ready, shutdown)).await
+    let connections = connections(listener);
+    match certificates {
+        Some(certificates) => {
+            let connections = tls::encrypted(connections, certificates);
+            Box::pin(serve(config, connections, http, ready, shutdown)).await
+        }
+        None => Box::pin(serve(config, connections, http, ready, shutdown)).await,
+    }
 }
 
 /// The same on connections that come from elsewhere, without metrics. `ready` is called once the state is loaded.
@@ -333,7 +362,10 @@ where
 
 /// Where clients reach this coordinator.
 fn advertised(config: &Config) -> String {
-    config.advertise.clone().unwrap_or_else(|| format!("http://{}", config.listen))
+    config.advertise.clone().unwrap_or_else(|| {
+        let scheme = if config.tls_dir.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", config.listen)
+    })
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -348,7 +380,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn check(config: &Config) -> Result<(), Error> {
-    if !config.listen.ip().is_loopback() && !config.insecure {
+    if !config.listen.ip().is_loopback() && !config.insecure && config.tls_dir.is_none() {
         return Err(Error::NotLoopback(config.listen));
     }
     if config.heartbeat.is_zero() || config.heartbeat * 3 > config.lease {
@@ -360,6 +392,10 @@ fn check(config: &Config) -> Result<(), Error> {
         }
         if config.advertise.is_none() && config.listen.ip().is_unspecified() {
             return Err(Error::Advertise(config.listen));
+        }
+        let plain = |url: &&String| config.tls_dir.is_some() && url.starts_with("http://");
+        if let Some(url) = config.advertise.as_ref().filter(plain) {
+            return Err(Error::AdvertisedPlain(url.clone()));
         }
     }
     Ok(())

@@ -28,6 +28,7 @@ mod shim;
 #[doc(hidden)]
 pub mod simulation;
 mod telemetry;
+pub mod trust;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -49,12 +50,15 @@ pub use muster_monitor::{Http, Listen};
 pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
+use trust::Trust;
 
 /// Settings of a node daemon.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// URLs of the coordinators, tried in turn.
     pub coordinators: Vec<String>,
+    /// Which coordinators are trusted where connections are encrypted.
+    pub trust: Trust,
     /// Name of the node, unique in the cluster.
     pub name: NodeName,
     /// Directory for logs and sockets; made if it is not there, and held by one daemon at a time.
@@ -89,6 +93,7 @@ impl Config {
     pub fn new(coordinators: Vec<String>, name: NodeName, data_dir: PathBuf) -> Self {
         Self {
             coordinators,
+            trust: Trust::default(),
             name,
             data_dir,
             address: None,
@@ -133,7 +138,7 @@ pub fn numa_bindings(binding: NumaBinding, procs: u32) -> Result<Vec<RankBinding
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A coordinator's URL cannot be used.
-    #[error("{url:?} is not the URL of a coordinator: {why}; it looks like http://10.0.0.1:7070")]
+    #[error("{url:?} is not the URL of a coordinator: {why}")]
     Url {
         /// As given.
         url: String,

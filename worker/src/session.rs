@@ -26,13 +26,13 @@ use tonic::{Code, Status};
 use tracing::warn;
 
 use crate::clock::boot_now;
-use crate::{Config, Error};
+use crate::{Config, Error, trust};
 use connection::{Known, connect, is_socket};
 pub(crate) use leader::Leader;
 use leader::Newest;
 use queues::Prioritised;
 use route::Route;
-use signs::{Signs, is_broken, root_cause};
+use signs::{Signs, is_broken};
 
 /// First and longest pause between attempts to connect. With jitter over the whole pause, ten thousand nodes
 /// come back spread over it rather than all at once.
@@ -139,14 +139,14 @@ fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
 
 /// Keeps a session open. Only returns when no attempt can ever succeed.
 pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
-    let mut route = match Route::new(&identity.config.coordinators) {
+    let mut route = match Route::new(&identity.config.coordinators, &identity.config.trust) {
         Ok(route) => route,
         Err(error) => return error,
     };
     let (mut held_since, mut said) = (None, HashMap::new());
     let known = Known::load(identity.data_dir.clone(), identity.boot_id.clone());
     let newest = Newest::load(identity.data_dir.clone());
-    let mut signs = Signs::new(identity.config.coordinators.clone(), known, newest, events.clone());
+    let mut signs = Signs::new(&identity.config, known, newest, events.clone());
     loop {
         let began = Instant::now();
         let target = route.next();
@@ -162,7 +162,7 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
                 said.insert(target.index, status.message().to_owned());
             }
             if let Some(says) = NotLeader::from_status(status) {
-                route.follow(&says.leader);
+                route.follow(&target, &says.leader);
             }
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
             held_since = is_held.then(|| held_since.unwrap_or(began));
@@ -247,12 +247,22 @@ async fn join(
     signs: &mut Signs,
 ) -> Result<(WorkerServiceClient<Channel>, v1::JoinResponse), Failure> {
     let began = boot_now();
-    let (channel, reached) = connect(endpoint).await;
+    let connecting = connect(endpoint);
+    let (channel, reached) = if trust::is_encrypted(url) {
+        // It ends only when the coordinator's process has answered, which may hang.
+        let watched = signs.watch(endpoint, async { Ok(connecting.await) }).await;
+        watched.flatten().map_err(Failure::Connect)?
+    } else {
+        connecting.await
+    };
     let channel = match channel {
         Ok(channel) => channel,
         Err(error) => {
-            let why = root_cause(&error).to_string();
-            signs.refused(began, &reached).await;
+            // What was found out while a connection was waited for that was taken stands.
+            if reached.peer.is_none() {
+                signs.refused(began, &reached).await;
+            }
+            let why = trust::why(&error);
             return Err(Failure::Connect(Status::unavailable(format!("failed to connect to {url}: {why}"))));
         }
     };
@@ -363,11 +373,10 @@ async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
     if is_socket(endpoint) {
         return Ok(Ipv4Addr::LOCALHOST.into());
     }
-    let uri = endpoint.uri();
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let (host, port) = (trust::host(endpoint.uri()), trust::port(endpoint.uri()));
     let failed =
         |error: std::io::Error| Status::unavailable(format!("failed to find the way to {host}: {error}"));
-    let mut targets = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await.map_err(failed)?;
+    let mut targets = tokio::net::lookup_host((host, port)).await.map_err(failed)?;
     let target = targets.next().ok_or_else(|| Status::unavailable(format!("{host} has no address")))?;
     let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
     let socket = UdpSocket::bind((any, 0)).map_err(failed)?;

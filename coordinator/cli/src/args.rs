@@ -8,11 +8,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use muster_worker::trust::Trust;
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
 pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
+use crate::exit::Failure;
 use crate::pki::PkiCommand;
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
@@ -70,9 +72,19 @@ pub(crate) struct Global {
         value_name = "URL"
     )]
     pub coordinator: Vec<String>,
+    /// Certificate of the authority that has signed the coordinators', in PEM: the ca.crt of `muster pki init`. For https:// URLs.
+    #[arg(long, global = true, env = "MUSTER_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// How results are printed. JSON has the names that grpcurl shows; streams print an object per line.
     #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+}
+
+impl Global {
+    /// Which coordinators are trusted.
+    pub fn trust(&self) -> Result<Trust, Failure> {
+        self.ca.as_deref().map_or(Ok(Trust::default()), Trust::from_file).map_err(Failure::Usage)
+    }
 }
 
 /// How results are printed.
@@ -87,7 +99,8 @@ pub(crate) enum Output {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run the coordinator: submission, rendezvous, scheduling.
-    #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster")]
+    #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster\n  \
+                            muster coordinator --listen 0.0.0.0:7070 --tls-dir /etc/muster/tls")]
     Coordinator(Box<CoordinatorArgs>),
     /// Run the node daemon: launches the ranks of this machine.
     #[command(
@@ -183,6 +196,10 @@ pub(crate) struct CoordinatorArgs {
     /// Time between heartbeats, at most a third of the lease.
     #[arg(long, default_value = "1s")]
     pub heartbeat: Span,
+    /// Directory with tls.crt, tls.key and ca.crt, as `muster pki init` makes it: connections are encrypted, and clients call by
+    /// https:// with --ca. The files may change while it runs.
+    #[arg(long, value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,

@@ -27,6 +27,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         listen: args.listen,
         insecure: args.insecure,
         health_listen: args.health_listen,
+        tls_dir: args.tls_dir,
         loopback_names_only: false,
         http: args.daemon.http(COORDINATOR_HTTP),
         data_dir: args.data_dir,
@@ -67,6 +68,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
     let shutdown = start_logging(&args.daemon)?;
     let config = muster_worker::Config {
         coordinators: global.coordinator.clone(),
+        trust: global.trust()?,
         name,
         data_dir: args.data_dir,
         address: args.address,

@@ -1,6 +1,7 @@
 //! `muster healthcheck`: one question to the health service of a coordinator, for probes that run a program.
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
+use muster_worker::trust::{self, Trust};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -11,9 +12,11 @@ use crate::leader::endpoint;
 
 /// Succeeds once one of the coordinators says that it serves. Every other end has exit code 1: container runtimes know no other.
 pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), Failure> {
+    let trust =
+        global.trust().map_err(|failure| anyhow!(failure.text().trim_start_matches("error: ").to_owned()))?;
     let mut refusals = Vec::new();
     for url in &global.coordinator {
-        match tokio::time::timeout(args.timeout.0, ask(url, &args.service)).await {
+        match tokio::time::timeout(args.timeout.0, ask(url, &trust, &args.service)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(why)) => refusals.push(format!("{url}: {why:#}")),
             Err(_) => refusals.push(format!("{url}: no answer within {} s", args.timeout.0.as_secs_f64())),
@@ -22,9 +25,10 @@ pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), F
     Err(anyhow!(refusals.join("; ")).into())
 }
 
-async fn ask(url: &str, service: &str) -> anyhow::Result<()> {
-    let endpoint = endpoint(url).map_err(|failure| anyhow!(failure.text()))?;
-    let channel = endpoint.connect().await.context("cannot be reached")?;
+async fn ask(url: &str, trust: &Trust, service: &str) -> anyhow::Result<()> {
+    let endpoint = endpoint(url, trust).map_err(|failure| anyhow!(failure.text()))?;
+    let channel =
+        endpoint.connect().await.map_err(|error| anyhow!("cannot be reached: {}", trust::why(&error)))?;
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = HealthClient::new(channel).check(request).await.map_err(|status| {
         anyhow!(

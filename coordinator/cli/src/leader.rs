@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use muster_proto::convert::NotLeader;
+use muster_worker::trust::{self, Trust};
 use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
@@ -42,6 +43,7 @@ pub(crate) struct Leading(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     urls: Vec<String>,
+    trust: Trust,
     /// Which of them is tried next.
     next: usize,
     channel: Channel,
@@ -50,31 +52,28 @@ struct State {
     shown: BTreeSet<String>,
 }
 
-/// Checks a URL.
-pub(crate) fn endpoint(url: &str) -> Result<Endpoint, Failure> {
-    let endpoint = Endpoint::from_shared(url.to_owned()).ok().filter(|endpoint| {
-        let (scheme, host) = (endpoint.uri().scheme_str(), endpoint.uri().host());
-        url.starts_with("unix:") || (scheme == Some("http") && host.is_some())
-    });
+/// The endpoint of a URL, with its times.
+pub(crate) fn endpoint(url: &str, trust: &Trust) -> Result<Endpoint, Failure> {
+    let endpoint = trust.endpoint(url);
     let endpoint =
-        endpoint.ok_or_else(|| Failure::Usage(format!("{url:?} is no URL such as http://10.0.0.1:7070")))?;
+        endpoint.map_err(|why| Failure::Usage(format!("{url:?} is not the URL of a coordinator: {why}")))?;
     let endpoint = endpoint.http2_keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
     Ok(endpoint.connect_timeout(CONNECT_MAX))
 }
 
 impl Leading {
     /// Connects to the first that takes the connection, whether it leads or not.
-    pub async fn connect(urls: &[String]) -> Result<Self, Failure> {
-        let endpoints = urls.iter().map(|url| endpoint(url)).collect::<Result<Vec<_>, _>>()?;
+    pub async fn connect(urls: &[String], trust: &Trust) -> Result<Self, Failure> {
+        let endpoints = urls.iter().map(|url| endpoint(url, trust)).collect::<Result<Vec<_>, _>>()?;
         let mut refusals = Vec::new();
         for (index, (url, endpoint)) in urls.iter().zip(endpoints).enumerate() {
             match endpoint.connect().await {
                 Ok(channel) => {
-                    let (urls, url, shown) = (urls.to_vec(), url.clone(), BTreeSet::new());
-                    let state = State { urls, next: index + 1, channel, url, shown };
+                    let (urls, trust, url) = (urls.to_vec(), trust.clone(), url.clone());
+                    let state = State { urls, trust, next: index + 1, channel, url, shown: BTreeSet::new() };
                     return Ok(Self(Arc::new(Mutex::new(state))));
                 }
-                Err(error) => refusals.push(format!("{url}: {}", root_cause(&error))),
+                Err(error) => refusals.push(format!("{url}: {}", trust::why(&error))),
             }
         }
         Err(Failure::Unreachable(format!(
@@ -102,10 +101,11 @@ impl Leading {
             state.next = (state.next + 1) % state.urls.len();
             url
         });
-        if self.url() == url {
+        let (from, trust) = (self.url(), self.state().trust.clone());
+        if from == url || !trust::may_send(&from, &url) {
             return;
         }
-        let Ok(endpoint) = endpoint(&url) else { return };
+        let Ok(endpoint) = endpoint(&url, &trust) else { return };
         if let Ok(channel) = endpoint.connect().await {
             let mut state = self.state();
             (state.channel, state.url) = (channel, url);
@@ -147,7 +147,11 @@ impl Leading {
                     self.go(None).await;
                 }
                 Ok((response, _)) => return Ok(response),
-                Err(error) => return Err(error),
+                Err(error) => {
+                    let said = trust::said(error.as_ref());
+                    let said = said.map(|why| Status::unavailable(format!("{}: {why}", self.url())));
+                    return Err(said.map_or(error, BoxError::from));
+                }
             }
         }
     }
@@ -179,12 +183,4 @@ fn refused(response: &Response) -> Option<NotLeader> {
     let status = Status::from_header_map(response.headers())?;
     let stopping = status.get_details_error_info().is_some_and(|info| info.reason == "STOPPING");
     NotLeader::from_status(&status).or_else(|| stopping.then(NotLeader::default))
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -12,10 +12,12 @@ use std::sync::{Arc, Mutex};
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tracing::warn;
 
 use crate::data_dir;
+use crate::trust::{host, port};
 
 /// Addresses of a name that are tried.
 const ADDRESSES_MAX: usize = 16;
@@ -25,6 +27,8 @@ const ADDRESSES_MAX: usize = 16;
 pub(crate) struct Reached {
     /// The connection's other end.
     pub peer: Option<SocketAddr>,
+    /// When it took the connection.
+    pub taken: Option<Instant>,
     /// Addresses that said that nothing listens there.
     pub refused: Vec<SocketAddr>,
 }
@@ -33,7 +37,7 @@ impl Reached {
     /// Notes how an attempt at one address went.
     pub fn note<T>(&mut self, address: SocketAddr, connected: &io::Result<T>) {
         match connected {
-            Ok(_) => self.peer = Some(address),
+            Ok(_) => (self.peer, self.taken) = (Some(address), Some(Instant::now())),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused.push(address),
             Err(_) => {}
         }
@@ -77,9 +81,8 @@ where
 }
 
 async fn dial(uri: Uri, notes: Notes) -> io::Result<tokio::net::TcpStream> {
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await?.take(ADDRESSES_MAX) {
+    for address in tokio::net::lookup_host((host(&uri), port(&uri))).await?.take(ADDRESSES_MAX) {
         let connected = tokio::net::TcpStream::connect(address).await;
         if let Ok(mut reached) = notes.lock() {
             reached.note(address, &connected);

@@ -9,6 +9,7 @@ use tonic::transport::Endpoint;
 use super::connection::is_socket;
 use super::{BACKOFF, CONNECT_MAX};
 use crate::Error;
+use crate::trust::{Trust, may_send};
 
 /// Coordinators named one after the other that are followed at once. Beyond it two of them send us back and forth.
 const HOPS_MAX: u32 = 3;
@@ -25,6 +26,7 @@ pub(super) struct Target {
 /// The coordinators, and where we are among them.
 #[derive(Debug)]
 pub(super) struct Route {
+    trust: Trust,
     all: Vec<Target>,
     next: usize,
     /// Tried since the last whole pause.
@@ -38,15 +40,24 @@ pub(super) struct Route {
 
 impl Route {
     /// These, in this order.
-    pub fn new(urls: &[String]) -> Result<Self, Error> {
+    pub fn new(urls: &[String], trust: &Trust) -> Result<Self, Error> {
         let target = |(index, url): (usize, &String)| {
-            Ok(Target { index: Some(index), url: url.clone(), endpoint: endpoint(url)? })
+            Ok(Target { index: Some(index), url: url.clone(), endpoint: endpoint(url, trust)? })
         };
         let all = urls.iter().enumerate().map(target).collect::<Result<Vec<_>, Error>>()?;
         if all.is_empty() {
             return Err(Error::Url { url: String::new(), why: "no coordinator was named".to_owned() });
         }
-        Ok(Self { all, next: 0, tried: 0, named: None, visited: BTreeSet::new(), hops: 0, pause: BACKOFF.0 })
+        Ok(Self {
+            trust: trust.clone(),
+            all,
+            next: 0,
+            tried: 0,
+            named: None,
+            visited: BTreeSet::new(),
+            hops: 0,
+            pause: BACKOFF.0,
+        })
     }
 
     /// The one to try now.
@@ -61,14 +72,18 @@ impl Route {
     }
 
     /// A coordinator that does not lead says that this one does.
-    pub fn follow(&mut self, leader: &str) {
-        if leader.is_empty() || self.hops >= HOPS_MAX || !self.visited.insert(leader.to_owned()) {
+    pub fn follow(&mut self, from: &Target, leader: &str) {
+        if leader.is_empty()
+            || !may_send(&from.url, leader)
+            || self.hops >= HOPS_MAX
+            || !self.visited.insert(leader.to_owned())
+        {
             return;
         }
         let known =
             self.all.iter().find(|target| target.url.trim_end_matches('/') == leader.trim_end_matches('/'));
         let named = known.cloned().or_else(|| {
-            let endpoint = endpoint(leader).ok()?;
+            let endpoint = endpoint(leader, &self.trust).ok()?;
             Some(Target { index: None, url: leader.to_owned(), endpoint })
         });
         self.named = named;
@@ -109,16 +124,10 @@ impl Route {
     }
 }
 
-fn endpoint(url: &str) -> Result<Endpoint, Error> {
-    let bad = |why: String| Error::Url { url: url.to_owned(), why };
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| bad(error.to_string()))?;
-    if is_socket(&endpoint) {
-        return Ok(endpoint);
-    }
-    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
-        return Err(bad("it needs http:// and a host".to_owned()));
-    }
-    Ok(endpoint.connect_timeout(CONNECT_MAX))
+fn endpoint(url: &str, trust: &Trust) -> Result<Endpoint, Error> {
+    let endpoint = trust.endpoint(url).map_err(|why| Error::Url { url: url.to_owned(), why })?;
+    // No time counts for a socket.
+    Ok(if is_socket(&endpoint) { endpoint } else { endpoint.connect_timeout(CONNECT_MAX) })
 }
 
 #[cfg(test)]
@@ -126,7 +135,7 @@ mod tests {
     use super::*;
 
     fn route(urls: &[&str]) -> Result<Route, Error> {
-        Route::new(&urls.iter().copied().map(str::to_owned).collect::<Vec<_>>())
+        Route::new(&urls.iter().copied().map(str::to_owned).collect::<Vec<_>>(), &Trust::default())
     }
 
     #[test]
@@ -152,7 +161,7 @@ mod tests {
         let asked: Vec<String> = (0..4)
             .map(|_| {
                 let target = route.next();
-                route.follow("http://a:1");
+                route.follow(&target, "http://a:1");
                 target.url
             })
             .collect();
@@ -165,7 +174,7 @@ mod tests {
         let most = Duration::from_secs(1);
         let mut tried = |leader: &str| {
             let target = route.next();
-            route.follow(leader);
+            route.follow(&target, leader);
             (target.url, route.wait(most).is_zero())
         };
         let url = |name: &str| format!("http://{name}:1");

@@ -28,7 +28,9 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use super::connection::{Known, Reached, connect};
 use super::leader::Newest;
 use super::{CONNECT_MAX, Event};
+use crate::Config;
 use crate::clock::boot_now;
+use crate::trust::{Trust, causes};
 
 /// What comes of a question on a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,7 @@ pub(super) struct Signs {
     /// The coordinator that is being tried; none if it is none of those that were configured.
     pub current: Option<usize>,
     urls: Vec<String>,
+    trust: Trust,
     known: Known,
     newest: Newest,
     /// How many there are, as the last leader said.
@@ -75,9 +78,10 @@ pub(super) struct Signs {
 }
 
 impl Signs {
-    pub fn new(urls: Vec<String>, known: Known, newest: Newest, events: mpsc::Sender<Event>) -> Self {
+    pub fn new(config: &Config, known: Known, newest: Newest, events: mpsc::Sender<Event>) -> Self {
+        let (urls, trust) = (config.coordinators.clone(), config.trust.clone());
         let (lease, gone) = (Millis::from_secs(10), vec![None; urls.len()]);
-        Self { lease, current: Some(0), coordinators: 1, gone, urls, known, newest, events }
+        Self { lease, current: Some(0), coordinators: 1, gone, urls, trust, known, newest, events }
     }
 
     /// The lease as a duration.
@@ -148,13 +152,21 @@ impl Signs {
     /// Asks on a connection of its own whether the process is well, which it answers without its store. Anything that
     /// comes back shows that somebody is there.
     async fn ask_anew(&self, endpoint: &Endpoint) -> Answer {
-        let Ok((Ok(channel), reached)) = tokio::time::timeout(self.patience(), connect(endpoint)).await
-        else {
-            return Answer::Unreachable;
-        };
+        // A handshake costs the coordinator more than a word does.
+        let (taking, answering) = (self.patience(), self.patience() * 2);
+        let endpoint = endpoint.clone().connect_timeout(taking + answering);
+        let (channel, reached) = connect(&endpoint).await;
         if !reached.peer.is_some_and(|peer| self.testifies(peer)) {
             return Answer::Unreachable;
         }
+        let channel = match channel {
+            Ok(channel) => channel,
+            // Nothing came of a TLS handshake.
+            Err(error) if is_late(&error) && reached.taken.is_some_and(|at| at.elapsed() >= answering) => {
+                return Answer::Silence;
+            }
+            Err(_) => return Answer::Unreachable,
+        };
         let mut client = HealthClient::new(channel);
         match tokio::time::timeout(self.patience(), client.check(HealthCheckRequest::default())).await {
             Err(_) => Answer::Silence,
@@ -226,10 +238,10 @@ impl Signs {
     /// What a session needs beside its stream: which messages count; and a look at coordinators of which it is not known
     /// where they listen, so that they can testify should the leader be lost. The look never ends.
     pub fn parts(&mut self) -> (&Newest, impl Future<Output = ()>) {
-        let Self { newest, known, urls, current, .. } = self;
+        let Self { newest, known, urls, trust, current, .. } = self;
         let survey = async move {
             for (index, url) in urls.iter().enumerate() {
-                let endpoint = Endpoint::from_shared(url.clone());
+                let endpoint = trust.endpoint(url);
                 if Some(index) != *current
                     && known.address(url).is_none()
                     && let Ok(endpoint) = endpoint
@@ -254,15 +266,13 @@ pub(super) fn is_broken(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
 }
 
-/// The error at the bottom of a failed connection.
-pub(super) fn root_cause<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> &'a (dyn std::error::Error + 'static) {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause
+/// Whether it is the time to connect that has run out.
+fn is_late(error: &tonic::transport::Error) -> bool {
+    causes(error).any(|error| {
+        error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::TimedOut)
+    })
 }
 
 #[cfg(test)]
@@ -292,7 +302,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let known = Known::load(dir.path().to_owned(), "boot".to_owned());
         let newest = Newest::load(dir.path().to_owned());
-        Signs::new(urls.iter().copied().map(str::to_owned).collect(), known, newest, events)
+        let urls = urls.iter().copied().map(str::to_owned).collect();
+        let config = Config::new(urls, "n1".parse().unwrap(), dir.path().to_owned());
+        Signs::new(&config, known, newest, events)
+    }
+
+    fn reached(peer: SocketAddr) -> Reached {
+        Reached { peer: Some(peer), ..Reached::default() }
     }
 
     /// Which is asked, at which address, what it says, and whether nobody leads then.
@@ -324,7 +340,7 @@ mod tests {
             let mut signs = signs(&["http://a:1", "http://b:1"], sender);
             for (index, peer, says, nobody) in answers {
                 signs.current = Some(*index);
-                let reached = Reached { peer: Some(*peer), refused: Vec::new() };
+                let reached = reached(*peer);
                 signs.does_not_lead(Millis(7), &reached, says).await;
                 assert_eq!(events.try_recv().is_ok(), *nobody, "{case}");
             }
@@ -333,7 +349,7 @@ mod tests {
         let (sender, mut events) = mpsc::channel(8);
         let mut signs = signs(&["http://a:1"], sender);
         signs.current = None;
-        let reached = Reached { peer: Some(at[0]), refused: Vec::new() };
+        let reached = reached(at[0]);
         signs.does_not_lead(Millis(7), &reached, &says("a", at[0], 1)).await;
         assert!(events.try_recv().is_err());
     }
@@ -353,7 +369,7 @@ mod tests {
             boot_id: "boot".to_owned(),
             ..v1::JoinResponse::default()
         };
-        let reached = Reached { peer: Some(address), refused: Vec::new() };
+        let reached = reached(address);
         signs.joined(&reached, &joined(&address.to_string())).await.unwrap();
         assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
         drop(listener);
