@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{info, warn};
 
+use crate::access::Tokens;
 use crate::clock::Clock;
 use crate::links::{Link, Links};
 use crate::metrics::Metrics;
@@ -51,6 +52,7 @@ enum Deferred {
     JobChanged(Arc<Job>),
     NodeChanged(Arc<Node>),
     JobDeleted(muster_core::types::JobId),
+    TokensChanged(Arc<Tokens>),
     NodeForgotten(NodeName),
     Run(Later),
     /// A watcher sees what came before it as one state, and every change that comes after.
@@ -96,6 +98,8 @@ pub(crate) struct Driver {
     filling: Group,
     /// Why the store cannot be written, while it cannot.
     degraded: channel::Sender<Option<String>>,
+    /// By what callers are judged.
+    tokens: channel::Sender<Arc<Tokens>>,
     /// Whether this coordinator still leads: what is decided after it does not is neither said nor done.
     leads: Leads,
     inbox: mpsc::Receiver<(Millis, Command)>,
@@ -124,7 +128,8 @@ pub(crate) fn start(
     let (sender, inbox) = mpsc::channel(INBOX_MAX);
     let links = Links::default();
     let (degraded, trouble) = channel::channel(None);
-    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble };
+    let (tokens, known) = channel::channel(Arc::new(Tokens::of(&core)));
+    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble, tokens: known };
     let tally = Tally::new(monitor.clone(), &core);
     let mut driver = Driver {
         core,
@@ -136,6 +141,7 @@ pub(crate) fn start(
         writing: None,
         filling: Group::default(),
         degraded,
+        tokens,
         leads,
         inbox,
         links,
@@ -356,6 +362,7 @@ impl Driver {
                     }
                 }
                 Event::JobDeleted(id) => deferred.push(Deferred::JobDeleted(id)),
+                Event::Tokens => deferred.push(Deferred::TokensChanged(Arc::new(Tokens::of(&self.core)))),
             }
         }
         deferred.extend(forgotten);
@@ -382,6 +389,7 @@ impl Driver {
                     self.tally.job_deleted(&id);
                     self.metrics.delete(&id);
                 }
+                Deferred::TokensChanged(tokens) => drop(self.tokens.send_replace(tokens)),
                 Deferred::NodeForgotten(name) => self.tally.node_forgotten(&name),
                 Deferred::Run(later) => later(),
                 Deferred::WatchJob(job, reply) => {

@@ -3,6 +3,7 @@
 //!
 //! See ARCHITECTURE.md beside this crate for the map.
 
+mod access;
 mod agents;
 mod clock;
 mod driver;

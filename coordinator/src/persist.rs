@@ -1,6 +1,7 @@
 //! Between the core's records and the store's bytes: JSON, so that a store can be read by people.
 
-use muster_core::types::{JobId, NodeName, NodePlacement, limits};
+use muster_core::access::Token;
+use muster_core::types::{JobId, NodeName, NodePlacement, TokenName, limits};
 use muster_core::{Job, Meta, Node, Snapshot, Write};
 use muster_store::{Batch, Store};
 use serde::Serialize;
@@ -25,6 +26,9 @@ pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
             }
             Some(("node", name)) => {
                 snapshot.nodes.push(checked(&key, decode(&key, &value)?, |record| node(name, record))?);
+            }
+            Some(("token", name)) => {
+                snapshot.tokens.push(checked(&key, decode(&key, &value)?, |record| token(name, record))?);
             }
             None | Some(_) => {
                 return Err(Error::Decode(format!("the key {key:?} is not known to this version")));
@@ -87,6 +91,11 @@ fn node(name: &str, node: &Node) -> Result<(), String> {
     ensure(node.name.as_str() == name, "it belongs under another key")
 }
 
+fn token(name: &str, token: &Token) -> Result<(), String> {
+    TokenName::new(token.name.as_str())?;
+    ensure(token.name.as_str() == name, "it belongs under another key")
+}
+
 /// Adds one change to a batch.
 pub(crate) fn encode(batch: &mut Batch, write: &Write) {
     match write {
@@ -98,6 +107,8 @@ pub(crate) fn encode(batch: &mut Batch, write: &Write) {
         Write::DeleteJob(id) => batch.delete(format!("job/{id}")),
         Write::Node(node) => put(batch, format!("node/{}", node.name), node),
         Write::DeleteNode(name) => batch.delete(format!("node/{name}")),
+        Write::Token(token) => put(batch, format!("token/{}", token.name), token),
+        Write::DeleteToken(name) => batch.delete(format!("token/{name}")),
     }
 }
 

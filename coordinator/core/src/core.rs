@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::Token;
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
 use crate::health::Fleet;
@@ -13,7 +14,7 @@ use crate::input::Input;
 use crate::job::{Job, Observed};
 use crate::lease::Hello;
 use crate::node::{Node, NodeState, Reserved};
-use crate::types::{Generation, JobId, Millis, NodeName, RequestId};
+use crate::types::{Generation, JobId, Millis, NodeName, RequestId, TokenName};
 use crate::waiting::Room;
 
 /// Settings and bounds of the core.
@@ -73,6 +74,8 @@ pub struct Snapshot {
     pub jobs: Vec<Job>,
     /// All nodes.
     pub nodes: Vec<Node>,
+    /// All tokens.
+    pub tokens: Vec<Token>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,6 +111,7 @@ pub struct Core {
     pub(crate) fresh: BTreeSet<QueueKey>,
     /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
     pub(crate) growable: BTreeSet<JobId>,
+    pub(crate) tokens: BTreeMap<TokenName, Token>,
 }
 
 impl Core {
@@ -128,6 +132,7 @@ impl Core {
             fleet: Fleet::default(),
             fresh: BTreeSet::new(),
             growable: BTreeSet::new(),
+            tokens: snapshot.tokens.into_iter().map(|token| (token.name.clone(), token)).collect(),
         };
         for mut node in snapshot.nodes {
             (node.state, node.session) = (NodeState::Disconnected, None);
@@ -201,6 +206,8 @@ impl Core {
             Input::Drain { node, reason, timeout } => {
                 fx.reply = Some(self.drain(now, &node, reason, timeout, &mut fx));
             }
+            Input::CreateToken(token) => fx.reply = Some(self.create_token(now, *token, &mut fx)),
+            Input::RevokeToken { name } => fx.reply = Some(self.revoke_token(&name, &mut fx)),
             Input::Join(join) => fx.reply = Some(self.join(now, *join, &mut fx)),
             Input::Hello { node, incarnation, gangs, leaving, number } => {
                 let hello = Hello { incarnation, gangs, leaving, number };
@@ -309,6 +316,12 @@ impl Core {
             fx.writes.push(match self.jobs.get(&id) {
                 Some(job) => Write::Job(Box::new(job.clone())),
                 None => Write::DeleteJob(id),
+            });
+        }
+        for name in std::mem::take(&mut fx.stored_tokens) {
+            fx.writes.push(match self.tokens.get(&name) {
+                Some(token) => Write::Token(Box::new(token.clone())),
+                None => Write::DeleteToken(name),
             });
         }
         for name in std::mem::take(&mut fx.stored_nodes) {

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 
+use crate::access::Token;
 use crate::core::Meta;
 use crate::job::Job;
 use crate::node::Node;
 use crate::schedule::Plan;
-use crate::types::{Assignment, JobId, NodeName, Session};
+use crate::types::{Assignment, JobId, NodeName, Session, TokenName};
 
 /// Everything one step asks for.
 #[derive(Debug, Default)]
@@ -26,6 +27,7 @@ pub struct Effects {
     pub events: BTreeSet<Event>,
     pub(crate) stored_jobs: BTreeSet<JobId>,
     pub(crate) stored_nodes: BTreeSet<NodeName>,
+    pub(crate) stored_tokens: BTreeSet<TokenName>,
     pub(crate) meta_changed: bool,
 }
 
@@ -66,6 +68,10 @@ pub enum Write {
     Node(Box<Node>),
     /// Remove a node.
     DeleteNode(NodeName),
+    /// Put a token.
+    Token(Box<Token>),
+    /// Remove a token.
+    DeleteToken(TokenName),
 }
 
 /// A message to a node.
@@ -88,6 +94,8 @@ pub enum Event {
     Node(NodeName),
     /// The job is gone; what is kept beside the state (metrics) goes with it.
     JobDeleted(JobId),
+    /// The tokens have changed.
+    Tokens,
 }
 
 /// Answer to a request.
@@ -101,6 +109,8 @@ pub enum Reply {
     Plan(Plan),
     /// A session was opened.
     Session(Session),
+    /// The token as it is, or was when it was revoked.
+    Token(Box<Token>),
 }
 
 /// Why a request is refused, in the words shown to the user.
@@ -150,6 +160,15 @@ pub enum Refusal {
     /// Session without Join, or after another daemon took the name.
     #[error("node {0} has not joined with this incarnation; call Join first")]
     NotJoined(NodeName),
+    /// The name of the token is taken.
+    #[error("there is a token {0} already; choose another --name, or revoke that one")]
+    TokenExists(TokenName),
+    /// There is no such token, or it is over.
+    #[error("no token {0} is known; it may have been revoked or have expired; `muster token list` shows those that are")]
+    NoToken(String),
+    /// Too many tokens.
+    #[error("{} tokens are known already, the most that are kept; revoke some", crate::access::TOKENS_MAX)]
+    TooManyTokens,
     /// A Hello that was held up on its way.
     #[error("this hello of node {0} comes after a later one of the same daemon, and is passed over")]
     LateHello(NodeName),

@@ -1,5 +1,6 @@
 //! What goes into the core: requests of users, what nodes say, and the passing of time.
 
+use crate::access::NewToken;
 use crate::health::Finding;
 use crate::inventory::Inventory;
 use crate::node::Join;
@@ -41,6 +42,13 @@ pub enum Input {
         reason: String,
         /// Longest time until ranks that do not end are killed; none leaves each job its own.
         timeout: Option<Millis>,
+    },
+    /// A token is made.
+    CreateToken(Box<NewToken>),
+    /// A token is refused from now on.
+    RevokeToken {
+        /// Its name as given.
+        name: String,
     },
     /// A daemon registers.
     Join(Box<Join>),

@@ -6,6 +6,7 @@
 //! Time: `now` is Unix time in milliseconds that never goes back while the process lives (the driver takes
 //! the wall clock once and adds monotonic time), so a clock that is set changes no lease.
 
+pub mod access;
 pub mod agents;
 #[doc(hidden)]
 pub mod bugs;

@@ -8,6 +8,7 @@ use muster_proto::v1;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Status;
 
+use crate::access::Tokens;
 use crate::clock::Clock;
 use crate::links::{Link, Links};
 
@@ -79,6 +80,8 @@ pub(crate) struct Handle {
     pub(super) clock: Clock,
     /// Why the store cannot be written, while it cannot.
     pub(super) trouble: watch::Receiver<Option<String>>,
+    /// By what callers are judged: a look costs no turn of the driver.
+    pub(super) tokens: watch::Receiver<Arc<Tokens>>,
 }
 
 impl Handle {
@@ -149,6 +152,11 @@ impl Handle {
     /// Why what is read may not be stored yet; none if it is.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.borrow().clone()
+    }
+
+    /// The tokens that are stored.
+    pub fn tokens(&self) -> Arc<Tokens> {
+        self.tokens.borrow().clone()
     }
 
     /// Commands that wait.

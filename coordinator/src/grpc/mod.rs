@@ -100,6 +100,9 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         Refusal::LeaseHeld { millis, .. } => {
             convert::unavailable("LEASE_HELD", message, Duration::from_millis(*millis))
         }
+        Refusal::TokenExists(_) => convert::refusal(Code::AlreadyExists, "TOKEN_EXISTS", message),
+        Refusal::NoToken(_) => convert::refusal(Code::NotFound, "NO_SUCH_TOKEN", message),
+        Refusal::TooManyTokens => convert::refusal(Code::ResourceExhausted, "TOO_MANY_TOKENS", message),
         Refusal::LateHello(_) => convert::refusal(Code::Aborted, "LATE_HELLO", message),
         Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),
     }

@@ -58,6 +58,8 @@ impl Store {
                 Write::DeleteJob(id) => _ = self.jobs.remove(id.as_str()),
                 Write::Node(node) => _ = self.nodes.insert(node.name.to_string(), *node),
                 Write::DeleteNode(name) => _ = self.nodes.remove(name.as_str()),
+                // Nobody is asked here who may do what.
+                Write::Token(_) | Write::DeleteToken(_) => {}
             }
         }
     }
@@ -71,6 +73,7 @@ impl Store {
             meta: self.meta,
             jobs: self.jobs.values().filter_map(reread).collect(),
             nodes: self.nodes.values().filter_map(reread).collect(),
+            tokens: Vec::new(),
         }
     }
 }
@@ -188,7 +191,7 @@ impl Process {
             .iter()
             .filter_map(|event| match event {
                 Event::Job(id) => self.core.job(id.as_str()).ok().cloned(),
-                Event::Node(_) | Event::JobDeleted(_) => None,
+                Event::Node(_) | Event::JobDeleted(_) | Event::Tokens => None,
             })
             .collect();
         let acted = !effects.events.is_empty();

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub const NODE_NAME_BYTES_MAX: usize = 253;
 /// Longest job id in bytes. Ours have 8; the bound is for what arrives from outside.
 pub const JOB_ID_BYTES_MAX: usize = 64;
+/// Longest name of a token in bytes.
+pub const TOKEN_NAME_BYTES_MAX: usize = 64;
 /// Longest request id in bytes.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -78,6 +80,10 @@ text_id!(
 text_id!(
     /// What makes a repeated submission harmless; chosen by the caller.
     RequestId, "request_id", REQUEST_ID_BYTES_MAX, |c| !c.is_control()
+);
+text_id!(
+    /// Name of a token.
+    TokenName, "name", TOKEN_NAME_BYTES_MAX, |c| is_name_char(c) && c != '.'
 );
 text_id!(
     /// One start of a node daemon.

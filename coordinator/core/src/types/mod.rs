@@ -14,7 +14,7 @@ pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
 pub use cpus::CpuList;
-pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session};
+pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session, TokenName};
 pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;
 pub use resources::Resources;

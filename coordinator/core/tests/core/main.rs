@@ -1,5 +1,6 @@
 //! The core from the outside, on a model cluster.
 
+mod access;
 mod agents;
 mod life;
 mod machines;

@@ -20,7 +20,8 @@ fn stored(nodes: u32, waiting: impl IntoIterator<Item = JobSpec>) -> Snapshot {
                 Write::Meta(meta) => snapshot.meta = Some(meta),
                 Write::Job(job) => snapshot.jobs.push(*job),
                 Write::Node(node) => snapshot.nodes.push(*node),
-                Write::DeleteJob(_) | Write::DeleteNode(_) => {}
+                Write::Token(token) => snapshot.tokens.push(*token),
+                Write::DeleteJob(_) | Write::DeleteNode(_) | Write::DeleteToken(_) => {}
             }
         }
     };

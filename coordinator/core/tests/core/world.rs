@@ -220,6 +220,7 @@ impl World {
             match key.split_once('/').unwrap() {
                 ("meta", _) => snapshot.meta = Some(serde_json::from_str(value).unwrap()),
                 ("job", _) => snapshot.jobs.push(serde_json::from_str(value).unwrap()),
+                ("token", _) => snapshot.tokens.push(serde_json::from_str(value).unwrap()),
                 ("node", _) => snapshot.nodes.push(serde_json::from_str::<Node>(value).unwrap()),
                 other => panic!("{other:?}"),
             }
@@ -241,6 +242,8 @@ impl World {
                 Write::Meta(meta) => _ = self.stored.insert("meta/".into(), put(&meta)),
                 Write::Job(job) => _ = self.stored.insert(format!("job/{}", job.id), put(&*job)),
                 Write::Node(node) => _ = self.stored.insert(format!("node/{}", node.name), put(&*node)),
+                Write::Token(token) => _ = self.stored.insert(format!("token/{}", token.name), put(&*token)),
+                Write::DeleteToken(name) => _ = self.stored.remove(&format!("token/{name}")),
                 Write::DeleteJob(id) => _ = self.stored.remove(&format!("job/{id}")),
                 Write::DeleteNode(name) => _ = self.stored.remove(&format!("node/{name}")),
             }

@@ -1,0 +1,174 @@
+//! Who may do what: the tokens that callers show, and the role of each.
+//!
+//! Secrets never come here: a token is known by the hash of its secret.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::core::Core;
+use crate::effects::{Effects, Event, Refusal, Reply};
+use crate::types::{Millis, TokenName};
+
+/// Most tokens: one for each person, program and node that has its own, and not a record per call of something that makes them
+/// in a loop.
+pub const TOKENS_MAX: usize = 10_000;
+
+/// What a caller may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Reads.
+    Viewer,
+    /// Reads, submits and cancels jobs.
+    Submitter,
+    /// The same, and cordons and drains nodes.
+    Operator,
+    /// The same, and makes and revokes tokens.
+    Admin,
+    /// A node daemon, or an agent that Muster did not start: what these call, and nothing else.
+    Node,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Viewer, Self::Submitter, Self::Operator, Self::Admin, Self::Node];
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Submitter => "submitter",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+            Self::Node => "node",
+        }
+    }
+
+    /// Whether its bearer may do what needs the other one. Each of people's roles may do what those before it may; what a
+    /// node does is for nodes alone, and a node does nothing else.
+    pub fn covers(self, needed: Self) -> bool {
+        let rank = |role| match role {
+            Self::Viewer => Some(0),
+            Self::Submitter => Some(1),
+            Self::Operator => Some(2),
+            Self::Admin => Some(3),
+            Self::Node => None,
+        };
+        match (rank(self), rank(needed)) {
+            (Some(has), Some(needs)) => has >= needs,
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+}
+
+/// SHA-256 of a secret, in hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Digest(String);
+
+impl Digest {
+    /// Checks that it is one.
+    pub fn new(text: impl Into<String>) -> Result<Self, String> {
+        let text = text.into();
+        let is_hex = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        if text.len() == 64 && is_hex { Ok(Self(text)) } else { Err("is no SHA-256 digest".to_owned()) }
+    }
+}
+
+impl TryFrom<String> for Digest {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::new(text)
+    }
+}
+
+/// A token, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// Its name, by which it is revoked and which logs show.
+    pub name: TokenName,
+    /// What its bearer may do.
+    pub role: Role,
+    /// Hash of the secret.
+    pub hash: Digest,
+    /// When it was made.
+    pub created: Millis,
+    /// From when on it is refused; never, if there is none.
+    pub expires: Option<Millis>,
+}
+
+impl Token {
+    /// Whether its time is over.
+    pub fn is_over(&self, now: Millis) -> bool {
+        self.expires.is_some_and(|at| at <= now)
+    }
+}
+
+/// What is asked for where a token is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewToken {
+    /// Its name.
+    pub name: TokenName,
+    /// What its bearer may do.
+    pub role: Role,
+    /// Hash of the secret.
+    pub hash: Digest,
+    /// How long it is good; for ever, if it is not said.
+    pub life: Option<Millis>,
+}
+
+impl Core {
+    /// Every token, by name.
+    pub fn tokens(&self) -> &BTreeMap<TokenName, Token> {
+        &self.tokens
+    }
+
+    pub(crate) fn create_token(
+        &mut self,
+        now: Millis,
+        new: NewToken,
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        self.forget_tokens(now, fx);
+        let NewToken { name, role, hash, life } = new;
+        if self.tokens.contains_key(&name) {
+            return Err(Refusal::TokenExists(name));
+        }
+        if self.tokens.len() >= TOKENS_MAX {
+            return Err(Refusal::TooManyTokens);
+        }
+        let expires = life.map(|life| now.plus(life));
+        let token = Token { name: name.clone(), role, hash, created: now, expires };
+        fx.tokens_changed(&name);
+        self.tokens.insert(name, token.clone());
+        Ok(Reply::Token(Box::new(token)))
+    }
+
+    pub(crate) fn revoke_token(&mut self, name: &str, fx: &mut Effects) -> Result<Reply, Refusal> {
+        let token = TokenName::new(name).ok().and_then(|name| self.tokens.remove(&name));
+        let token = token.ok_or_else(|| Refusal::NoToken(name.chars().take(64).collect()))?;
+        fx.tokens_changed(&token.name);
+        Ok(Reply::Token(Box::new(token)))
+    }
+
+    /// Those whose time is over go when another one is made.
+    fn forget_tokens(&mut self, now: Millis, fx: &mut Effects) {
+        self.tokens.retain(|name, token| {
+            let over = token.is_over(now);
+            if over {
+                fx.tokens_changed(name);
+            }
+            !over
+        });
+    }
+}
+
+impl Effects {
+    fn tokens_changed(&mut self, name: &TokenName) {
+        self.stored_tokens.insert(name.clone());
+        self.events.insert(Event::Tokens);
+    }
+}
