@@ -5,8 +5,16 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 7] =
-    ["job", "job_service", "node", "node_service", "cluster_service", "worker_service", "rendezvous_service"];
+const FILES: [&str; 8] = [
+    "job",
+    "job_service",
+    "node",
+    "node_service",
+    "cluster_service",
+    "worker_service",
+    "rendezvous_service",
+    "token",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=muster");

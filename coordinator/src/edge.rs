@@ -8,14 +8,17 @@ use std::task::{Context, Poll};
 
 use http::uri::Authority;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 use tonic::transport::server::{Connected, TcpIncoming};
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
 const CONNECTIONS_MAX: usize = 32_768;
+/// Those of this machine's own users.
+const LOCAL_MAX: usize = 1024;
 /// Those of probes.
 const PROBES_MAX: usize = 64;
 
@@ -46,7 +49,18 @@ pub(crate) fn probes(listener: TcpListener) -> impl Stream<Item = io::Result<Hel
 fn bounded(listener: TcpListener, max: usize) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
     // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
     // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    placed(TcpIncoming::from(listener).with_nodelay(Some(true)), max)
+}
+
+/// Those of the Unix socket.
+pub(crate) fn local(listener: UnixListener) -> impl Stream<Item = io::Result<Held<UnixStream>>> {
+    placed(UnixListenerStream::new(listener), LOCAL_MAX)
+}
+
+fn placed<C>(
+    incoming: impl Stream<Item = io::Result<C>>,
+    max: usize,
+) -> impl Stream<Item = io::Result<Held<C>>> {
     let places = Arc::new(Semaphore::new(max));
     incoming.then(move |connection| {
         let places = places.clone();

@@ -5,9 +5,11 @@
 
 mod access;
 mod agents;
+mod authority;
 mod clock;
 mod driver;
 mod edge;
+mod error;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -20,6 +22,7 @@ mod persist;
 mod seen;
 mod server;
 mod several;
+mod socket;
 mod tls;
 pub mod transfer;
 mod view;
@@ -30,8 +33,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use muster_core::access::CERTIFICATE_LIFE_MAX;
 use muster_core::types::Millis;
-use muster_monitor::AddressError;
 pub use muster_monitor::{Http, Listen};
 pub use muster_store::EtcdConfig;
 use muster_store::{MemoryStore, RedbStore, Store};
@@ -46,12 +49,16 @@ use tracing::{info, warn};
 
 use clock::Clock;
 pub use edge::{Held, connections};
+pub use error::Error;
 use monitor::Monitor;
 use office::{Following, Office, Reign, Standing};
 
 /// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
 /// is tried again by its machine after a second or three, and many nodes come back at once.
 const BACKLOG_MAX: u32 = 4096;
+
+/// Shortest life of a node's certificate: a node tries several times to renew it.
+const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(10);
 
 /// Settings of a coordinator.
 #[derive(Clone, Debug)]
@@ -64,6 +71,10 @@ pub struct Config {
     pub health_listen: Option<SocketAddr>,
     /// Directory with ca.crt, tls.crt and tls.key, with which [`run`] encrypts connections. They may change.
     pub tls_dir: Option<PathBuf>,
+    /// How long certificates of nodes are good.
+    pub node_certificate_life: Duration,
+    /// Path of a Unix socket that is served besides, with all rights. [`run`] sees to it.
+    pub socket: Option<PathBuf>,
     /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
     pub loopback_names_only: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
@@ -92,6 +103,8 @@ impl Config {
             insecure: false,
             health_listen: None,
             tls_dir: None,
+            node_certificate_life: Duration::from_hours(24),
+            socket: None,
             loopback_names_only: false,
             http: Http::OFF,
             data_dir,
@@ -116,89 +129,6 @@ pub enum StoreKind {
     Etcd(EtcdConfig),
 }
 
-/// Why a coordinator could not start or had to stop.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Anybody on the way could read along and run programs on every node.
-    #[error(
-        "{0} is not a loopback address, and connections to it would not be encrypted; make certificates with `muster pki init \
-         --dir DIR --host NAME` and pass --tls-dir DIR, or listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if \
-         the network is yours alone"
-    )]
-    NotLoopback(SocketAddr),
-    /// Heartbeats would not keep the lease.
-    #[error("a lease of {lease:?} needs heartbeats at most a third as long, not {heartbeat:?}")]
-    Lease {
-        /// The lease asked for.
-        lease: Duration,
-        /// The heartbeat asked for.
-        heartbeat: Duration,
-    },
-    /// The lease of the leader is none that etcd grants as it is.
-    #[error("a leader's lease of {0:?} is not possible: give whole seconds, at least 2")]
-    LeaderLease(Duration),
-    /// Clients would be sent nowhere.
-    #[error(
-        "{0} is every address of this machine, and none at which others can be told to call it; pass --advertise with \
-         the URL at which workers and users reach this coordinator"
-    )]
-    Advertise(SocketAddr),
-    /// Clients would be sent to where nobody answers them.
-    #[error(
-        "{0:?} is advertised to others, and connections are encrypted here; --advertise needs https:// with --tls-dir"
-    )]
-    AdvertisedPlain(String),
-    /// The certificates cannot be used.
-    #[error(
-        "failed to use the certificates in {dir}: {why}; `muster pki init --dir {dir}` makes ca.crt, tls.crt and tls.key"
-    )]
-    Tls {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        why: String,
-    },
-    /// The data directory cannot be used.
-    #[error("failed to make the data directory {path}: {source}")]
-    DataDir {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The address cannot be bound.
-    #[error(
-        "failed to listen on {address}: {source}; another coordinator may run there: choose another --listen"
-    )]
-    Bind {
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The metrics cannot be served.
-    #[error(transparent)]
-    Http(#[from] AddressError),
-    /// The store cannot be used.
-    #[error(transparent)]
-    Store(#[from] muster_store::Error),
-    /// The store holds something that this version cannot read.
-    #[error("failed to read the store: {0}")]
-    Decode(String),
-    /// A store cannot be moved.
-    #[error("{0}")]
-    Transfer(String),
-    /// The server broke.
-    #[error("failed to serve gRPC: {0}")]
-    Serve(#[from] tonic::transport::Error),
-    /// The descriptors cannot be served.
-    #[error("failed to build the reflection service: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
-    /// A thread or task could not be run.
-    #[error("failed to run a task of the coordinator: {0}")]
-    Task(#[from] tokio::task::JoinError),
-}
-
 /// Runs a coordinator until `shutdown` is cancelled or it cannot go on.
 ///
 /// Prints `{"listening":"address:port"}`, with `http_listening` where metrics are served, as the first line on standard
@@ -211,7 +141,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let address = listener.local_addr().map_err(failed)?;
     // With TLS a page in a browser has no certificate for the name that it would have us called by.
     let loopback_names_only = address.ip().is_loopback() && !config.insecure && certificates.is_none();
-    let config = Config { listen: address, loopback_names_only, ..config };
+    let socket = Some(config.data_dir.join(socket::NAME));
+    let config = Config { listen: address, loopback_names_only, socket, ..config };
     let insecure = config.http.insecure || config.insecure;
     let http = muster_monitor::bind(Http { insecure, ..config.http }).await?;
     let at = http.as_ref().and_then(|http| http.local_addr().ok());
@@ -383,6 +314,10 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 fn check(config: &Config) -> Result<(), Error> {
     if !config.listen.ip().is_loopback() && !config.insecure && config.tls_dir.is_none() {
         return Err(Error::NotLoopback(config.listen));
+    }
+    let life = config.node_certificate_life;
+    if life < CERTIFICATE_LIFE_MIN || millis(life) > CERTIFICATE_LIFE_MAX {
+        return Err(Error::CertificateLife(life));
     }
     if config.heartbeat.is_zero() || config.heartbeat * 3 > config.lease {
         return Err(Error::Lease { lease: config.lease, heartbeat: config.heartbeat });

@@ -3,6 +3,7 @@
 //! A coordinator that leads has a driver. One that does not refuses every call with the leader's address; only where no
 //! leader can be found, because etcd is in trouble, one that has led shows what it knew last, and says so.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use muster_core::types::Millis;
@@ -77,12 +78,19 @@ impl Office {
 
     /// The present time of leading; none if another coordinator is to be asked.
     pub fn reign(&self) -> Result<Reign, Status> {
+        self.reign_for(None)
+    }
+
+    /// The same for a call over a connection that was taken at this address.
+    pub fn reign_for(&self, accepted_at: Option<SocketAddr>) -> Result<Reign, Status> {
         match &*self.standing.borrow() {
             Standing::Leading(reign) => Ok(reign.clone()),
             Standing::Following(following) => match shown(following) {
                 // Its driver shows what was, and refuses everything else.
                 Some((reign, _)) => Ok(reign.clone()),
-                None => Err(self.refusal(following, String::new())),
+                None => {
+                    Err(self.refusal(following, accepted_at.map(|at| at.to_string()).unwrap_or_default()))
+                }
             },
         }
     }

@@ -1,6 +1,6 @@
 //! Between the core's records and the store's bytes: JSON, so that a store can be read by people.
 
-use muster_core::access::Token;
+use muster_core::access::{Barred, Token};
 use muster_core::types::{JobId, NodeName, NodePlacement, TokenName, limits};
 use muster_core::{Job, Meta, Node, Snapshot, Write};
 use muster_store::{Batch, Store};
@@ -29,6 +29,12 @@ pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
             }
             Some(("token", name)) => {
                 snapshot.tokens.push(checked(&key, decode(&key, &value)?, |record| token(name, record))?);
+            }
+            Some(("barred", name)) => {
+                let record = checked(&key, decode(&key, &value)?, |record: &Barred| {
+                    ensure(record.node.as_str() == name, "it belongs under another key")
+                })?;
+                snapshot.barred.push(record);
             }
             None | Some(_) => {
                 return Err(Error::Decode(format!("the key {key:?} is not known to this version")));
@@ -109,6 +115,8 @@ pub(crate) fn encode(batch: &mut Batch, write: &Write) {
         Write::DeleteNode(name) => batch.delete(format!("node/{name}")),
         Write::Token(token) => put(batch, format!("token/{}", token.name), token),
         Write::DeleteToken(name) => batch.delete(format!("token/{name}")),
+        Write::Barred(barred) => put(batch, format!("barred/{}", barred.node), barred),
+        Write::DeleteBarred(node) => batch.delete(format!("barred/{node}")),
     }
 }
 

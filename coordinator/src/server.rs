@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use muster_proto::v1;
@@ -11,6 +12,7 @@ use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tonic::server::NamedService;
+use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
@@ -18,17 +20,19 @@ use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 use tower::ServiceBuilder;
+use tower::limit::GlobalConcurrencyLimitLayer;
 use tower_http::classify::{GrpcCode, GrpcErrorsAsFailures, SharedClassifier};
 use tower_http::trace::TraceLayer;
 use tracing::{info, warn};
 
+use crate::access::layer::{Door, Guard};
 use crate::edge;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::monitor::calls::CountCalls;
 use crate::office::{Office, STALE};
-use crate::{Config, Error};
+use crate::{Config, Error, socket};
 
 /// Largest message taken or sent.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -81,6 +85,7 @@ where
     let nodes = service!(v1::node_service_server::NodeServiceServer<Api>, shows);
     let cluster = service!(v1::cluster_service_server::ClusterServiceServer<Api>, shows);
     let workers = service!(v1::worker_service_server::WorkerServiceServer<Api>, leads);
+    let tokens = service!(v1::token_service_server::TokenServiceServer<Api>, shows);
     let agents = service!(v1::rendezvous_service_server::RendezvousServiceServer<Api>, leads);
     // For probes that ask whether the process is well, and not whether it leads.
     health.set_service_status(LIVE, ServingStatus::Serving).await;
@@ -88,34 +93,7 @@ where
     let following = follow_health(health, names, office.clone());
     let probed = serve_probes(config.health_listen, health_service.clone(), shutdown.clone());
 
-    let by_any_name = !config.loopback_names_only;
-    // From the outside in.
-    let layers = ServiceBuilder::new()
-        // First, so that whatever is refused is counted.
-        .layer(CountCalls(monitor))
-        // Next, so that refused calls are traced too.
-        .layer(TraceLayer::new(SharedClassifier::new(failures())))
-        // Before anything is done for it: who calls loopback by another name was led here.
-        .filter(move |request| if by_any_name { Ok(request) } else { edge::only_by_loopback_names(request) })
-        // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
-        .map_response(oversized_is_resource_exhausted)
-        // Who reads while the store or etcd is in trouble is told that it may no longer be so.
-        .map_response(move |response| marked_stale(response, &office))
-        // Refuses at once, with RESOURCE_EXHAUSTED, when the limit below is reached …
-        .load_shed()
-        // … which counts calls over all connections together.
-        .layer(tower::limit::GlobalConcurrencyLimitLayer::new(CALLS_MAX));
-
-    let stop = shutdown.clone();
-    let server = Server::builder()
-        // Outside all of them: the deadline, ours or the client's grpc-timeout, whichever is shorter.
-        .timeout(CALL_MAX)
-        .max_concurrent_streams(CONNECTION_STREAMS_MAX)
-        .http2_max_header_list_size(HEADER_BYTES_MAX)
-        .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .layer(layers)
-        .add_service(health_service)
+    let routes = Routes::new(health_service)
         .add_service(reflection().build_v1()?)
         // grpcurl 1.8.6 speaks only this one.
         .add_service(reflection().build_v1alpha()?)
@@ -124,13 +102,19 @@ where
         .add_service(cluster)
         .add_service(workers)
         .add_service(agents)
-        .serve_with_incoming_shutdown(connections, stop.cancelled_owned());
+        .add_service(tokens)
+        .prepare();
+    let door = if config.tls_dir.is_some() { Door::Encrypted } else { Door::Trusted };
+    let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
+    let socket = serve_socket(config.socket.as_deref(), ways.clone(), shutdown.clone());
+    let server = ways.answer(connections, door, config.loopback_names_only, shutdown.clone());
     let drained = async {
         shutdown.cancelled().await;
         tokio::time::sleep(DRAIN_MAX).await;
     };
     tokio::select! {
-        served = server => Ok(served?),
+        served = server => served,
+        socket = socket => socket,
         probed = probed => probed,
         () = following => Ok(()),
         () = drained => {
@@ -138,6 +122,82 @@ where
             Ok(())
         }
     }
+}
+
+/// What calls reach, by whichever way they come.
+#[derive(Clone)]
+struct Ways {
+    routes: Routes,
+    office: Office,
+    monitor: Monitor,
+    calls: GlobalConcurrencyLimitLayer,
+}
+
+impl Ways {
+    /// Answers the calls of these connections until `stop`.
+    async fn answer<I, C>(
+        self,
+        connections: I,
+        door: Door,
+        loopback_names_only: bool,
+        stop: CancellationToken,
+    ) -> Result<(), Error>
+    where
+        I: Stream<Item = io::Result<C>>,
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
+        let Self { routes, office, monitor, calls } = self;
+        let by_any_name = !loopback_names_only;
+        let guard = Guard { door, office: office.clone() };
+        // From the outside in.
+        let layers = ServiceBuilder::new()
+            // First, so that whatever is refused is counted.
+            .layer(CountCalls(monitor))
+            // Next, so that refused calls are traced too.
+            .layer(TraceLayer::new(SharedClassifier::new(failures())))
+            // Before anything is done for it: who calls loopback by another name was led here.
+            .filter(
+                move |request| {
+                    if by_any_name { Ok(request) } else { edge::only_by_loopback_names(request) }
+                },
+            )
+            // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
+            .map_response(oversized_is_resource_exhausted)
+            // Who reads while the store or etcd is in trouble is told that it may no longer be so.
+            .map_response(move |response| marked_stale(response, &office))
+            // Before a place is taken: who may not call takes none from those who may.
+            .layer(guard)
+            // Refuses at once, with RESOURCE_EXHAUSTED, when the limit below is reached …
+            .load_shed()
+            // … which counts calls over all connections together.
+            .layer(calls);
+        let served = Server::builder()
+            // Outside all of them: the deadline, ours or the client's grpc-timeout, whichever is shorter.
+            .timeout(CALL_MAX)
+            .max_concurrent_streams(CONNECTION_STREAMS_MAX)
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
+            .http2_keepalive_interval(Some(KEEPALIVE.0))
+            .http2_keepalive_timeout(Some(KEEPALIVE.1))
+            .layer(layers)
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(connections, stop.cancelled_owned());
+        Ok(served.await?)
+    }
+}
+
+/// Serves the Unix socket, if there is to be one and it can be made. Ends only with an error.
+async fn serve_socket(path: Option<&Path>, ways: Ways, shutdown: CancellationToken) -> Result<(), Error> {
+    if let Some(path) = path {
+        match socket::listen(path) {
+            Ok(listener) => {
+                let connections = edge::local(listener);
+                ways.answer(connections, Door::Trusted, false, shutdown).await?;
+            }
+            // What else there is works without it.
+            Err(error) => warn!(path = %path.display(), %error, "the Unix socket cannot be served"),
+        }
+    }
+    std::future::pending().await
 }
 
 /// Serves the health service alone, if there is a port for that. Ends only with an error.
@@ -201,6 +261,9 @@ fn failures() -> GrpcErrorsAsFailures {
         GrpcCode::AlreadyExists,
         GrpcCode::FailedPrecondition,
         GrpcCode::Aborted,
+        // Refused callers have a line of their own.
+        GrpcCode::PermissionDenied,
+        GrpcCode::Unauthenticated,
     ];
     expected.into_iter().fold(GrpcErrorsAsFailures::new(), GrpcErrorsAsFailures::with_success)
 }

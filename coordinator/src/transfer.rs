@@ -14,6 +14,7 @@ use muster_store::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::access::hex;
 use crate::{Error, StoreKind, persist};
 
 /// Version of the file.
@@ -199,10 +200,6 @@ fn read(from: &mut impl BufRead) -> Result<(Rows, u64), Error> {
 
 fn json(value: &impl Serialize) -> Result<String, Error> {
     serde_json::to_string(value).map_err(|error| Error::Transfer(format!("failed to write: {error}")))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 #[cfg(test)]

@@ -20,8 +20,10 @@ pub mod load {
     pub use crate::clock::boot_now;
     pub use crate::session::{Event, Identity, Queues, keep, request};
 }
+mod credentials;
 mod logs;
 mod monitor;
+mod pinned;
 mod session;
 mod shim;
 #[cfg(feature = "simulation")]
@@ -59,6 +61,8 @@ pub struct Config {
     pub coordinators: Vec<String>,
     /// Which coordinators are trusted where connections are encrypted.
     pub trust: Trust,
+    /// File with a join token, by which a node without a certificate gets one.
+    pub join_token_file: Option<PathBuf>,
     /// Name of the node, unique in the cluster.
     pub name: NodeName,
     /// Directory for logs and sockets; made if it is not there, and held by one daemon at a time.
@@ -94,6 +98,7 @@ impl Config {
         Self {
             coordinators,
             trust: Trust::default(),
+            join_token_file: None,
             name,
             data_dir,
             address: None,

@@ -26,6 +26,7 @@ use tonic::{Code, Status};
 use tracing::warn;
 
 use crate::clock::boot_now;
+use crate::credentials::Credentials;
 use crate::{Config, Error, trust};
 use connection::{Known, connect, is_socket};
 pub(crate) use leader::Leader;
@@ -139,6 +140,8 @@ fn is_final(failure: &Failure, held: Option<Duration>) -> bool {
 
 /// Keeps a session open. Only returns when no attempt can ever succeed.
 pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
+    let Config { name, join_token_file, trust, .. } = &identity.config;
+    let credentials = Credentials::load(name, &identity.data_dir, join_token_file.clone(), trust);
     let mut route = match Route::new(&identity.config.coordinators, &identity.config.trust) {
         Ok(route) => route,
         Err(error) => return error,
@@ -153,8 +156,17 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         signs.current = target.index;
         let endpoint = signs.probed(&target.endpoint);
         let mut opened = None;
-        if let Err(failure) = once(&identity, &target.url, &endpoint, &events, &mut signs, &mut opened).await
-        {
+        let tried = match credentials.ready(&target.url).await {
+            Ok(()) => {
+                // What is shown may have been renewed.
+                let endpoint = route.endpoint(&target).map_or(endpoint, |endpoint| signs.probed(&endpoint));
+                let to = (target.url.as_str(), &endpoint, &credentials);
+                once(&identity, to, &events, &mut signs, &mut opened).await
+            }
+            Err(status) if status.code() == Code::Unavailable => Err(Failure::Connect(status)),
+            Err(status) => Err(Failure::Join(status)),
+        };
+        if let Err(failure) = tried {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
             // While all are away each attempt finds the same.
             if said.get(&target.index).is_none_or(|said| said != status.message()) {
@@ -166,6 +178,13 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
             }
             let is_held = matches!(&failure, Failure::Join(status) if status.code() == Code::AlreadyExists);
             held_since = is_held.then(|| held_since.unwrap_or(began));
+            let refused = matches!(
+                &failure,
+                Failure::Join(status) if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated)
+            );
+            if refused && credentials.can_join_anew() {
+                continue;
+            }
             if is_final(&failure, held_since.map(|since| began.duration_since(since))) {
                 return Error::Refused(status.message().to_owned());
             }
@@ -195,8 +214,7 @@ pub(crate) fn times(joined: &v1::JoinResponse) -> (Millis, Millis) {
 /// One session, from connecting to its end. `opened` says since when there is one.
 async fn once(
     identity: &Identity,
-    url: &str,
-    endpoint: &Endpoint,
+    (url, endpoint, credentials): (&str, &Endpoint, &Credentials),
     events: &mpsc::Sender<Event>,
     signs: &mut Signs,
     opened: &mut Option<Instant>,
@@ -218,6 +236,7 @@ async fn once(
     // The queue is new, and nothing is taken from it before the stream is opened below: hello goes first.
     urgent.try_send(request(Up::Hello(hello))).ok();
     let hello_sent = boot_now();
+    let renewing = client.clone();
     let session = async {
         let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
         let stream = signs.watch(endpoint, stream).await??.into_inner();
@@ -231,6 +250,8 @@ async fn once(
         tokio::select! {
             ended = pump(stream, urgent, events, newest, heartbeat, lease) => ended,
             () = survey => Ok(()),
+            // The next session shows the new one.
+            () = credentials.renewed(&renewing) => Ok(()),
         }
     };
     let result = session.await;

@@ -2,17 +2,20 @@
 //! that fails.
 
 use std::error::Error;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::{CertificateError, Error as TlsError};
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Uri};
+use tokio_rustls::rustls::{AlertDescription, CertificateError, Error as TlsError};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity, Uri};
 
 /// The authority whose certificates are taken; none at all by default.
+///
+/// Shared by its clones: a node's certificate that is renewed is shown by all of them.
 #[derive(Clone, Debug, Default)]
-pub struct Trust(Option<ClientTlsConfig>);
+pub struct Trust(Arc<RwLock<Option<ClientTlsConfig>>>);
 
 impl Trust {
     /// Trusts the authorities of this file. The error is in words.
@@ -23,9 +26,25 @@ impl Trust {
         let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
         match found {
             Ok(found) if found.is_empty() => Err(failed("it holds no certificate in PEM".to_owned())),
-            Ok(_) => Ok(Self(Some(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem))))),
+            Ok(_) => Ok(Self(Arc::new(RwLock::new(Some(
+                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+            ))))),
             Err(error) => Err(failed(error.to_string())),
         }
+    }
+
+    /// A certificate will come with its authority: until then encrypted connections are possible, and nobody is trusted.
+    pub(crate) fn expect_certificate(&self) {
+        let mut tls = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        tls.get_or_insert_with(ClientTlsConfig::new);
+    }
+
+    /// From now on trusts this authority, and shows this certificate; all in PEM.
+    pub(crate) fn show(&self, authority: &str, certificate: &str, key: &str) {
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(authority))
+            .identity(Identity::from_pem(certificate, key));
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(tls);
     }
 
     /// The endpoint of a URL. The error says what is wrong with it.
@@ -34,9 +53,10 @@ impl Trust {
         if url.starts_with("unix:") {
             return Ok(endpoint);
         }
-        let tls = match (endpoint.uri().scheme_str(), &self.0) {
+        let tls = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let tls = match (endpoint.uri().scheme_str(), tls) {
             (Some("http"), _) if endpoint.uri().host().is_some() => return Ok(endpoint),
-            (Some("https"), Some(tls)) => tls.clone(),
+            (Some("https"), Some(tls)) => tls,
             (Some("https"), None) => {
                 return Err(
                     "https:// needs --ca or MUSTER_CA, the ca.crt that `muster pki init` made with its certificate"
@@ -52,6 +72,47 @@ impl Trust {
         let host = host(endpoint.uri()).to_owned();
         endpoint.tls_config(tls.domain_name(host)).map_err(|error| why(&error))
     }
+}
+
+/// Longest file with a token.
+const TOKEN_FILE_BYTES_MAX: u64 = 4096;
+
+/// A token, as it is shown to coordinators. Its text is in no log: nothing prints it.
+#[derive(Clone)]
+pub struct Token(http::HeaderValue);
+
+impl Token {
+    /// The token in a file. The error is in words, and says nothing of what is in the file.
+    pub fn from_file(path: &Path) -> Result<Self, String> {
+        Self::new(&read_token(path)?).ok_or_else(|| format!("{} holds no token", path.display()))
+    }
+
+    /// A token; none if it cannot be one.
+    pub(crate) fn new(text: &str) -> Option<Self> {
+        let mut header = http::HeaderValue::from_str(&format!("Bearer {text}")).ok()?;
+        header.set_sensitive(true);
+        text.starts_with("muster").then_some(Self(header))
+    }
+
+    /// The header of a call.
+    pub fn header(&self) -> http::HeaderValue {
+        self.0.clone()
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+/// The text of a token's file.
+pub(crate) fn read_token(path: &Path) -> Result<String, String> {
+    let failed = |error: io::Error| format!("failed to read the token in {}: {error}", path.display());
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(TOKEN_FILE_BYTES_MAX).read_to_string(&mut text).map_err(failed)?;
+    Ok(text.trim().to_owned())
 }
 
 /// The host of a URL, an IPv6 address without its brackets.
@@ -96,6 +157,16 @@ fn tls_said(error: &TlsError) -> Option<String> {
             return Some("it does not speak TLS: call it by http://, or start it with --tls-dir".to_owned());
         }
         TlsError::InvalidCertificate(certificate) => certificate,
+        TlsError::AlertReceived(AlertDescription::CertificateExpired) => {
+            return Some(
+                "it refuses our certificate, which has expired: a node needs a new join token".to_owned(),
+            );
+        }
+        TlsError::AlertReceived(
+            AlertDescription::UnknownCA | AlertDescription::BadCertificate | AlertDescription::DecryptError,
+        ) => {
+            return Some("it refuses our certificate, which another authority has signed: a node needs a new join token".to_owned());
+        }
         _ => return None,
     };
     Some(match certificate {

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use muster_worker::trust::Trust;
+use muster_worker::trust::{Token, Trust};
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
@@ -18,6 +18,7 @@ use crate::exit::Failure;
 use crate::pki::PkiCommand;
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
+use crate::token::TokenCommand;
 use crate::units::Span;
 
 const EXIT_CODES: &str = "\
@@ -75,6 +76,9 @@ pub(crate) struct Global {
     /// Certificate of the authority that has signed the coordinators', in PEM: the ca.crt of `muster pki init`. For https:// URLs.
     #[arg(long, global = true, env = "MUSTER_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
+    /// File with the token that is shown to coordinators, as `muster token create` printed it. For https:// URLs.
+    #[arg(long, global = true, env = "MUSTER_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
     /// How results are printed. JSON has the names that grpcurl shows; streams print an object per line.
     #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
     pub output: Output,
@@ -84,6 +88,11 @@ impl Global {
     /// Which coordinators are trusted.
     pub fn trust(&self) -> Result<Trust, Failure> {
         self.ca.as_deref().map_or(Ok(Trust::default()), Trust::from_file).map_err(Failure::Usage)
+    }
+
+    /// What coordinators are shown.
+    pub fn token(&self) -> Result<Option<Token>, Failure> {
+        self.token_file.as_deref().map(Token::from_file).transpose().map_err(Failure::Usage)
     }
 }
 
@@ -165,6 +174,9 @@ pub(crate) enum Command {
     /// Make the keys and certificates for encrypted connections.
     #[command(subcommand)]
     Pki(PkiCommand),
+    /// Make, list and revoke the tokens that callers and nodes show.
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Move a cluster between kinds of store, or keep a copy of it.
     #[command(subcommand)]
     Store(StoreCommand),
@@ -197,9 +209,12 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, default_value = "1s")]
     pub heartbeat: Span,
     /// Directory with tls.crt, tls.key and ca.crt, as `muster pki init` makes it: connections are encrypted, and clients call by
-    /// https:// with --ca. The files may change while it runs.
+    /// https:// with --ca and --token-file. The files may change while it runs.
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
+    /// How long certificates of nodes are good; they renew them by themselves. For --tls-dir, whose ca.key signs them.
+    #[arg(long, default_value = "24h", value_name = "SPAN")]
+    pub node_cert_lifetime: Span,
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,

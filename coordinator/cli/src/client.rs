@@ -5,6 +5,7 @@ use std::time::Duration;
 use muster_proto::v1::cluster_service_client::ClusterServiceClient;
 use muster_proto::v1::job_service_client::JobServiceClient;
 use muster_proto::v1::node_service_client::NodeServiceClient;
+use muster_proto::v1::token_service_client::TokenServiceClient;
 use tonic::{Code, Status};
 
 use crate::args::Global;
@@ -23,7 +24,7 @@ pub(crate) struct Client(Leading);
 impl Client {
     /// Connects to the first coordinator of the list that answers; calls go on to the one that leads.
     pub async fn connect(global: &Global) -> Result<Self, Failure> {
-        Ok(Self(Leading::connect(&global.coordinator, &global.trust()?).await?))
+        Ok(Self(Leading::connect(&global.coordinator, &global.trust()?, global.token()?).await?))
     }
 
     /// Where it is connected.
@@ -39,6 +40,11 @@ impl Client {
     /// The nodes.
     pub fn nodes(&self) -> NodeServiceClient<Leading> {
         NodeServiceClient::new(self.0.clone())
+    }
+
+    /// The tokens.
+    pub fn tokens(&self) -> TokenServiceClient<Leading> {
+        TokenServiceClient::new(self.0.clone())
     }
 
     /// The cluster.

@@ -28,6 +28,8 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         insecure: args.insecure,
         health_listen: args.health_listen,
         tls_dir: args.tls_dir,
+        node_certificate_life: args.node_cert_lifetime.0,
+        socket: None,
         loopback_names_only: false,
         http: args.daemon.http(COORDINATOR_HTTP),
         data_dir: args.data_dir,
@@ -69,6 +71,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
     let config = muster_worker::Config {
         coordinators: global.coordinator.clone(),
         trust: global.trust()?,
+        join_token_file: args.join_token_file,
         name,
         data_dir: args.data_dir,
         address: args.address,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use muster_proto::convert::NotLeader;
-use muster_worker::trust::{self, Trust};
+use muster_worker::trust::{self, Token, Trust};
 use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
@@ -44,12 +44,22 @@ pub(crate) struct Leading(Arc<Mutex<State>>);
 struct State {
     urls: Vec<String>,
     trust: Trust,
+    token: Option<Token>,
     /// Which of them is tried next.
     next: usize,
     channel: Channel,
     url: String,
     /// Warnings that were shown.
     shown: BTreeSet<String>,
+}
+
+impl State {
+    /// How the next call goes, and what is shown there.
+    fn way(&self) -> (Channel, Option<http::HeaderValue>) {
+        // Nobody on the way may read it.
+        let shown = self.token.as_ref().filter(|_| trust::is_encrypted(&self.url));
+        (self.channel.clone(), shown.map(Token::header))
+    }
 }
 
 /// The endpoint of a URL, with its times.
@@ -63,14 +73,15 @@ pub(crate) fn endpoint(url: &str, trust: &Trust) -> Result<Endpoint, Failure> {
 
 impl Leading {
     /// Connects to the first that takes the connection, whether it leads or not.
-    pub async fn connect(urls: &[String], trust: &Trust) -> Result<Self, Failure> {
+    pub async fn connect(urls: &[String], trust: &Trust, token: Option<Token>) -> Result<Self, Failure> {
         let endpoints = urls.iter().map(|url| endpoint(url, trust)).collect::<Result<Vec<_>, _>>()?;
         let mut refusals = Vec::new();
         for (index, (url, endpoint)) in urls.iter().zip(endpoints).enumerate() {
             match endpoint.connect().await {
                 Ok(channel) => {
                     let (urls, trust, url) = (urls.to_vec(), trust.clone(), url.clone());
-                    let state = State { urls, trust, next: index + 1, channel, url, shown: BTreeSet::new() };
+                    let state =
+                        State { urls, trust, token, next: index + 1, channel, url, shown: BTreeSet::new() };
                     return Ok(Self(Arc::new(Mutex::new(state))));
                 }
                 Err(error) => refusals.push(format!("{url}: {}", trust::why(&error))),
@@ -118,8 +129,11 @@ impl Leading {
         let body = body.collect().await?.to_bytes();
         let end = Instant::now() + LEADERLESS_MAX;
         loop {
-            let channel = self.state().channel.clone();
-            let request = http::Request::from_parts(head.clone(), Body::new(Full::new(body.clone())));
+            let (channel, shown) = self.state().way();
+            let mut request = http::Request::from_parts(head.clone(), Body::new(Full::new(body.clone())));
+            if let Some(shown) = shown {
+                request.headers_mut().insert(http::header::AUTHORIZATION, shown);
+            }
             let alone = self.state().urls.len() == 1;
             let most = if alone { ALONE_MAX } else { ANSWER_MAX };
             let answer = match tokio::time::timeout(most, channel.oneshot(request)).await {

@@ -20,6 +20,7 @@ mod spec;
 mod store;
 mod stream;
 mod submit;
+mod token;
 mod units;
 
 use std::process::ExitCode;
@@ -76,6 +77,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Cordon(args) => nodes::cordon(args, &global).await,
         Command::Drain(args) => nodes::drain(args, &global).await,
         Command::Uncordon(args) => nodes::uncordon(args, &global).await,
+        Command::Token(command) => token::run(command, &global).await,
         Command::Pki(command) => pki::run(command),
         Command::Store(command) => store::run(command).await,
         Command::Demo(args) => demo::run(&args).await,

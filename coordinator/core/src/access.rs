@@ -8,11 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
 use crate::effects::{Effects, Event, Refusal, Reply};
-use crate::types::{Millis, TokenName};
+use crate::types::{Millis, NodeName, TokenName};
 
 /// Most tokens: one for each person, program and node that has its own, and not a record per call of something that makes them
 /// in a loop.
 pub const TOKENS_MAX: usize = 10_000;
+/// Longest life of a node's certificate. A node that was shut out need not be remembered for longer.
+pub const CERTIFICATE_LIFE_MAX: Millis = Millis::from_secs(30 * 24 * 3600);
+/// Most nodes that are shut out at once: as many as there may be.
+pub const BARRED_MAX: usize = 100_000;
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -26,7 +30,7 @@ pub enum Role {
     Operator,
     /// The same, and makes and revokes tokens.
     Admin,
-    /// A node daemon, or an agent that Muster did not start: what these call, and nothing else.
+    /// A token by which a node gets its certificate, and nothing else.
     Node,
 }
 
@@ -98,6 +102,9 @@ pub struct Token {
     pub created: Millis,
     /// From when on it is refused; never, if there is none.
     pub expires: Option<Millis>,
+    /// How often it can be spent yet; as often as one likes, if there is no number. Only tokens of nodes are spent.
+    #[serde(default)]
+    pub uses_left: Option<u32>,
 }
 
 impl Token {
@@ -105,6 +112,15 @@ impl Token {
     pub fn is_over(&self, now: Millis) -> bool {
         self.expires.is_some_and(|at| at <= now)
     }
+}
+
+/// A node whose certificates are refused if they were issued then or before: one of them may have been stolen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Barred {
+    /// The node.
+    pub node: NodeName,
+    /// When it was shut out.
+    pub at: Millis,
 }
 
 /// What is asked for where a token is made.
@@ -118,6 +134,8 @@ pub struct NewToken {
     pub hash: Digest,
     /// How long it is good; for ever, if it is not said.
     pub life: Option<Millis>,
+    /// How often it can be spent; as often as one likes, if it is not said.
+    pub uses: Option<u32>,
 }
 
 impl Core {
@@ -133,7 +151,7 @@ impl Core {
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
         self.forget_tokens(now, fx);
-        let NewToken { name, role, hash, life } = new;
+        let NewToken { name, role, hash, life, uses } = new;
         if self.tokens.contains_key(&name) {
             return Err(Refusal::TokenExists(name));
         }
@@ -141,7 +159,7 @@ impl Core {
             return Err(Refusal::TooManyTokens);
         }
         let expires = life.map(|life| now.plus(life));
-        let token = Token { name: name.clone(), role, hash, created: now, expires };
+        let token = Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses };
         fx.tokens_changed(&name);
         self.tokens.insert(name, token.clone());
         Ok(Reply::Token(Box::new(token)))
@@ -152,6 +170,51 @@ impl Core {
         let token = token.ok_or_else(|| Refusal::NoToken(name.chars().take(64).collect()))?;
         fx.tokens_changed(&token.name);
         Ok(Reply::Token(Box::new(token)))
+    }
+
+    /// A node gets a certificate for a token: it is spent before the certificate leaves.
+    pub(crate) fn spend_token(
+        &mut self,
+        now: Millis,
+        name: &TokenName,
+        hash: &Digest,
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        let token = self.tokens.get_mut(name).filter(|token| token.hash == *hash && !token.is_over(now));
+        let token = token.ok_or_else(|| Refusal::NoToken(name.to_string()))?;
+        if let Some(left) = token.uses_left {
+            token.uses_left = Some(left.checked_sub(1).ok_or_else(|| Refusal::TokenUsedUp(name.clone()))?);
+            fx.tokens_changed(name);
+        }
+        Ok(Reply::Token(Box::new(token.clone())))
+    }
+
+    /// Nodes that were shut out, and when.
+    pub fn barred(&self) -> &BTreeMap<NodeName, Millis> {
+        &self.barred
+    }
+
+    /// The certificates that a node has are refused from now on; with a new token it gets another.
+    pub(crate) fn bar_node(
+        &mut self,
+        now: Millis,
+        node: NodeName,
+        fx: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        self.barred.retain(|node, at| {
+            let kept = now.since(*at) <= CERTIFICATE_LIFE_MAX;
+            if !kept {
+                fx.stored_barred.insert(node.clone());
+            }
+            kept
+        });
+        if self.barred.len() >= BARRED_MAX && !self.barred.contains_key(&node) {
+            return Err(Refusal::TooManyBarred);
+        }
+        self.barred.insert(node.clone(), now);
+        fx.stored_barred.insert(node.clone());
+        fx.events.insert(Event::Tokens);
+        Ok(Reply::Barred(Barred { node, at: now }))
     }
 
     /// Those whose time is over go when another one is made.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::access::Token;
+use crate::access::{Barred, Token};
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
 use crate::health::Fleet;
@@ -76,6 +76,8 @@ pub struct Snapshot {
     pub nodes: Vec<Node>,
     /// All tokens.
     pub tokens: Vec<Token>,
+    /// All nodes that were shut out.
+    pub barred: Vec<Barred>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,6 +114,7 @@ pub struct Core {
     /// Elastic jobs that run on fewer nodes than they may, and that no timer will look at.
     pub(crate) growable: BTreeSet<JobId>,
     pub(crate) tokens: BTreeMap<TokenName, Token>,
+    pub(crate) barred: BTreeMap<NodeName, Millis>,
 }
 
 impl Core {
@@ -133,6 +136,7 @@ impl Core {
             fresh: BTreeSet::new(),
             growable: BTreeSet::new(),
             tokens: snapshot.tokens.into_iter().map(|token| (token.name.clone(), token)).collect(),
+            barred: snapshot.barred.into_iter().map(|barred| (barred.node, barred.at)).collect(),
         };
         for mut node in snapshot.nodes {
             (node.state, node.session) = (NodeState::Disconnected, None);
@@ -208,6 +212,10 @@ impl Core {
             }
             Input::CreateToken(token) => fx.reply = Some(self.create_token(now, *token, &mut fx)),
             Input::RevokeToken { name } => fx.reply = Some(self.revoke_token(&name, &mut fx)),
+            Input::SpendToken { name, hash } => {
+                fx.reply = Some(self.spend_token(now, &name, &hash, &mut fx));
+            }
+            Input::BarNode(node) => fx.reply = Some(self.bar_node(now, node, &mut fx)),
             Input::Join(join) => fx.reply = Some(self.join(now, *join, &mut fx)),
             Input::Hello { node, incarnation, gangs, leaving, number } => {
                 let hello = Hello { incarnation, gangs, leaving, number };
@@ -322,6 +330,12 @@ impl Core {
             fx.writes.push(match self.tokens.get(&name) {
                 Some(token) => Write::Token(Box::new(token.clone())),
                 None => Write::DeleteToken(name),
+            });
+        }
+        for node in std::mem::take(&mut fx.stored_barred) {
+            fx.writes.push(match self.barred.get(&node) {
+                Some(at) => Write::Barred(Barred { node, at: *at }),
+                None => Write::DeleteBarred(node),
             });
         }
         for name in std::mem::take(&mut fx.stored_nodes) {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::access::Token;
+use crate::access::{Barred, Token};
 use crate::core::Meta;
 use crate::job::Job;
 use crate::node::Node;
@@ -28,6 +28,7 @@ pub struct Effects {
     pub(crate) stored_jobs: BTreeSet<JobId>,
     pub(crate) stored_nodes: BTreeSet<NodeName>,
     pub(crate) stored_tokens: BTreeSet<TokenName>,
+    pub(crate) stored_barred: BTreeSet<NodeName>,
     pub(crate) meta_changed: bool,
 }
 
@@ -72,6 +73,10 @@ pub enum Write {
     Token(Box<Token>),
     /// Remove a token.
     DeleteToken(TokenName),
+    /// Put a node that was shut out.
+    Barred(Barred),
+    /// Remove one.
+    DeleteBarred(NodeName),
 }
 
 /// A message to a node.
@@ -94,7 +99,7 @@ pub enum Event {
     Node(NodeName),
     /// The job is gone; what is kept beside the state (metrics) goes with it.
     JobDeleted(JobId),
-    /// The tokens have changed.
+    /// The tokens, or the nodes that are shut out, have changed.
     Tokens,
 }
 
@@ -111,6 +116,8 @@ pub enum Reply {
     Session(Session),
     /// The token as it is, or was when it was revoked.
     Token(Box<Token>),
+    /// The node is shut out.
+    Barred(Barred),
 }
 
 /// Why a request is refused, in the words shown to the user.
@@ -164,8 +171,18 @@ pub enum Refusal {
     #[error("there is a token {0} already; choose another --name, or revoke that one")]
     TokenExists(TokenName),
     /// There is no such token, or it is over.
-    #[error("no token {0} is known; it may have been revoked or have expired; `muster token list` shows those that are")]
+    #[error(
+        "no token {0} is known; it may have been revoked or have expired; `muster token list` shows those that are"
+    )]
     NoToken(String),
+    /// The token has been spent as often as it could be.
+    #[error(
+        "the join token {0} has been used already; make another one with `muster token create --role node`"
+    )]
+    TokenUsedUp(TokenName),
+    /// Too many nodes are shut out.
+    #[error("{} nodes are shut out already, the most that are kept", crate::access::BARRED_MAX)]
+    TooManyBarred,
     /// Too many tokens.
     #[error("{} tokens are known already, the most that are kept; revoke some", crate::access::TOKENS_MAX)]
     TooManyTokens,

@@ -1,10 +1,12 @@
 //! What goes into the core: requests of users, what nodes say, and the passing of time.
 
-use crate::access::NewToken;
+use crate::access::{Digest, NewToken};
 use crate::health::Finding;
 use crate::inventory::Inventory;
 use crate::node::Join;
-use crate::types::{GangReport, Incarnation, JobSpec, Millis, NodeName, RequestId, Session, StopSignal};
+use crate::types::{
+    GangReport, Incarnation, JobSpec, Millis, NodeName, RequestId, Session, StopSignal, TokenName,
+};
 
 /// Something that happened.
 #[derive(Clone, Debug)]
@@ -50,6 +52,15 @@ pub enum Input {
         /// Its name as given.
         name: String,
     },
+    /// A node asks for a certificate with a token.
+    SpendToken {
+        /// The token's name.
+        name: TokenName,
+        /// Hash of the secret that was shown.
+        hash: Digest,
+    },
+    /// The certificates that a node has are refused from now on.
+    BarNode(NodeName),
     /// A daemon registers.
     Join(Box<Join>),
     /// A daemon opens its session and says everything it observes.

@@ -71,7 +71,9 @@ pub(crate) fn checked_reason(reason: String) -> Result<String, Status> {
 fn job_reply(reply: Reply) -> Result<Box<Job>, Status> {
     match reply {
         Reply::Job(job) => Ok(job),
-        Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) => Err(unexpected_reply()),
+        Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
+            Err(unexpected_reply())
+        }
     }
 }
 
@@ -97,7 +99,7 @@ impl JobService for Api {
                 (nodes.iter().map(convert::placement_to_wire).collect(), String::new())
             }
             Reply::Plan(Plan::Wait(reason)) => (Vec::new(), reason),
-            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) | Reply::Token(_) => {
+            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
                 return Err(unexpected_reply());
             }
         };

@@ -6,6 +6,7 @@ pub(crate) mod jobs;
 pub(crate) mod logs;
 pub(crate) mod nodes;
 mod streams;
+pub(crate) mod tokens;
 pub(crate) mod worker;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
+use crate::authority::Authority;
 use crate::driver::{Handle, RequestError};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -44,6 +46,8 @@ pub(crate) struct Api {
     pub monitor: Monitor,
     pub lease: Duration,
     pub heartbeat: Duration,
+    /// Where connections are encrypted.
+    authority: Option<Authority>,
     streams: Arc<Semaphore>,
     arrivals: Arc<Semaphore>,
 }
@@ -53,12 +57,22 @@ impl Api {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
-        Self { office, metrics, monitor, lease, heartbeat, streams, arrivals }
+        let life = config.node_certificate_life;
+        let authority = config.tls_dir.as_deref().map(|dir| Authority::new(dir, life));
+        Self { office, metrics, monitor, lease, heartbeat, authority, streams, arrivals }
     }
 
     /// The driver of the present time of leading.
     fn driver(&self) -> Result<Handle, Status> {
         Ok(self.office.reign()?.driver)
+    }
+
+    /// Who certifies nodes.
+    fn authority(&self) -> Result<&Authority, Status> {
+        self.authority.as_ref().ok_or_else(|| {
+            let message = "connections are not encrypted here, and nodes need no certificates; start the coordinator with --tls-dir";
+            convert::refusal(Code::FailedPrecondition, "NO_AUTHORITY", message)
+        })
     }
 
     /// A node's turn to arrive.
@@ -102,6 +116,8 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         }
         Refusal::TokenExists(_) => convert::refusal(Code::AlreadyExists, "TOKEN_EXISTS", message),
         Refusal::NoToken(_) => convert::refusal(Code::NotFound, "NO_SUCH_TOKEN", message),
+        Refusal::TokenUsedUp(_) => convert::refusal(Code::PermissionDenied, "TOKEN_USED_UP", message),
+        Refusal::TooManyBarred => convert::refusal(Code::ResourceExhausted, "TOO_MANY_SHUT_OUT", message),
         Refusal::TooManyTokens => convert::refusal(Code::ResourceExhausted, "TOO_MANY_TOKENS", message),
         Refusal::LateHello(_) => convert::refusal(Code::Aborted, "LATE_HELLO", message),
         Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),

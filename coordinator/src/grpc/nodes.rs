@@ -123,7 +123,9 @@ impl Api {
     async fn change(&self, input: Input) -> Result<v1::Node, Status> {
         match self.driver()?.request(input).await? {
             Reply::Node(node) => Ok(view::node(&node)),
-            Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) => Err(unexpected_reply()),
+            Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
+                Err(unexpected_reply())
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! WorkerService: registration, and the one stream of each node.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use muster_core::health::Finding;
 use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank, limits};
@@ -13,6 +14,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Api, Stream};
+use crate::access::Identity;
+use crate::authority::REQUEST_BYTES_MAX;
 use crate::driver::{Handle, Hello};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
@@ -34,6 +37,12 @@ pub(crate) fn reason(leaving: &v1::Leaving) -> String {
     leaving.reason.chars().take(REASON_CHARS_MAX).collect()
 }
 
+/// Who calls, as the layer in front of us has found.
+fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
+    let identity = request.extensions().get::<Identity>().cloned();
+    identity.ok_or_else(|| Status::internal("nobody has looked who calls; this is a bug in muster"))
+}
+
 fn invalid(error: FieldError) -> Status {
     convert::invalid_argument(&[error])
 }
@@ -41,9 +50,11 @@ fn invalid(error: FieldError) -> Status {
 #[tonic::async_trait]
 impl WorkerService for Api {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let identity = caller(&request)?;
         let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
+        identity.check_node(&name)?;
         let turn = self.arrival().await?;
         let reign = self.office.reign()?;
         reign.driver.join(join).await?;
@@ -60,12 +71,54 @@ impl WorkerService for Api {
         }))
     }
 
+    async fn issue_certificate(
+        &self,
+        request: Request<v1::IssueCertificateRequest>,
+    ) -> Result<Response<v1::IssueCertificateResponse>, Status> {
+        let identity = caller(&request)?;
+        let v1::IssueCertificateRequest { node_name, signing_request } = request.into_inner();
+        let node = NodeName::new(node_name).map_err(|why| invalid(field_error("node_name", why)))?;
+        if signing_request.len() > REQUEST_BYTES_MAX {
+            let why = format!("has {} bytes; at most {REQUEST_BYTES_MAX} fit", signing_request.len());
+            return Err(invalid(field_error("signing_request", why)));
+        }
+        let authority = self.authority()?.clone();
+        let life = authority.life;
+        let prepared = tokio::task::spawn_blocking(move || authority.prepare(&signing_request));
+        let signing =
+            prepared.await.map_err(|error| Status::internal(format!("failed to sign: {error}")))??;
+        let driver = self.driver()?;
+        let now = driver.clock().now();
+        // A certificate tells the second in which it was issued, and must be told from those that were revoked.
+        let barred = node.clone();
+        let barred = driver.read(move |core| core.barred().get(&barred).copied()).await?;
+        if barred.is_some_and(|at| now.0 / 1000 <= at.0 / 1000) {
+            let message = format!("node {node} was shut out just now; try again in a second");
+            return Err(convert::unavailable("JUST_SHUT_OUT", message, Duration::from_secs(1)));
+        }
+        match &identity {
+            Identity::Bearer(token) => {
+                let spent = Input::SpendToken { name: token.name.clone(), hash: token.hash.clone() };
+                self.token(spent).await?;
+            }
+            Identity::Local | Identity::Node(_) => identity.check_node(&node)?,
+        }
+        let issued = signing.sign(&node, now, life)?;
+        info!(%node, by = %identity, "a certificate was issued");
+        Ok(Response::new(v1::IssueCertificateResponse {
+            certificate: issued.certificate,
+            authority: issued.authority,
+            lifetime: Some(convert::duration_to_wire_std(life)),
+        }))
+    }
+
     type SessionStream = Stream<v1::SessionResponse>;
 
     async fn session(
         &self,
         request: Request<Streaming<v1::SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let identity = caller(&request)?;
         let mut incoming = request.into_inner();
         // A stream that opens and then says nothing is not held open.
         let first = tokio::time::timeout(self.lease, incoming.message())
@@ -76,12 +129,13 @@ impl WorkerService for Api {
         };
         let hello = checked_hello(hello).map_err(invalid)?;
         let node = hello.node.clone();
+        identity.check_node(&node)?;
         let (sender, receiver) = mpsc::channel(LINK_QUEUE_MAX);
         let turn = self.arrival().await?;
         let reign = self.office.reign()?;
         let link = reign.driver.open_session(hello, sender).await?;
         drop(turn);
-        tokio::spawn(self.clone().listen(reign, node, link, incoming));
+        tokio::spawn(self.clone().listen(reign, node, link, incoming, identity));
         Ok(Response::new(Stream::new(receiver)))
     }
 }
@@ -94,11 +148,24 @@ impl Api {
         node: NodeName,
         link: Arc<Link>,
         mut incoming: Streaming<v1::SessionRequest>,
+        identity: Identity,
     ) {
         let session = link.session;
+        let clock = reign.driver.clock();
+        let expired = async {
+            match &identity {
+                Identity::Node(own) => {
+                    let left = own.expires.since(clock.now());
+                    tokio::time::sleep(Duration::from_millis(left.0)).await;
+                }
+                Identity::Local | Identity::Bearer(_) => std::future::pending().await,
+            }
+        };
+        tokio::pin!(expired);
         let why = loop {
             let next = tokio::select! {
                 next = incoming.next() => next,
+                () = &mut expired => break "the node's certificate has expired".to_owned(),
                 () = reign.over.cancelled() => break "the coordinator stops leading".to_owned(),
             };
             let message = match next {

@@ -10,6 +10,7 @@ mod rendezvous;
 mod status;
 mod surroundings;
 mod time;
+mod token;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use agents::agent_hello_to_wire;
@@ -25,6 +26,7 @@ pub use surroundings::{surroundings_from_wire, surroundings_to_wire};
 pub use time::{
     duration_to_wire, duration_to_wire_std, millis_from_timestamp, span_from_wire, timestamp_to_wire,
 };
+pub use token::{role_from_wire, role_to_wire, token_to_wire};
 
 use muster_core::types::SpecError;
 

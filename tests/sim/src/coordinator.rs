@@ -59,7 +59,7 @@ impl Store {
                 Write::Node(node) => _ = self.nodes.insert(node.name.to_string(), *node),
                 Write::DeleteNode(name) => _ = self.nodes.remove(name.as_str()),
                 // Nobody is asked here who may do what.
-                Write::Token(_) | Write::DeleteToken(_) => {}
+                Write::Token(_) | Write::DeleteToken(_) | Write::Barred(_) | Write::DeleteBarred(_) => {}
             }
         }
     }
@@ -74,6 +74,7 @@ impl Store {
             jobs: self.jobs.values().filter_map(reread).collect(),
             nodes: self.nodes.values().filter_map(reread).collect(),
             tokens: Vec::new(),
+            barred: Vec::new(),
         }
     }
 }

@@ -11,11 +11,14 @@ use crate::attached::Attached;
 
 /// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
 /// it started where ours may not set it anew.
-const DROPPED: [&str; 7] = [
+const DROPPED: [&str; 9] = [
     "NOTIFY_SOCKET",
     "LISTEN_FDS",
     "LISTEN_PID",
     "WATCHDOG_USEC",
+    // Where secrets lie is nothing that programs of users need to know.
+    "MUSTER_JOIN_TOKEN_FILE",
+    "MUSTER_TOKEN_FILE",
     "MUSTER_CHECKPOINT_DIR",
     SHIM_DIR,
     SHIM_LOG,

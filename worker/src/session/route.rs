@@ -71,6 +71,11 @@ impl Route {
         target
     }
 
+    /// Its endpoint, with what is shown there now.
+    pub fn endpoint(&self, target: &Target) -> Option<Endpoint> {
+        endpoint(&target.url, &self.trust).ok()
+    }
+
     /// A coordinator that does not lead says that this one does.
     pub fn follow(&mut self, from: &Target, leader: &str) {
         if leader.is_empty()

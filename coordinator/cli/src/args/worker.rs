@@ -20,6 +20,10 @@ pub(crate) struct WorkerArgs {
     /// Name of the node, unique in the cluster. Default: the host name.
     #[arg(long)]
     pub name: Option<String>,
+    /// File with a join token, as `muster token create --role node` printed it: the node gets its certificate for it, and keeps
+    /// that in the data directory. For https:// URLs.
+    #[arg(long, env = "MUSTER_JOIN_TOKEN_FILE", value_name = "FILE")]
+    pub join_token_file: Option<PathBuf>,
     /// Directory for logs; one daemon at a time.
     #[arg(long, default_value = "muster-worker", value_name = "DIR")]
     pub data_dir: PathBuf,

@@ -2,15 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use muster_core::access::{Digest, NewToken, Role, TOKENS_MAX, Token};
-use muster_core::types::{Millis, TokenName};
+use muster_core::access::{CERTIFICATE_LIFE_MAX, Digest, NewToken, Role, TOKENS_MAX, Token};
+use muster_core::types::{Millis, NodeName, TokenName};
 use muster_core::{Input, Refusal, Reply};
 
 use crate::world::World;
 
 fn create(world: &mut World, name: &str, life: Option<Millis>) -> Result<Token, Refusal> {
     let hash = Digest::new(format!("{:064x}", name.len())).unwrap();
-    let new = NewToken { name: TokenName::new(name).unwrap(), role: Role::Viewer, hash, life };
+    let new = NewToken { name: TokenName::new(name).unwrap(), role: Role::Viewer, hash, life, uses: None };
     token(world.input(Input::CreateToken(Box::new(new))).unwrap())
 }
 
@@ -88,6 +88,47 @@ fn a_restart_forgets_nothing_and_brings_nothing_back() {
     world.restart_coordinator();
     assert_eq!(world.core.tokens().values().collect::<Vec<_>>(), [&kept]);
     assert!(matches!(create(&mut world, "kept", None), Err(Refusal::TokenExists(_))));
+}
+
+#[test]
+fn a_join_token_is_spent_as_often_as_it_says_also_over_restarts() {
+    let mut world = World::default();
+    let [hash, wrong] = [1, 2].map(|n| Digest::new(format!("{n:064x}")).unwrap());
+    let name = TokenName::new("join").unwrap();
+    let life = Some(Millis::from_secs(60));
+    let new = NewToken { name: name.clone(), role: Role::Node, hash: hash.clone(), life, uses: Some(2) };
+    world.input(Input::CreateToken(Box::new(new))).unwrap().unwrap();
+    let spend = |world: &mut World, hash: &Digest| {
+        let input = Input::SpendToken { name: name.clone(), hash: hash.clone() };
+        token(world.input(input).unwrap()).map(|token| token.uses_left)
+    };
+    let unknown = Err(Refusal::NoToken("join".to_owned()));
+    assert_eq!(spend(&mut world, &wrong), unknown, "a wrong secret spends nothing");
+    assert_eq!(spend(&mut world, &hash), Ok(Some(1)));
+    world.restart_coordinator();
+    assert_eq!(spend(&mut world, &hash), Ok(Some(0)));
+    world.restart_coordinator();
+    assert_eq!(spend(&mut world, &hash), Err(Refusal::TokenUsedUp(name.clone())));
+    world.now = world.now.plus(Millis::from_secs(60));
+    assert_eq!(spend(&mut world, &hash), unknown, "its time is over");
+}
+
+#[test]
+fn a_node_is_shut_out_for_as_long_as_its_certificates_can_live() {
+    let mut world = World::default();
+    let node = |name: &str| NodeName::new(name).unwrap();
+    let bar = |world: &mut World, name: &str| world.input(Input::BarNode(node(name))).unwrap().unwrap();
+    bar(&mut world, "n1");
+    let first = world.now;
+    world.now = world.now.plus(CERTIFICATE_LIFE_MAX);
+    bar(&mut world, "n2");
+    world.restart_coordinator();
+    assert_eq!(world.core.barred().get(&node("n1")), Some(&first));
+    world.now = world.now.plus(Millis(1));
+    bar(&mut world, "n3");
+    world.restart_coordinator();
+    let names: Vec<_> = world.core.barred().keys().map(NodeName::as_str).collect();
+    assert_eq!(names, ["n2", "n3"]);
 }
 
 #[test]

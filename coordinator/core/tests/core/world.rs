@@ -220,6 +220,7 @@ impl World {
             match key.split_once('/').unwrap() {
                 ("meta", _) => snapshot.meta = Some(serde_json::from_str(value).unwrap()),
                 ("job", _) => snapshot.jobs.push(serde_json::from_str(value).unwrap()),
+                ("barred", _) => snapshot.barred.push(serde_json::from_str(value).unwrap()),
                 ("token", _) => snapshot.tokens.push(serde_json::from_str(value).unwrap()),
                 ("node", _) => snapshot.nodes.push(serde_json::from_str::<Node>(value).unwrap()),
                 other => panic!("{other:?}"),
@@ -243,6 +244,10 @@ impl World {
                 Write::Job(job) => _ = self.stored.insert(format!("job/{}", job.id), put(&*job)),
                 Write::Node(node) => _ = self.stored.insert(format!("node/{}", node.name), put(&*node)),
                 Write::Token(token) => _ = self.stored.insert(format!("token/{}", token.name), put(&*token)),
+                Write::Barred(barred) => {
+                    _ = self.stored.insert(format!("barred/{}", barred.node), put(&barred))
+                }
+                Write::DeleteBarred(node) => _ = self.stored.remove(&format!("barred/{node}")),
                 Write::DeleteToken(name) => _ = self.stored.remove(&format!("token/{name}")),
                 Write::DeleteJob(id) => _ = self.stored.remove(&format!("job/{id}")),
                 Write::DeleteNode(name) => _ = self.stored.remove(&format!("node/{name}")),

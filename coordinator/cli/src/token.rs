@@ -1,0 +1,158 @@
+//! `muster token`: what callers and nodes show where connections are encrypted.
+
+use std::time::{Duration, SystemTime};
+
+use clap::{Subcommand, ValueEnum};
+use muster_proto::convert::duration_to_wire_std;
+use muster_proto::v1;
+
+use crate::args::{Global, Output};
+use crate::client::Client;
+use crate::exit::{Failure, out};
+use crate::json;
+use crate::show::table;
+use crate::units::Span;
+
+/// What is done with tokens.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token and print it, this once. The first one is made on the coordinator's machine, by its Unix socket.
+    #[command(
+        after_help = "Example:\n  muster token create --coordinator unix:/var/lib/muster/muster.sock --role submitter --name ci\n  \
+                      muster token create --coordinator unix:/var/lib/muster/muster.sock --role node --uses 8 > join"
+    )]
+    Create(CreateArgs),
+    /// List tokens, without their secrets.
+    #[command(after_help = "Example:\n  muster token list --output json")]
+    List,
+    /// Refuse a token from now on; or, as node:NAME, every certificate that a node has so far.
+    #[command(after_help = "Example:\n  muster token revoke ci\n  muster token revoke node:gpu-7")]
+    Revoke(RevokeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CreateArgs {
+    /// What its bearer may do: viewers read, submitters also submit and cancel jobs, operators also cordon and drain nodes,
+    /// admins also make tokens; by one of the role node a node joins, and nothing else.
+    #[arg(long, value_enum)]
+    role: Role,
+    /// Its name, by which it is revoked. Default: one is made.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    name: String,
+    /// How long it is good. Default: an hour for the role node, for ever for others.
+    #[arg(long, value_name = "SPAN")]
+    expires: Option<Span>,
+    /// How many nodes can join by it, for the role node. Default: 1.
+    #[arg(long, value_name = "N")]
+    uses: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RevokeArgs {
+    /// The token's name, or node:NAME.
+    #[arg(value_name = "NAME")]
+    name: String,
+}
+
+/// What a bearer may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Role {
+    /// Reads.
+    Viewer,
+    /// Submits and cancels jobs.
+    Submitter,
+    /// Cordons and drains nodes.
+    Operator,
+    /// Makes and revokes tokens.
+    Admin,
+    /// Joins as a node.
+    Node,
+}
+
+impl From<Role> for v1::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Viewer => Self::Viewer,
+            Role::Submitter => Self::Submitter,
+            Role::Operator => Self::Operator,
+            Role::Admin => Self::Admin,
+            Role::Node => Self::Node,
+        }
+    }
+}
+
+/// `muster token`.
+pub(crate) async fn run(command: TokenCommand, global: &Global) -> Result<(), Failure> {
+    let client = Client::connect(global).await?;
+    match command {
+        TokenCommand::Create(args) => create(args, &client, global).await,
+        TokenCommand::List => list(&client, global).await,
+        TokenCommand::Revoke(args) => {
+            let request = v1::RevokeTokenRequest { name: args.name.clone() };
+            client.tokens().revoke_token(request).await?;
+            eprintln!("{} is refused from now on", args.name);
+            Ok(())
+        }
+    }
+}
+
+async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<(), Failure> {
+    let CreateArgs { role, name, expires, uses } = args;
+    if uses == Some(0) {
+        return Err(Failure::Usage("--uses 0 is a token for nobody".to_owned()));
+    }
+    let request = v1::CreateTokenRequest {
+        role: v1::Role::from(role).into(),
+        name,
+        expires_in: expires.map(|span| duration_to_wire_std(span.0)),
+        uses: uses.unwrap_or(0),
+    };
+    let made = client.tokens().create_token(request).await?.into_inner();
+    if global.output == Output::Json {
+        return json::print("CreateTokenResponse", &made);
+    }
+    // For people, and not for the file into which the token is written.
+    let name = made.token.unwrap_or_default().name;
+    let how = match role {
+        Role::Node => "muster worker --join-token-file FILE",
+        Role::Viewer | Role::Submitter | Role::Operator | Role::Admin => {
+            "muster … --token-file FILE, or grpcurl -H 'authorization: Bearer …'"
+        }
+    };
+    eprintln!("token {name}, shown this once; keep it in a file that only its user can read: {how}");
+    out!("{}\n", made.secret);
+    Ok(())
+}
+
+async fn list(client: &Client, global: &Global) -> Result<(), Failure> {
+    let (mut rows, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = v1::ListTokensRequest { page_size: 0, page_token };
+        let page = client.tokens().list_tokens(request).await?.into_inner();
+        for token in page.tokens {
+            if global.output == Output::Json {
+                json::print("Token", &token)?;
+            } else {
+                rows.push(row(&token));
+            }
+        }
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if global.output == Output::Text {
+        out!("{}", table(&["NAME", "ROLE", "EXPIRES", "USES LEFT"], &rows));
+    }
+    Ok(())
+}
+
+fn row(token: &v1::Token) -> Vec<String> {
+    let role = token.role().as_str_name().trim_start_matches("ROLE_").to_lowercase();
+    let expires = token.expires.as_ref().map(|at| {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(at.seconds).unwrap_or(0));
+        httpdate::fmt_http_date(at)
+    });
+    let uses = token.uses_left.map(|left| left.to_string());
+    vec![token.name.clone(), role, expires.unwrap_or_else(|| "never".to_owned()), uses.unwrap_or_default()]
+}
