@@ -8,7 +8,7 @@ mod route;
 mod signs;
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ use tracing::warn;
 use crate::clock::boot_now;
 use crate::credentials::Credentials;
 use crate::{Config, Error, trust};
-use connection::{Known, connect, is_socket};
+use connection::{Known, address_towards, connect};
 pub(crate) use leader::Leader;
 use leader::Newest;
 use queues::Prioritised;
@@ -386,23 +386,6 @@ fn join_request(identity: &Identity, inventory: &Inventory, address: IpAddr) -> 
         data_id: identity.data_id.clone(),
         inventory: Some(inventory_to_wire(inventory)),
     }
-}
-
-/// The address from which this machine reaches the coordinator. Connecting a UDP socket sends nothing; it asks
-/// the kernel for the route.
-async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
-    if is_socket(endpoint) {
-        return Ok(Ipv4Addr::LOCALHOST.into());
-    }
-    let (host, port) = (trust::host(endpoint.uri()), trust::port(endpoint.uri()));
-    let failed =
-        |error: std::io::Error| Status::unavailable(format!("failed to find the way to {host}: {error}"));
-    let mut targets = tokio::net::lookup_host((host, port)).await.map_err(failed)?;
-    let target = targets.next().ok_or_else(|| Status::unavailable(format!("{host} has no address")))?;
-    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-    let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
-    socket.connect(target).map_err(failed)?;
-    Ok(socket.local_addr().map_err(failed)?.ip())
 }
 
 #[cfg(test)]

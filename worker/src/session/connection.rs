@@ -6,13 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tracing::warn;
 
@@ -96,6 +97,23 @@ async fn dial(uri: Uri, notes: Notes) -> io::Result<tokio::net::TcpStream> {
         }
     }
     Err(failed)
+}
+
+/// The address from which this machine reaches the coordinator. Connecting a UDP socket sends nothing; it asks
+/// the kernel for the route.
+pub(super) async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
+    if is_socket(endpoint) {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    let (name, port) = (host(endpoint.uri()), port(endpoint.uri()));
+    let failed =
+        |error: std::io::Error| Status::unavailable(format!("failed to find the way to {name}: {error}"));
+    let mut targets = tokio::net::lookup_host((name, port)).await.map_err(failed)?;
+    let target = targets.next().ok_or_else(|| Status::unavailable(format!("{name} has no address")))?;
+    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+    let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
+    socket.connect(target).map_err(failed)?;
+    Ok(socket.local_addr().map_err(failed)?.ip())
 }
 
 /// The addresses at which coordinators said that they listen themselves, by their URLs. Kept on the disk: a daemon that
