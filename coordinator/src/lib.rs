@@ -14,6 +14,7 @@ mod error;
 #[doc(hidden)]
 pub mod fuzz;
 mod grpc;
+mod late;
 mod links;
 mod metrics;
 mod monitor;
@@ -230,11 +231,18 @@ where
                 standing,
             };
             let _page = page(&office);
+            let socket = socket::open(config.socket.as_deref());
             ready();
             info!(data_dir = %config.data_dir.display(), version, "coordinator serves; it leads when it is elected");
             let mut standing = tokio::spawn(candidate.run(shutdown.clone()));
-            let serving =
-                server::serve(connections, &config, office, (metrics, monitor.clone()), shutdown.clone());
+            let serving = server::serve(
+                connections,
+                &config,
+                office,
+                (metrics, monitor.clone()),
+                socket,
+                shutdown.clone(),
+            );
             tokio::pin!(serving);
             let served = tokio::select! {
                 served = &mut serving => {
@@ -268,6 +276,7 @@ where
     let (standing, office) = watch::channel(Standing::Leading(reign));
     let office = Office::new(office, clock);
     let _page = page(&office);
+    let socket = socket::open(config.socket.as_deref());
 
     ready();
     info!(data_dir = %config.data_dir.display(), version, "coordinator ready");
@@ -277,7 +286,7 @@ where
     let stop = driver_stop.clone();
     let mut driver_task = tokio::spawn(async move { driver.run(&stop, &CancellationToken::new()).await });
     let served = tokio::select! {
-        served = server::serve(connections, &config, office, (metrics, monitor.clone()), shutdown.clone()) => served,
+        served = server::serve(connections, &config, office, (metrics, monitor.clone()), socket, shutdown.clone()) => served,
         // The driver only ends by itself when it cannot go on.
         ended = &mut driver_task => {
             ended??;

@@ -2,12 +2,11 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -32,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::monitor::calls::CountCalls;
 use crate::office::{Office, STALE};
-use crate::{Config, Error, socket};
+use crate::{Config, Error};
 
 /// Largest message taken or sent.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -58,6 +57,7 @@ pub(crate) async fn serve<I, C>(
     config: &Config,
     office: Office,
     (metrics, monitor): (Metrics, Monitor),
+    socket: Option<UnixListener>,
     shutdown: CancellationToken,
 ) -> Result<(), Error>
 where
@@ -106,7 +106,7 @@ where
         .prepare();
     let door = if config.tls_dir.is_some() { Door::Encrypted } else { Door::Trusted };
     let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
-    let socket = serve_socket(config.socket.as_deref(), ways.clone(), shutdown.clone());
+    let socket = serve_socket(socket, ways.clone(), shutdown.clone());
     let server = ways.answer(connections, door, config.loopback_names_only, shutdown.clone());
     let drained = async {
         shutdown.cancelled().await;
@@ -185,17 +185,14 @@ impl Ways {
     }
 }
 
-/// Serves the Unix socket, if there is to be one and it can be made. Ends only with an error.
-async fn serve_socket(path: Option<&Path>, ways: Ways, shutdown: CancellationToken) -> Result<(), Error> {
-    if let Some(path) = path {
-        match socket::listen(path) {
-            Ok(listener) => {
-                let connections = edge::local(listener);
-                ways.answer(connections, Door::Trusted, false, shutdown).await?;
-            }
-            // What else there is works without it.
-            Err(error) => warn!(path = %path.display(), %error, "the Unix socket cannot be served"),
-        }
+/// Serves the Unix socket, if there is one. Ends only with an error, or when it is to stop.
+async fn serve_socket(
+    socket: Option<UnixListener>,
+    ways: Ways,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    if let Some(socket) = socket {
+        ways.answer(edge::local(socket), Door::Trusted, false, shutdown).await?;
     }
     std::future::pending().await
 }

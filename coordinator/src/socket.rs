@@ -6,12 +6,21 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tokio::net::UnixListener;
+use tracing::warn;
 
 /// Its name in the data directory.
 pub(crate) const NAME: &str = "muster.sock";
 
+/// Listens there, if it is to be and can be: what else there is works without it.
+pub(crate) fn open(path: Option<&Path>) -> Option<UnixListener> {
+    let path = path?;
+    listen(path)
+        .inspect_err(|error| warn!(path = %path.display(), %error, "the Unix socket cannot be served"))
+        .ok()
+}
+
 /// Listens there, in the place of whoever did before: the store is ours, and so is the directory.
-pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+fn listen(path: &Path) -> io::Result<UnixListener> {
     // Nobody can connect before its permissions are set.
     let made = path.with_extension("new");
     match std::fs::remove_file(&made) {

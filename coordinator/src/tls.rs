@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
@@ -32,6 +33,7 @@ use tracing::{debug, info, warn};
 
 use crate::Error;
 use crate::edge::Held;
+use crate::late::Late;
 
 /// The authority of clients' certificates, the coordinator's certificate, and its key.
 const FILES: [&str; 3] = ["ca.crt", "tls.crt", "tls.key"];
@@ -42,6 +44,8 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// Handshakes at once: half of the nodes that there may be. One more ends the oldest. It must not wait: a connection on
 /// which nothing comes is a sign to nodes that the coordinator hangs, one that breaks says nothing.
 const HANDSHAKES_MAX: usize = 8192;
+/// What a client may say after its handshake was refused.
+const REFUSED_BYTES_MAX: u64 = 64 << 10;
 /// Connections that wait to be served.
 const READY_MAX: usize = 64;
 /// The first byte of whoever speaks TLS.
@@ -124,7 +128,7 @@ fn read(dir: &Path) -> Result<Arc<ServerConfig>, String> {
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
-        .with_client_cert_verifier(clients)
+        .with_client_cert_verifier(Arc::new(Late(clients)))
         .with_single_cert(chain, secret)
         .map_err(|error| format!("{cert} and {key}: {error}"))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
@@ -200,7 +204,15 @@ async fn handshake(connection: Held<TcpStream>, config: Arc<ServerConfig>) -> io
         refuse_calls(connection).await;
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not speak TLS"));
     }
-    TlsAcceptor::from(config).accept(connection).await
+    match TlsAcceptor::from(config).accept(connection).into_fallible().await {
+        Ok(encrypted) => Ok(encrypted),
+        Err((error, mut connection)) => {
+            // What is refused was said, and is lost if the connection is torn down while the client still speaks.
+            connection.shutdown().await.ok();
+            tokio::io::copy(&mut connection.take(REFUSED_BYTES_MAX), &mut tokio::io::sink()).await.ok();
+            Err(error)
+        }
+    }
 }
 
 /// Tells whoever calls without TLS what is wrong, in his own protocol: he would see a connection that breaks.

@@ -59,7 +59,7 @@ impl Trust {
             (Some("https"), Some(tls)) => tls,
             (Some("https"), None) => {
                 return Err(
-                    "https:// needs --ca or MUSTER_CA, the ca.crt that `muster pki init` made with its certificate"
+                    "https:// needs --ca or MUSTER_CA, the ca.crt that `muster pki init` made with its certificate; a node, --join-token-file"
                         .to_owned(),
                 );
             }

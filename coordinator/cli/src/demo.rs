@@ -62,7 +62,9 @@ fn check_trainer(binary: &Path) -> Result<(), Failure> {
 async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
     eprintln!("starting a coordinator and {NODES} workers, each a process of its own");
     let url = daemons.start(NODES).await?;
-    let client = Client::connect(&Global { coordinator: vec![url], ca: None, token_file: None, output: Output::Text }).await?;
+    let client =
+        Client::connect(&Global { coordinator: vec![url], ca: None, token_file: None, output: Output::Text })
+            .await?;
     daemons.wait_for_workers(&client, NODES).await?;
 
     let mut command: Vec<String> = ["muster-trainer", "vision"].map(str::to_owned).into();

@@ -72,11 +72,13 @@ pub(crate) fn run(command: PkiCommand) -> Result<(), Failure> {
     out!(
         "made in {shown}: {made}\n\
          for {}\n\n\
-         Start the coordinator with it, and give its clients ca.crt:\n  \
+         Start the coordinator with it, and give nodes a join token and people ca.crt and a token:\n  \
          muster coordinator --listen 0.0.0.0:7070 --tls-dir {shown}\n  \
-         muster worker --coordinator https://{host}:7070 --ca {shown}/{CA}\n  \
-         muster nodes --coordinator https://{host}:7070 --ca {shown}/{CA}\n\n\
-         Who has ca.key can pass for a coordinator. It is not needed to run one: keep it elsewhere.\n",
+         muster token create --coordinator unix:muster-coordinator/muster.sock --role node > join\n  \
+         muster worker --coordinator https://{host}:7070 --join-token-file join\n  \
+         muster token create --coordinator unix:muster-coordinator/muster.sock --role submitter > token\n  \
+         muster nodes --coordinator https://{host}:7070 --ca {shown}/{CA} --token-file token\n\n\
+         Who has ca.key can pass for a coordinator or a node. It is needed while nodes join and renew their certificates.\n",
         hosts.join(", ")
     );
     Ok(())

@@ -245,7 +245,8 @@ async fn address_of(host: &str) -> Result<IpAddr, Failure> {
 
 /// Whoever serves may come later.
 async fn reach(url: &str, limit: Duration) -> Result<Client, Failure> {
-    let global = Global { coordinator: vec![url.to_owned()], ca: None, token_file: None, output: Output::Text };
+    let global =
+        Global { coordinator: vec![url.to_owned()], ca: None, token_file: None, output: Output::Text };
     let tried = async {
         let mut pause = RETRY.0;
         loop {
