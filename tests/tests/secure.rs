@@ -334,6 +334,8 @@ fn a_certificate_of_another_time_or_node_or_authority_is_refused() {
     });
     secure.at = at;
     held["authority"] = std::fs::read_to_string(secure.path("tls/ca.crt")).unwrap().into();
+    // Its daemon goes on trying.
+    held["life"] = 86_400_000.into();
     std::fs::create_dir_all(secure.path("w4/tls")).unwrap();
     std::fs::write(secure.path("w4/tls/node.json"), held.to_string()).unwrap();
     let foreign = secure.worker(1, "n3", "w4", None);

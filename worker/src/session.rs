@@ -301,7 +301,10 @@ async fn join(
             Ok((client, joined.into_inner()))
         }
         // What was found out while it was waited for stands.
-        Ok(Err(status)) if is_broken(&status) => Err(Failure::Connect(status)),
+        Ok(Err(status)) if is_broken(&status) => {
+            // Certificates of clients are looked at when the connection is there already.
+            Err(Failure::Connect(Status::unavailable(format!("{url}: {}", trust::why(&status)))))
+        }
         Ok(Err(status)) => {
             match NotLeader::from_status(&status) {
                 Some(says) => signs.does_not_lead(began, &reached, &says).await,

@@ -147,8 +147,22 @@ pub fn said(error: &(dyn Error + 'static)) -> Option<String> {
         // It is no source of the error that it is in.
         let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         let tls = inner.and_then(|inner| inner.downcast_ref()).or_else(|| error.downcast_ref());
-        tls.and_then(tls_said)
+        tls.and_then(tls_said).or_else(|| alert_said(&error.to_string()))
     })
+}
+
+/// The same of a connection that was there already: HTTP/2 keeps nothing of the error but its text.
+fn alert_said(text: &str) -> Option<String> {
+    let (_, alert) = text.split_once("received fatal alert: ")?;
+    let alerts = ["CertificateExpired", "UnknownCA", "UnknownCa", "BadCertificate", "DecryptError"]
+        .map(|name| alert.contains(name));
+    match alerts {
+        [true, ..] => tls_said(&TlsError::AlertReceived(AlertDescription::CertificateExpired)),
+        [false, others @ ..] if others.contains(&true) => {
+            tls_said(&TlsError::AlertReceived(AlertDescription::UnknownCA))
+        }
+        _ => None,
+    }
 }
 
 fn tls_said(error: &TlsError) -> Option<String> {
