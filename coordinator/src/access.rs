@@ -186,7 +186,7 @@ fn bearer(value: &str, tokens: &Tokens, now: Millis) -> Result<Identity, Status>
 }
 
 /// What a certificate says, whose signature was checked when the connection was made.
-fn read_certificate(der: &[u8]) -> Option<NodeCertificate> {
+pub(crate) fn read_certificate(der: &[u8]) -> Option<NodeCertificate> {
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
     let node = names.value.general_names.iter().find_map(|name| match name {

@@ -19,7 +19,7 @@ use crate::access::{NODE_PREFIX, hex};
 /// Clocks of nodes may be behind by so much: certificates are good from before they were issued.
 pub(crate) const CLOCKS_APART_MAX: Millis = Millis::from_secs(3600);
 /// Longest request that is looked at.
-pub(crate) const REQUEST_BYTES_MAX: usize = 8 << 10;
+const REQUEST_BYTES_MAX: usize = 8 << 10;
 
 /// The directory with ca.crt and, unless it is kept elsewhere, ca.key.
 #[derive(Clone, Debug)]
@@ -47,6 +47,16 @@ fn unable(message: String) -> Status {
     convert::refusal(Code::FailedPrecondition, "NO_AUTHORITY", message)
 }
 
+/// A key that asks to be certified, and has signed for it.
+pub(crate) fn checked_request(der: &[u8]) -> Result<CertificateSigningRequestParams, Status> {
+    let invalid = |why| convert::invalid_argument(&[convert::field_error("signing_request", why)]);
+    if der.len() > REQUEST_BYTES_MAX {
+        return Err(invalid(format!("has {} bytes; at most {REQUEST_BYTES_MAX} fit", der.len())));
+    }
+    CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
+        .map_err(|error| invalid(format!("is no certificate signing request: {error}")))
+}
+
 impl Authority {
     pub fn new(dir: &Path, life: Duration) -> Self {
         Self { dir: dir.to_owned(), life }
@@ -54,11 +64,7 @@ impl Authority {
 
     /// Checks everything that there is to check, before a token is spent.
     pub fn prepare(&self, request: &[u8]) -> Result<Signing, Status> {
-        let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
-            .map_err(|error| {
-                let why = format!("is no certificate signing request: {error}");
-                convert::invalid_argument(&[convert::field_error("signing_request", why)])
-            })?;
+        let request = checked_request(request)?;
         let read = |name: &str| {
             let path = self.dir.join(name);
             std::fs::read_to_string(&path).map_err(|error| {

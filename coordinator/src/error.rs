@@ -11,9 +11,10 @@ use muster_monitor::AddressError;
 pub enum Error {
     /// Anybody on the way could read along and run programs on every node.
     #[error(
-        "{0} is not a loopback address, and connections to it would not be encrypted and nobody would say who he is; make certificates with `muster pki init \
-         --dir DIR --host NAME`, pass --tls-dir DIR and make tokens with `muster token create --role submitter`, or listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if \
-         the network is yours alone"
+        "{0} is not a loopback address, and connections to it would not be encrypted and nobody would say who he is; make \
+         certificates with `muster pki init --dir DIR --host NAME`, pass --tls-dir DIR and make tokens with `muster token \
+         create --role submitter`, or listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if the network is yours \
+         alone"
     )]
     NotLoopback(SocketAddr),
     /// Nodes could not renew in time, or be shut out for long enough.

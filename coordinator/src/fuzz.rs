@@ -2,6 +2,7 @@
 //! it and the core takes it, and what must hold afterwards. What lies on the disk is in `disk`. In no build that is
 //! shipped.
 
+mod access;
 mod cluster;
 mod disk;
 mod samples;
@@ -24,7 +25,7 @@ use crate::view;
 use cluster::{Cluster, NOW};
 
 /// Every decoder of this crate.
-pub const DECODERS: [Decoder; 13] = [
+pub const DECODERS: [Decoder; 19] = [
     Decoder { name: "join_request", decode: join_request, samples: samples::joins },
     Decoder { name: "session_request", decode: session_request, samples: samples::session },
     Decoder { name: "submit_request", decode: submit_request, samples: samples::submits },
@@ -37,6 +38,24 @@ pub const DECODERS: [Decoder; 13] = [
     Decoder { name: "stored_job", decode: disk::stored_job, samples: || disk::samples(disk::JOB_KEY) },
     Decoder { name: "stored_node", decode: disk::stored_node, samples: || disk::samples(disk::NODE_KEY) },
     Decoder { name: "stored_meta", decode: disk::stored_meta, samples: || disk::samples("meta") },
+    Decoder { name: "stored_token", decode: disk::stored_token, samples: || disk::samples(disk::TOKEN_KEY) },
+    Decoder {
+        name: "stored_barred",
+        decode: disk::stored_barred,
+        samples: || disk::samples(disk::BARRED_KEY),
+    },
+    Decoder { name: "token_request", decode: access::create_token, samples: access::create_token_samples },
+    Decoder { name: "bearer", decode: access::bearer, samples: access::bearer_samples },
+    Decoder {
+        name: "client_certificate",
+        decode: access::client_certificate,
+        samples: access::client_certificate_samples,
+    },
+    Decoder {
+        name: "signing_request",
+        decode: access::signing_request,
+        samples: access::signing_request_samples,
+    },
     Decoder { name: "points_file", decode: disk::points_file, samples: disk::points_samples },
 ];
 

@@ -59,7 +59,8 @@ impl Trust {
             (Some("https"), Some(tls)) => tls,
             (Some("https"), None) => {
                 return Err(
-                    "https:// needs --ca or MUSTER_CA, the ca.crt that `muster pki init` made with its certificate; a node, --join-token-file"
+                    "https:// needs --ca or MUSTER_CA, the ca.crt that `muster pki init` made with its certificate; a node needs \
+                     --join-token-file"
                         .to_owned(),
                 );
             }

@@ -1,8 +1,11 @@
 //! A small cluster to feed inputs to: two nodes, a job that runs on one of them, and a store that keeps what the core
 //! writes.
 
+use muster_core::access::{NewToken, Role};
 use muster_core::types::{GangReport, JobId};
-use muster_core::types::{Incarnation, JobSpec, Millis, NodeName, ObservedPhase, Resources, Session};
+use muster_core::types::{
+    Incarnation, JobSpec, Millis, NodeName, ObservedPhase, Resources, Session, TokenName,
+};
 use muster_core::{Config, Core, Device, Effects, Input, Inventory, Job, Join, Reply, Snapshot};
 use muster_decoders::check_refusal;
 use muster_store::{Batch, Fence, MemoryStore, Store};
@@ -61,6 +64,11 @@ impl Cluster {
                 cluster.session = session;
             }
         }
+        let name = TokenName::new("ci").expect("it is valid");
+        let (life, uses) = (Some(Millis::from_secs(60)), Some(2));
+        let hash = crate::access::hash("another secret");
+        cluster.feed(Input::CreateToken(Box::new(NewToken { name, role: Role::Node, hash, life, uses })));
+        cluster.feed(Input::BarNode(NodeName::new("node-3").expect("it is valid")));
         let id = cluster.submit(&spec(1, 2, 1)).id;
         for phase in [ObservedPhase::Prepared, ObservedPhase::Running] {
             let job = cluster.core.job(id.as_str()).expect("the job is there");

@@ -17,6 +17,8 @@ use crate::persist;
 /// The keys of the records that mutations start from.
 pub(super) const JOB_KEY: &str = "job/";
 pub(super) const NODE_KEY: &str = "node/node-1";
+pub(super) const TOKEN_KEY: &str = "token/ci";
+pub(super) const BARRED_KEY: &str = "barred/node-3";
 
 type Records = Vec<(String, Vec<u8>)>;
 
@@ -38,6 +40,22 @@ pub(super) fn stored_node(bytes: &[u8]) {
     if let Some(snapshot) = load(NODE_KEY, bytes) {
         assert_eq!(format!("node/{}", snapshot.nodes[0].name), NODE_KEY);
         same_again(&snapshot.nodes[0]);
+        run(snapshot);
+    }
+}
+
+pub(super) fn stored_token(bytes: &[u8]) {
+    if let Some(snapshot) = load(TOKEN_KEY, bytes) {
+        assert_eq!(format!("token/{}", snapshot.tokens[0].name), TOKEN_KEY);
+        same_again(&snapshot.tokens[0]);
+        run(snapshot);
+    }
+}
+
+pub(super) fn stored_barred(bytes: &[u8]) {
+    if let Some(snapshot) = load(BARRED_KEY, bytes) {
+        assert_eq!(format!("barred/{}", snapshot.barred[0].node), BARRED_KEY);
+        same_again(&snapshot.barred[0]);
         run(snapshot);
     }
 }

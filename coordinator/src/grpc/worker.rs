@@ -15,7 +15,6 @@ use tracing::{info, warn};
 
 use super::{Api, Stream};
 use crate::access::Identity;
-use crate::authority::REQUEST_BYTES_MAX;
 use crate::driver::{Handle, Hello};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
@@ -78,10 +77,6 @@ impl WorkerService for Api {
         let identity = caller(&request)?;
         let v1::IssueCertificateRequest { node_name, signing_request } = request.into_inner();
         let node = NodeName::new(node_name).map_err(|why| invalid(field_error("node_name", why)))?;
-        if signing_request.len() > REQUEST_BYTES_MAX {
-            let why = format!("has {} bytes; at most {REQUEST_BYTES_MAX} fit", signing_request.len());
-            return Err(invalid(field_error("signing_request", why)));
-        }
         let authority = self.authority()?.clone();
         let life = authority.life;
         let prepared = tokio::task::spawn_blocking(move || authority.prepare(&signing_request));

@@ -21,7 +21,11 @@ fn stored(nodes: u32, waiting: impl IntoIterator<Item = JobSpec>) -> Snapshot {
                 Write::Job(job) => snapshot.jobs.push(*job),
                 Write::Node(node) => snapshot.nodes.push(*node),
                 Write::Token(token) => snapshot.tokens.push(*token),
-                Write::DeleteJob(_) | Write::DeleteNode(_) | Write::DeleteToken(_) => {}
+                Write::Barred(barred) => snapshot.barred.push(barred),
+                Write::DeleteJob(_)
+                | Write::DeleteNode(_)
+                | Write::DeleteToken(_)
+                | Write::DeleteBarred(_) => {}
             }
         }
     };
