@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use muster_core::types::Millis;
 use muster_monitor::AddressError;
-pub use muster_monitor::Listen;
+pub use muster_monitor::{Http, Listen};
 pub use muster_store::EtcdConfig;
 use muster_store::{MemoryStore, RedbStore, Store};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -66,9 +66,7 @@ pub struct Config {
     /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
     pub loopback_names_only: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
-    pub http_listen: Listen,
-    /// Serve them on an address that is not loopback, in the clear. [`Self::insecure`] says so too.
-    pub http_insecure: bool,
+    pub http: Http,
     /// Directory for the store and the metrics; made if it is not there.
     pub data_dir: PathBuf,
     /// Where control state is kept.
@@ -94,8 +92,7 @@ impl Config {
             health_listen: None,
             tls_dir: None,
             loopback_names_only: false,
-            http_listen: Listen::Off,
-            http_insecure: false,
+            http: Http::OFF,
             data_dir,
             store: StoreKind::Redb,
             lease: Duration::from_secs(10),
@@ -214,7 +211,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // With TLS a page in a browser has no certificate for the name that it would have us called by.
     let loopback_names_only = address.ip().is_loopback() && !config.insecure && certificates.is_none();
     let config = Config { listen: address, loopback_names_only, ..config };
-    let http = muster_monitor::bind(config.http_listen, config.http_insecure || config.insecure).await?;
+    let insecure = config.http.insecure || config.insecure;
+    let http = muster_monitor::bind(Http { insecure, ..config.http }).await?;
     let at = http.as_ref().and_then(|http| http.local_addr().ok());
     let more = at.map(|at| format!(",\"http_listening\":\"{at}\"")).unwrap_or_default();
     let says = format!("{{\"listening\":\"{address}\"{more}}}");
@@ -231,9 +229,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let connections = connections(listener);
     match certificates {
         Some(certificates) => {
-            serve(config, tls::encrypted(connections, certificates), http, ready, shutdown).await
+            Box::pin(serve(config, tls::encrypted(connections, certificates), http, ready, shutdown)).await
         }
-        None => serve(config, connections, http, ready, shutdown).await,
+        None => Box::pin(serve(config, connections, http, ready, shutdown)).await,
     }
 }
 

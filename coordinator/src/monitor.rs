@@ -98,7 +98,7 @@ impl Monitor {
             ),
             job_start: all.histogram(
                 "muster_job_start_seconds",
-                "Time from a job's first placement until all of its ranks ran.",
+                "Time from placement until all ranks of a job ran for the first time.",
                 &WAIT_SECONDS,
             ),
             nodes: all.gauges("muster_nodes", "Nodes by state.", &["state"]),

@@ -86,6 +86,18 @@ impl Candidate {
     }
 
     fn follow(&self, view: &View) {
+        // Once for each spell, and not for each member that says it in other words.
+        if let Standing::Following(before) = &*self.standing.borrow() {
+            match (&before.trouble, &view.trouble) {
+                (None, Some(why)) => warn!(%why, "nobody can be elected while etcd is like this"),
+                (Some(_), None) => info!("etcd answers again"),
+                (None, None) | (Some(_), Some(_)) => {}
+            }
+            if let Some(leader) = view.leader.as_ref().filter(|leader| before.leader.as_ref() != Some(leader))
+            {
+                info!(leader, "another coordinator leads");
+            }
+        }
         self.standing.send_modify(|standing| {
             let last = match std::mem::replace(standing, Standing::Following(Following::default())) {
                 Standing::Following(before) => before.last,

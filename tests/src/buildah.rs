@@ -1,6 +1,7 @@
 //! Images, built by buildah in a store of the test's own, and run as a container runtime runs them: a root of their own, their own
 //! user, and as the first of their processes.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -133,14 +134,20 @@ impl Buildah {
         // What a runtime mounts, seen by this container alone.
         let script = "root=$0; user=$1; shift; mkdir -p $root/proc $root/dev; mount -t proc proc $root/proc; \
                       mount --rbind /dev $root/dev; exec chroot --userspec $user --groups= $root \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]).arg(&root);
-        command.arg(config["User"].as_str().unwrap()).args(words("Entrypoint")).args(words("Cmd")).args(args);
-        command.env_clear().envs(words("Env").iter().filter_map(|pair| pair.split_once('=')));
+        let user = config["User"].as_str().unwrap().to_owned();
+        let pairs = words("Env").into_iter();
+        let mut environment: BTreeMap<String, String> = pairs
+            .filter_map(|pair| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned())))
+            .collect();
         // The image's own, and then what the script calls.
-        let own = words("Env").iter().find_map(|pair| pair.strip_prefix("PATH=").map(str::to_owned));
-        let paths = [own.unwrap_or_default(), std::env::var("PATH").unwrap()];
-        command.env("PATH", paths.join(":").trim_start_matches(':'));
+        let own = environment.remove("PATH").into_iter().chain(std::env::var("PATH"));
+        environment.insert("PATH".to_owned(), own.collect::<Vec<_>>().join(":"));
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script])
+            .arg(&root)
+            .arg(&user);
+        command.args(words("Entrypoint")).args(words("Cmd")).args(args).env_clear().envs(&environment);
         let file = std::fs::File::create(&log).unwrap();
         command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
         let outer = command.spawn().unwrap();
@@ -155,7 +162,7 @@ impl Buildah {
                 Err(name + &std::fs::read_to_string(&log).unwrap())
             }
         });
-        Container { outer, first, root, log }
+        Container { outer, first, root, user, environment, log }
     }
 }
 
@@ -164,8 +171,9 @@ pub struct Container {
     outer: Child,
     /// Its process 1, as it is numbered outside.
     pub first: i32,
-    /// Its root, as it is seen outside.
-    pub root: PathBuf,
+    root: PathBuf,
+    user: String,
+    environment: BTreeMap<String, String>,
     log: PathBuf,
 }
 
@@ -173,6 +181,13 @@ impl Container {
     /// What it has written so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Runs a program of the image beside it, as `docker exec` and probes do.
+    pub fn exec(&self, words: &[&str]) -> Outcome {
+        let mut command = Command::new("chroot");
+        command.args(["--userspec", &self.user, "--groups="]).arg(&self.root).args(words);
+        Outcome::of(command.env_clear().envs(&self.environment))
     }
 
     /// Stops it as runtimes do, and gives its exit code.

@@ -284,7 +284,7 @@ fn set_clock(dir: &Path, host: usize, seconds: &str) {
     std::fs::rename(new, file).unwrap();
 }
 
-/// The address at which a daemon serves metrics, as it says in the first line of its log.
+/// The address at which a daemon serves metrics, as it says in the first JSON line of its log.
 pub fn http_address(daemon: &Daemon) -> String {
     eventually("where metrics are served", || says(daemon, "http_listening"))
 }
@@ -309,6 +309,6 @@ fn listening(coordinator: &Daemon) -> Result<String, String> {
 
 fn says(daemon: &Daemon, key: &str) -> Result<String, String> {
     let log = daemon.log();
-    let first = log.lines().next().and_then(|line| serde_json::from_str::<Value>(line).ok());
+    let first = log.lines().find_map(|line| serde_json::from_str::<Value>(line).ok());
     first.and_then(|line| Some(line[key].as_str()?.to_owned())).ok_or(log)
 }

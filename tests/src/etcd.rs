@@ -9,12 +9,14 @@ use nix::unistd::Pid;
 use crate::tools::Outcome;
 use crate::{eventually, free_port};
 
-/// A program of etcd, as `cargo xtask test` brings it or as it is installed, if it is there.
+/// A program of etcd, from the directory that `MUSTER_ETCD_DIR` names (for another version), as `cargo xtask test` brings
+/// it, or as it is installed, if it is there.
 fn program(name: &str) -> Option<PathBuf> {
     let brought = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../.deps/etcd/usr/bin/{name}"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = std::env::split_paths(&path).map(|dir| dir.join(name));
-    std::iter::once(brought).chain(installed).find(|path| path.is_file())
+    let named = std::env::var_os("MUSTER_ETCD_DIR").map(|dir| PathBuf::from(dir).join(name));
+    named.into_iter().chain([brought]).chain(installed).find(|path| path.is_file())
 }
 
 /// Whether there is an etcd to test with.

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::eventually;
 use crate::place::free_port;
+use crate::tools::binary;
 
 /// A controller and its nodes, n0 first. Dropped, they are killed; and they end when the thread does that started them.
 pub struct Slurm {
@@ -54,6 +55,11 @@ impl Slurm {
     pub fn command(&self, name: &str) -> Command {
         let mut command = Command::new(self.tree.join("usr/bin").join(name));
         self.environment(&mut command);
+        // Jobs find its programs, and ours.
+        let ours = binary("muster").parent().map(Path::to_owned).unwrap();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = [self.tree.join("usr/bin"), ours].into_iter().chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(path).unwrap());
         command.stdin(Stdio::null());
         command
     }
@@ -73,8 +79,10 @@ impl Slurm {
         self.daemons.push(command.spawn().unwrap());
     }
 
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.dir.path().join("slurmctld.log")).unwrap_or_default()
+    /// What its controller has logged, and the first node.
+    pub fn log(&self) -> String {
+        let read = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
+        ["slurmctld.log", "slurmd.n0.log"].map(read).concat()
     }
 
     /// Without what it keeps of jobs, and without a key that its parts would share: nobody else reaches them.

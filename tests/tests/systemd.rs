@@ -1,6 +1,8 @@
 //! The units of `deploy/systemd`, as far as systemd's own tools can judge them without a systemd that runs, and what the
 //! daemons say to one.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;

@@ -46,7 +46,7 @@ pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
-pub use muster_monitor::Listen;
+pub use muster_monitor::{Http, Listen};
 pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;
@@ -80,9 +80,7 @@ pub struct Config {
     /// How the machine is watched; not at all without.
     pub watch: Option<Watch>,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
-    pub http_listen: Listen,
-    /// Serve them on an address that is not loopback, in the clear.
-    pub http_insecure: bool,
+    pub http: Http,
     /// Longest time that ranks get to end in when the daemon itself is stopped, whatever grace their jobs have.
     pub stop_grace_max: Duration,
 }
@@ -106,8 +104,7 @@ impl Config {
             given: None,
             topology_conf: None,
             watch: None,
-            http_listen: Listen::Off,
-            http_insecure: false,
+            http: Http::OFF,
             stop_grace_max: STOP_GRACE_MAX,
         }
     }

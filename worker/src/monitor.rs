@@ -102,7 +102,7 @@ impl Monitor {
     ///
     /// Prints `{"http_listening":"address:port"}` as the first line on standard error.
     pub async fn serve(&self, config: &Config) -> Result<Option<AbortOnDropHandle<()>>, Error> {
-        let bound = muster_monitor::bind(config.http_listen, config.http_insecure).await?;
+        let bound = muster_monitor::bind(config.http).await?;
         let Some(listener) = bound else { return Ok(None) };
         if let Ok(address) = listener.local_addr() {
             // Nobody may be there to read it.

@@ -29,8 +29,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         health_listen: args.health_listen,
         tls_dir: args.tls_dir,
         loopback_names_only: false,
-        http_listen: args.daemon.http_listen.unwrap_or(COORDINATOR_HTTP),
-        http_insecure: args.daemon.http_insecure,
+        http: args.daemon.http(COORDINATOR_HTTP),
         data_dir: args.data_dir,
         store,
         lease: args.lease.0,
@@ -81,8 +80,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         watch: Some(args.watch.into()),
         stop_grace_max: args.stop_grace_max.0,
         sysfs_root: args.machine.sysfs_root,
-        http_listen: args.daemon.http_listen.unwrap_or(Listen::Off),
-        http_insecure: args.daemon.http_insecure,
+        http: args.daemon.http(Listen::Off),
     };
     let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     tokio::select! {

@@ -7,6 +7,20 @@ use std::str::FromStr;
 use tokio::net::TcpListener;
 use tracing::warn;
 
+/// Where a daemon's page is.
+#[derive(Clone, Copy, Debug)]
+pub struct Http {
+    /// Where it is served.
+    pub listen: Listen,
+    /// Also on an address that is not loopback, in the clear.
+    pub insecure: bool,
+}
+
+impl Http {
+    /// No page.
+    pub const OFF: Self = Self { listen: Listen::Off, insecure: false };
+}
+
 /// What `--http-listen` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -52,13 +66,13 @@ pub enum AddressError {
 }
 
 /// Binds the address. None if nothing is to be served.
-pub async fn bind(listen: Listen, insecure: bool) -> Result<Option<TcpListener>, AddressError> {
-    let (address, asked) = match listen {
+pub async fn bind(http: Http) -> Result<Option<TcpListener>, AddressError> {
+    let (address, asked) = match http.listen {
         Listen::Off => return Ok(None),
         Listen::Perhaps(address) => (address, false),
         Listen::At(address) => (address, true),
     };
-    if !address.ip().is_loopback() && !insecure {
+    if !address.ip().is_loopback() && !http.insecure {
         return Err(AddressError::NotLoopback(address));
     }
     match TcpListener::bind(address).await {
@@ -79,6 +93,10 @@ mod tests {
         text.parse().unwrap()
     }
 
+    async fn bound(listen: Listen, insecure: bool) -> Result<Option<TcpListener>, AddressError> {
+        bind(Http { listen, insecure }).await
+    }
+
     #[test]
     fn addresses_as_they_are_written() {
         assert_eq!(at("off"), Listen::Off);
@@ -88,18 +106,18 @@ mod tests {
 
     #[tokio::test]
     async fn beyond_loopback_only_for_those_who_say_so() {
-        assert!(bind(Listen::Off, false).await.unwrap().is_none());
-        let refused = bind(at("0.0.0.0:0"), false).await.unwrap_err().to_string();
+        assert!(bound(Listen::Off, false).await.unwrap().is_none());
+        let refused = bound(at("0.0.0.0:0"), false).await.unwrap_err().to_string();
         assert!(refused.contains("--http-insecure"), "{refused}");
-        assert!(bind(at("0.0.0.0:0"), true).await.unwrap().is_some());
+        assert!(bound(at("0.0.0.0:0"), true).await.unwrap().is_some());
     }
 
     #[tokio::test]
     async fn a_taken_port_is_an_error_only_where_it_was_asked_for() {
-        let first = bind(at("127.0.0.1:0"), false).await.unwrap().unwrap();
+        let first = bound(at("127.0.0.1:0"), false).await.unwrap().unwrap();
         let taken = first.local_addr().unwrap();
-        assert!(bind(Listen::Perhaps(taken), false).await.unwrap().is_none());
-        let refused = bind(Listen::At(taken), false).await.unwrap_err().to_string();
+        assert!(bound(Listen::Perhaps(taken), false).await.unwrap().is_none());
+        let refused = bound(Listen::At(taken), false).await.unwrap_err().to_string();
         assert!(refused.contains("choose another --http-listen"), "{refused}");
     }
 }

@@ -9,7 +9,7 @@ mod catalogue;
 mod server;
 mod systemd;
 
-pub use address::{AddressError, Listen, bind};
+pub use address::{AddressError, Http, Listen, bind};
 pub use catalogue::{Catalogue, SECONDS};
 pub use prometheus::{
     Histogram, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,

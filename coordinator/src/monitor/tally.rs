@@ -147,8 +147,10 @@ impl Tally {
                 monitor.queue_wait.observe(seconds(gang.placed.since(job.created)));
             }
         }
-        if let (Some(started), Some(gang), false) = (job.started, &job.gang, before.started) {
-            monitor.job_start.observe(seconds(started.since(gang.placed)));
+        // One that is short has ended before anybody looks.
+        let placed = job.gang.as_ref().map(|gang| gang.placed).or(job.past.last().map(|past| past.placed));
+        if let (Some(started), Some(placed), false) = (job.started, placed, before.started) {
+            monitor.job_start.observe(seconds(started.since(placed)));
         }
         monitor.job_restarts.inc_by(u64::from(job.restarts_used.saturating_sub(before.restarts)));
         if job.state.is_terminal() && !before.state.is_terminal() {

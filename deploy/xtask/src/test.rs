@@ -70,7 +70,7 @@ fn stages(quick: bool) -> Vec<Stage> {
         stage("test", &on("cargo test --workspace --no-fail-fast")),
         stage(
             "simulation",
-            if quick { "cargo xtask sim --seeds 1000" } else { "cargo xtask sim --seeds 40000" },
+            if quick { "cargo xtask sim --seeds 1000" } else { "cargo xtask sim --seeds 20000" },
         ),
     ]
 }

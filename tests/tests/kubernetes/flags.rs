@@ -26,8 +26,34 @@ pub(crate) fn check(objects: &Objects) -> Vec<String> {
     found
 }
 
+/// The commands of the README, where one begins a line of its own or is called in a pod.
+pub(crate) fn check_readme() -> Vec<String> {
+    let readme = std::fs::read_to_string(root().join("deploy/kubernetes/README.md")).unwrap();
+    let mut found = Vec::new();
+    let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let lines: Vec<String> = blocks
+        .flat_map(|block| block.replace("\\\n", " ").lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    let commands = lines.iter().filter_map(|line| {
+        line.strip_prefix("muster ").or(line.split_once("-- muster ").map(|(_, rest)| rest))
+    });
+    let commands: Vec<&str> = commands.filter_map(|command| command.split(['#', '>']).next()).collect();
+    assert!(commands.len() > 4, "they were found: {commands:?}");
+    for command in commands {
+        let outcome =
+            Outcome::of(Command::new(binary("muster")).args(command.split_whitespace()).arg("--help"));
+        if outcome.code != 0 {
+            found.push(format!(
+                "README, muster {command}: {}",
+                outcome.stderr.lines().next().unwrap_or_default()
+            ));
+        }
+    }
+    found
+}
+
 /// With the variables that the kubelet puts in.
-fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
+pub(crate) fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
     let maps = objects.of_kind("ConfigMap");
     let value = |variable: &Value| {
         let reference = &variable["valueFrom"]["configMapKeyRef"];

@@ -8,11 +8,13 @@ mod flags;
 mod objects;
 mod privileges;
 mod references;
+mod runs;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use muster_tests::{Outcome, python, skip};
+use muster_tests::{Netns, Outcome, grpcurl_path, python, skip};
 
 use objects::Objects;
 
@@ -31,9 +33,10 @@ fn rendered() -> Option<Vec<(String, Objects)>> {
         return None;
     }
     let copy = tempfile::tempdir().unwrap();
-    let copied = Command::new("cp").arg("-r").arg(root().join("deploy")).arg(copy.path()).status().unwrap();
+    let copied =
+        Command::new("cp").arg("-r").arg(root().join("deploy/kubernetes")).arg(copy.path()).status().unwrap();
     assert!(copied.success());
-    let overlays = copy.path().join("deploy/kubernetes/overlays");
+    let overlays = copy.path().join("kubernetes/overlays");
     std::fs::create_dir(overlays.join("all")).unwrap();
     let components = ["hostnetwork", "infiniband", "monitoring", "topology"];
     let mut text = "namespace: muster\nresources: [../ha]\ncomponents:\n".to_owned();
@@ -142,8 +145,24 @@ fn each_mistake_is_found() {
 #[test]
 fn every_flag_is_one_that_the_program_takes() {
     let Some(rendered) = rendered() else { return };
-    for (overlay, objects) in &rendered {
-        let found = flags::check(objects);
-        assert!(found.is_empty(), "{overlay}:\n{}", found.join("\n"));
-    }
+    let of_pods = rendered.iter().flat_map(|(_, objects)| flags::check(objects));
+    let all: BTreeSet<String> = of_pods.chain(flags::check_readme()).collect();
+    assert!(all.is_empty(), "{}", all.into_iter().collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn what_the_overlay_for_trying_it_says_runs() {
+    let Some(rendered) = rendered() else { return };
+    let (Some(netns), Some(_)) = (Netns::new(2), grpcurl_path()) else {
+        return skip(
+            "the pods' programs",
+            "this machine lets us make no network namespaces, or there is no grpcurl",
+        );
+    };
+    let (dir, dev) = (tempfile::tempdir().unwrap(), &rendered[0].1);
+    let coordinator = runs::Pod::start(dev, "muster-coordinator", &netns, 0, dir.path());
+    coordinator.is_well();
+    let worker = runs::Pod::start(dev, "muster-worker", &netns, 1, dir.path());
+    worker.is_well();
+    coordinator.run_the_first_job();
 }

@@ -80,7 +80,7 @@ fn of_container(title: &str, container: &Value, is_worker: bool, found: &mut Vec
     if !has_tag || named_muster && !ours.contains(&image.to_owned()) {
         found.push(format!("{title} has the image {image}, not one of {}", ours.join(", ")));
     }
-    let arguments: Vec<&str> = list(&container["args"]).iter().map(|argument| text(argument)).collect();
+    let arguments: Vec<&str> = list(&container["args"]).iter().map(text).collect();
     let (is_dev, has_tls) =
         (arguments.contains(&"--insecure"), arguments.iter().any(|one| one.starts_with("--tls-dir=")));
     let is_coordinator = arguments.first() == Some(&"coordinator");

@@ -202,12 +202,13 @@ fn names_in_text(objects: &Objects, found: &mut Vec<String>) {
             .and_then(|(set, ordinal)| Some((sets.get(set)?, ordinal.parse::<u64>().ok()?)));
         // A variable in its place is the pod's own name.
         let is_own = pod.is_empty();
-        if !is_own && one.as_ref().is_none_or(|(set, ordinal)| *ordinal >= replicas(&set)) {
+        if !is_own && one.as_ref().is_none_or(|(set, ordinal)| *ordinal >= replicas(set)) {
             found.push(format!("{pod} is no pod"));
         }
         let services = objects.of_kind("Service");
         let ports = services.get(service.as_str()).map(|service| list(&service["spec"]["ports"]));
-        let is_port = |declared: &Value| declared["port"].to_string() == port;
+        let is_port =
+            |declared: &Value| declared["port"].as_u64().is_some_and(|number| port.parse() == Ok(number));
         if !ports.is_some_and(|ports| ports.iter().any(is_port)) {
             found.push(format!("{service} has no port {port}"));
         }

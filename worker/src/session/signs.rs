@@ -303,7 +303,8 @@ mod tests {
         let known = Known::load(dir.path().to_owned(), "boot".to_owned());
         let newest = Newest::load(dir.path().to_owned());
         let urls = urls.iter().copied().map(str::to_owned).collect();
-        let config = Config::new(urls, "n1".parse().unwrap(), dir.path().to_owned());
+        let config =
+            Config::new(urls, muster_core::types::NodeName::new("n1").unwrap(), dir.path().to_owned());
         Signs::new(&config, known, newest, events)
     }
 

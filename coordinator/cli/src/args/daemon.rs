@@ -1,7 +1,7 @@
 //! Flags that both daemons have.
 
 use clap::ValueEnum;
-use muster_coordinator::Listen;
+use muster_coordinator::{Http, Listen};
 
 /// How a daemon logs, what it shows of itself, and when it ends.
 #[derive(Debug, clap::Args)]
@@ -20,6 +20,13 @@ pub(crate) struct DaemonArgs {
     /// End when standard input does, so that the daemon cannot outlive whoever started it.
     #[arg(long, hide = true)]
     pub exit_with_stdin: bool,
+}
+
+impl DaemonArgs {
+    /// Where metrics are served: without the flag, there.
+    pub fn http(&self, default: Listen) -> Http {
+        Http { listen: self.http_listen.unwrap_or(default), insecure: self.http_insecure }
+    }
 }
 
 /// Form of the log lines.
