@@ -118,11 +118,11 @@ pub enum StoreKind {
 /// Why a coordinator could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Anybody on the way could read along and run programs on every node.
+    /// Anybody who reaches it could run programs on every node, whether connections are encrypted or not.
     #[error(
-        "{0} is not a loopback address, and connections to it would not be encrypted; make certificates with `muster pki init \
-         --dir DIR --host NAME` and pass --tls-dir DIR, or listen on 127.0.0.1 and use an SSH tunnel, or pass --insecure if \
-         the network is yours alone"
+        "{0} is not a loopback address, and whoever reaches it could run programs on every node; listen on 127.0.0.1 and \
+         use an SSH tunnel, or pass --insecure if all who can reach it may: best with connections that are encrypted, by \
+         `muster pki init --dir DIR --host NAME` and --tls-dir DIR"
     )]
     NotLoopback(SocketAddr),
     /// Heartbeats would not keep the lease.
@@ -379,7 +379,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn check(config: &Config) -> Result<(), Error> {
-    if !config.listen.ip().is_loopback() && !config.insecure && config.tls_dir.is_none() {
+    if !config.listen.ip().is_loopback() && !config.insecure {
         return Err(Error::NotLoopback(config.listen));
     }
     if config.heartbeat.is_zero() || config.heartbeat * 3 > config.lease {

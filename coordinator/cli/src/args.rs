@@ -100,7 +100,7 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Run the coordinator: submission, rendezvous, scheduling.
     #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster\n  \
-                            muster coordinator --listen 0.0.0.0:7070 --tls-dir /etc/muster/tls")]
+                            muster coordinator --listen 0.0.0.0:7070 --tls-dir /etc/muster/tls --insecure")]
     Coordinator(Box<CoordinatorArgs>),
     /// Run the node daemon: launches the ranks of this machine.
     #[command(
@@ -200,7 +200,8 @@ pub(crate) struct CoordinatorArgs {
     /// https:// with --ca. The files may change while it runs.
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
-    /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
+    /// Serve on an address that is not loopback: whoever reaches it can run programs on every node, over TLS too, for nobody
+    /// is asked who they are.
     #[arg(long)]
     pub insecure: bool,
     /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,

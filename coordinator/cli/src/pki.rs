@@ -73,7 +73,7 @@ pub(crate) fn run(command: PkiCommand) -> Result<(), Failure> {
         "made in {shown}: {made}\n\
          for {}\n\n\
          Start the coordinator with it, and give its clients ca.crt:\n  \
-         muster coordinator --listen 0.0.0.0:7070 --tls-dir {shown}\n  \
+         muster coordinator --listen 0.0.0.0:7070 --tls-dir {shown} --insecure\n  \
          muster worker --coordinator https://{host}:7070 --ca {shown}/{CA}\n  \
          muster nodes --coordinator https://{host}:7070 --ca {shown}/{CA}\n\n\
          Who has ca.key can pass for a coordinator. It is not needed to run one: keep it elsewhere.\n",
