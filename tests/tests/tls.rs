@@ -1,6 +1,8 @@
 //! Encrypted connections, with the real binaries and the real grpcurl: what works, what is refused and how, and what becomes
 //! of certificates that change.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
