@@ -64,7 +64,7 @@ impl Bed {
         let ca = authority(&tls, &["gpu.example"]);
         let (encrypted, address) =
             coordinator(dir.path(), "127.0.0.1:0", &[&["--tls-dir", tls.to_str().unwrap()], flags].concat());
-        Self { ca, encrypted, address, dir }
+        Self { dir, ca, encrypted, address }
     }
 
     /// Starts a worker.
