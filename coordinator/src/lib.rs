@@ -211,6 +211,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // With TLS a page in a browser has no certificate for the name that it would have us called by.
     let loopback_names_only = address.ip().is_loopback() && !config.insecure && certificates.is_none();
     let config = Config { listen: address, loopback_names_only, ..config };
+    if certificates.is_some() && !address.ip().is_loopback() {
+        warn!(%address, "connections are encrypted, but whoever reaches this address can run programs on every node");
+    }
     let insecure = config.http.insecure || config.insecure;
     let http = muster_monitor::bind(Http { insecure, ..config.http }).await?;
     let at = http.as_ref().and_then(|http| http.local_addr().ok());

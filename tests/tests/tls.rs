@@ -1,12 +1,16 @@
 //! Encrypted connections, with the real binaries and the real grpcurl: what works, what is refused and how, and what becomes
 //! of certificates that change.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use muster_tests::{Daemon, Outcome, binary, eventually, grpcurl_path, skip};
+use muster_tests::{Daemon, Outcome, binary, eventually, grpcurl_path, is_running, skip};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// What the command line answers on a directory of its own, with nothing of the caller's surroundings.
@@ -51,12 +55,24 @@ struct Bed {
 
 impl Bed {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tls = dir.path().join("tls");
         let ca = authority(&tls, &["gpu.example"]);
         let (encrypted, address) =
-            coordinator(dir.path(), "127.0.0.1:0", &["--tls-dir", tls.to_str().unwrap()]);
-        Self { ca, encrypted, address, dir }
+            coordinator(dir.path(), "127.0.0.1:0", &[&["--tls-dir", tls.to_str().unwrap()], flags].concat());
+        Self { dir, ca, encrypted, address }
+    }
+
+    /// Starts a worker.
+    fn worker(&self) -> Daemon {
+        let (url, data_dir) = (format!("https://{}", self.address), self.dir.path().join("n1"));
+        let args = ["worker", "--name", "n1", "--coordinator", &url, "--ca", self.ca.to_str().unwrap()];
+        let more = ["--data-dir", data_dir.to_str().unwrap()];
+        Daemon::start(self.dir.path(), "n1", &[&args[..], &more].concat())
     }
 
     /// Calls the coordinator that encrypts, with its authority.
@@ -69,11 +85,7 @@ impl Bed {
 #[test]
 fn a_job_runs_over_encrypted_connections() {
     let bed = Bed::start();
-    let data_dir = bed.dir.path().join("n1");
-    let url = format!("https://{}", bed.address);
-    let args = ["worker", "--name", "n1", "--http-listen", "off", "--coordinator", &url, "--ca"];
-    let more = [bed.ca.to_str().unwrap(), "--data-dir", data_dir.to_str().unwrap()];
-    let _worker = Daemon::start(bed.dir.path(), "n1", &[&args[..], &more].concat());
+    let _worker = bed.worker();
     let id = bed.muster(&["submit", "--nproc-per-node", "2", "--", "sh", "-c", "echo rank $RANK"]).ok();
     let id = id.trim();
     let job = eventually("the job's end", || {
@@ -207,4 +219,31 @@ fn who_connects_and_says_nothing_holds_nobody_up() {
         assert_eq!(stream.read(&mut [0; 16]).unwrap_or(0), 0);
     }
     bed.muster(&["nodes"]).ok();
+}
+
+#[test]
+fn a_coordinator_that_is_frozen_beyond_the_lease_costs_no_rank() {
+    let bed = Bed::start_with(&["--lease", "2s", "--heartbeat", "200ms"]);
+    let worker = bed.worker();
+    let mark = bed.dir.path().join("pid");
+    let script = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let id = bed.muster(&["submit", "--", "sh", "-c", &script]).ok();
+    let pid: i32 = eventually("the rank", || {
+        let text = std::fs::read_to_string(&mark).unwrap_or_default();
+        text.trim().parse().map_err(|_| worker.log())
+    });
+    // It takes connections all the while, and never answers a handshake: the daemon has to see that it hangs.
+    bed.encrypted.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(is_running(pid), "{}", worker.log());
+    bed.encrypted.signal(Signal::SIGCONT);
+    let job = eventually("the worker's return", || {
+        let nodes = bed.muster(&["nodes", "--output", "json"]).json();
+        let job = bed.muster(&["job", id.trim(), "--output", "json"]).json().remove(0);
+        if nodes[0]["state"] == "NODE_STATE_READY" { Ok(job) } else { Err(nodes) }
+    });
+    assert!(is_running(pid), "{}", worker.log());
+    assert_eq!((&job["state"], &job["generation"]), (&"JOB_STATE_RUNNING".into(), &1.into()));
+    bed.muster(&["cancel", id.trim()]).ok();
+    eventually("the rank's end", || if is_running(pid) { Err(pid) } else { Ok(()) });
 }
