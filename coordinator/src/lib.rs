@@ -180,7 +180,7 @@ where
     I: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    serve(config, connections, None, ready, shutdown).await
+    Box::pin(serve(config, connections, None, ready, shutdown)).await
 }
 
 async fn serve<I, C>(

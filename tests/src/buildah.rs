@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::Value;
 
 use crate::eventually;
+use crate::netns::Netns;
 use crate::tools::Outcome;
 
 /// What the RUN lines of our Dockerfile call, and what jobs of the tests do.
@@ -123,8 +124,8 @@ impl Buildah {
         PathBuf::from(self.run(&["mount", container.trim()]).ok().trim())
     }
 
-    /// Starts a container, with these arguments after those of the image. It has this machine's network.
-    pub fn start(&self, image: &str, args: &[&str]) -> Container {
+    /// Starts a container, with these arguments after those of the image, on a host of a simulated network or on this machine's own.
+    pub fn start(&self, image: &str, args: &[&str], host: Option<(&Netns, usize)>) -> Container {
         let (config, root) = (self.config(image), self.mount(image));
         let words = |name: &str| -> Vec<String> {
             let all = config[name].as_array().cloned().unwrap_or_default();
@@ -142,7 +143,10 @@ impl Buildah {
         // The image's own, and then what the script calls.
         let own = environment.remove("PATH").into_iter().chain(std::env::var("PATH"));
         environment.insert("PATH".to_owned(), own.collect::<Vec<_>>().join(":"));
-        let mut command = Command::new("unshare");
+        let mut prefix = host.map_or_else(Vec::new, |(netns, host)| netns.prefix(host));
+        prefix.push("env".to_owned());
+        let mut command = Command::new(&prefix[0]);
+        command.args(&prefix[1..]).arg("unshare");
         command
             .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script])
             .arg(&root)
@@ -162,7 +166,7 @@ impl Buildah {
                 Err(name + &std::fs::read_to_string(&log).unwrap())
             }
         });
-        Container { outer, first, root, user, environment, log }
+        Container { outer, first, root, user, environment, prefix, log }
     }
 }
 
@@ -174,6 +178,7 @@ pub struct Container {
     root: PathBuf,
     user: String,
     environment: BTreeMap<String, String>,
+    prefix: Vec<String>,
     log: PathBuf,
 }
 
@@ -185,7 +190,8 @@ impl Container {
 
     /// Runs a program of the image beside it, as `docker exec` and probes do.
     pub fn exec(&self, words: &[&str]) -> Outcome {
-        let mut command = Command::new("chroot");
+        let mut command = Command::new(&self.prefix[0]);
+        command.args(&self.prefix[1..]).arg("chroot");
         command.args(["--userspec", &self.user, "--groups="]).arg(&self.root).args(words);
         Outcome::of(command.env_clear().envs(&self.environment))
     }

@@ -1,7 +1,5 @@
 //! The first job of `deploy/README.md`, as far as it goes without GPUs: over Gloo, on two nodes.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use muster_tests::{Cluster, Settings, deployed, skip, torch_python};
 
 #[test]

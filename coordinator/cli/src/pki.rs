@@ -174,12 +174,15 @@ fn server(hosts: &[String]) -> Result<CertificateParams, rcgen::Error> {
     let mut params = named("Muster coordinator", CERT_SPAN);
     params.subject_alt_names = CertificateParams::new(hosts)?.subject_alt_names;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    // Members of an etcd show each other the certificate that they serve with.
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
     params.distinguished_name.push(DnType::OrganizationName, "Muster");
     Ok(params)
 }
 
+#[expect(clippy::disallowed_methods, reason = "a certificate is good from now on")]
 fn named(name: &str, span: Duration) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, name);

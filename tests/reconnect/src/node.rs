@@ -68,7 +68,7 @@ pub async fn run(index: usize, identity: Identity, stats: Arc<Stats>) {
     let (link, hellos, renewed, running) = (None, 0, None, Vec::new());
     let mut node = Node { index, name, incarnation, core, link, hellos, renewed, running, stats };
     debug_assert!(Incarnation::new(node.incarnation.clone()).is_ok());
-    let keeping = tokio::spawn(async move { keep(identity, sender).await });
+    let keeping = tokio::spawn(Box::pin(keep(identity, sender)));
     loop {
         let due = node.core.next_deadline();
         let sleep = due.map_or(Duration::MAX, |at| Duration::from_millis(at.since(boot_now()).0));

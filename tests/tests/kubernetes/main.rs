@@ -104,9 +104,9 @@ fn each_mistake_is_found() {
         ("targetPort: grpc", "targetPort: rpc", "has no port rpc"),
         ("containerPort: 7073", "containerPort: 7074", "probes port 7073"),
         (
-            "secretName: muster-join",
-            "secretName: muster-joint",
-            "no command of the README makes the secret muster-joint",
+            "secretName: muster-tls",
+            "secretName: muster-tlss",
+            "no command of the README makes the secret muster-tlss",
         ),
         ("      key: lease", "      key: least", "has no key least"),
         (

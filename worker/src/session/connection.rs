@@ -217,7 +217,7 @@ mod tests {
         ];
         for (peer, accepted_at, boot_id, testifies) in cases {
             let address: SocketAddr = peer.parse().unwrap();
-            let reached = Reached { peer: Some(address), refused: Vec::new() };
+            let reached = Reached { peer: Some(address), ..Reached::default() };
             known().answered(url, &reached, accepted_at, boot_id);
             assert_eq!(known().testifies(url, address), testifies, "{peer} {accepted_at} {boot_id}");
             assert!(!known().testifies("http://d:7070", address));

@@ -152,17 +152,17 @@ impl Signs {
     /// Asks on a connection of its own whether the process is well, which it answers without its store. Anything that
     /// comes back shows that somebody is there.
     async fn ask_anew(&self, endpoint: &Endpoint) -> Answer {
-        // A handshake costs the coordinator more than a word does.
-        let (taking, answering) = (self.patience(), self.patience() * 2);
-        let endpoint = endpoint.clone().connect_timeout(taking + answering);
+        let endpoint = endpoint.clone().connect_timeout(self.patience());
         let (channel, reached) = connect(&endpoint).await;
         if !reached.peer.is_some_and(|peer| self.testifies(peer)) {
             return Answer::Unreachable;
         }
         let channel = match channel {
             Ok(channel) => channel,
-            // Nothing came of a TLS handshake.
-            Err(error) if is_late(&error) && reached.taken.is_some_and(|at| at.elapsed() >= answering) => {
+            // Nothing came of a TLS handshake, and not for want of time after a long way.
+            Err(error)
+                if is_late(&error) && reached.taken.is_some_and(|at| at.elapsed() >= self.patience() / 2) =>
+            {
                 return Answer::Silence;
             }
             Err(_) => return Answer::Unreachable,
@@ -303,7 +303,8 @@ mod tests {
         let known = Known::load(dir.path().to_owned(), "boot".to_owned());
         let newest = Newest::load(dir.path().to_owned());
         let urls = urls.iter().copied().map(str::to_owned).collect();
-        let config = Config::new(urls, "n1".parse().unwrap(), dir.path().to_owned());
+        let config =
+            Config::new(urls, muster_core::types::NodeName::new("n1").unwrap(), dir.path().to_owned());
         Signs::new(&config, known, newest, events)
     }
 
@@ -380,5 +381,31 @@ mod tests {
         signs.joined(&reached, &joined("10.0.0.1:7070")).await.unwrap();
         signs.refused(Millis(9), &refused).await;
         assert!(events.try_recv().is_err(), "a tunnel's end refuses for its own reasons");
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_is_not_answered_is_silence() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(dir.path().join("ca.crt"), authority.cert.pem()).unwrap();
+        let trust = Trust::from_file(&dir.path().join("ca.crt")).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let url = format!("https://{address}");
+        let endpoint = trust.endpoint(&url).unwrap();
+        let (sender, _events) = mpsc::channel(8);
+        let mut signs = signs(&[&url], sender);
+        signs.lease = Millis(800);
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable, "something may stand between");
+        let joined = v1::JoinResponse {
+            accepted_at: address.to_string(),
+            boot_id: "boot".to_owned(),
+            ..v1::JoinResponse::default()
+        };
+        signs.joined(&reached(address), &joined).await.unwrap();
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
+        // One that breaks is none.
+        std::thread::spawn(move || while listener.accept().is_ok() {});
+        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
     }
 }

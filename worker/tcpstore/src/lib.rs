@@ -10,8 +10,8 @@
 //!
 //! The encoding is from recordings of torch 2.11's client with its libuv server, and from the headers of 2.9 to 2.13;
 //! what a server does beside it, from torch's public source. The clients of 2.9.1 and 2.13.0 have gone through the same
-//! conformance tests as that of 2.11 (`MUSTER_TORCH_PYTHON` names the Python); BARRIER was not recorded. A client cannot tell the two servers apart but for this, of which the points on comparisons, queues and
-//! lists of keys were read and not seen to happen:
+//! conformance tests as that of 2.11 (`MUSTER_TORCH_PYTHON` names the Python); BARRIER was not recorded. A client cannot
+//! tell the two servers apart but for this, of which the points on comparisons, queues and lists of keys were read and not seen to happen:
 //!
 //! - It listens on one address, not on all of the machine's, and what it holds is bounded.
 //! - Values may have 64 MiB; torch's stop at 8.

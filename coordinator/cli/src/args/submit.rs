@@ -51,7 +51,7 @@ pub(crate) struct SubmitArgs {
     #[arg(long, value_name = "DIR")]
     pub tensorboard_dir: Option<String>,
     /// Regular expression that finds metrics in lines of standard output, such as
-    /// 'step (?P<step>[0-9]+).* loss (?P<loss>[0-9.eE+-]+)'.
+    /// `step (?P<step>[0-9]+).* loss (?P<loss>[0-9.eE+-]+)`.
     #[arg(long, value_name = "REGEX")]
     pub metric_pattern: Option<String>,
     /// Jobs of a higher priority are placed first.

@@ -1,0 +1,268 @@
+//! Encrypted connections, with the real binaries and the real grpcurl: what works, what is refused and how, and what becomes
+//! of certificates that change.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use muster_tests::{Daemon, Outcome, binary, eventually, grpcurl_path, is_running, skip};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// What the command line answers on a directory of its own, with nothing of the caller's surroundings.
+fn muster(args: &[&str]) -> Outcome {
+    let mut command = Command::new(binary("muster"));
+    command.args(args).env_remove("MUSTER_COORDINATOR").env_remove("MUSTER_CA").stdin(Stdio::null());
+    Outcome::of(&mut command)
+}
+
+/// Makes an authority and a certificate, and gives where its certificate is.
+fn authority(dir: &Path, hosts: &[&str]) -> PathBuf {
+    let flags = hosts.iter().flat_map(|host| ["--host", host]);
+    let args: Vec<&str> = ["pki", "init", "--dir", dir.to_str().unwrap()].into_iter().chain(flags).collect();
+    let said = muster(&args).ok();
+    assert!(said.contains("--tls-dir") && said.contains("--ca"), "{said}");
+    dir.join("ca.crt")
+}
+
+/// Starts a coordinator, and gives its `address:port`.
+fn coordinator(dir: &Path, listen: &str, flags: &[&str]) -> (Daemon, String) {
+    let name = format!("coordinator-{}", std::fs::read_dir(dir).unwrap().count());
+    let data_dir = dir.join(format!("{name}-data"));
+    let args =
+        ["coordinator", "--listen", listen, "--http-listen", "off", "--data-dir", data_dir.to_str().unwrap()];
+    let daemon = Daemon::start(dir, &name, &[&args, flags].concat());
+    let address = eventually("its address", || {
+        let log = daemon.log();
+        let first = log.lines().find_map(|line| serde_json::from_str::<Value>(line).ok());
+        first.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
+    });
+    (daemon, address)
+}
+
+/// A coordinator that encrypts.
+struct Bed {
+    dir: tempfile::TempDir,
+    ca: PathBuf,
+    encrypted: Daemon,
+    /// Its `address:port`.
+    address: String,
+    /// Files with a token for everything, and with one by which nodes join.
+    token: String,
+    join: String,
+}
+
+impl Bed {
+    fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tls = dir.path().join("tls");
+        let ca = authority(&tls, &["gpu.example"]);
+        let (encrypted, address) =
+            coordinator(dir.path(), "127.0.0.1:0", &[&["--tls-dir", tls.to_str().unwrap()], flags].concat());
+        // Its own data directory is the only one there yet.
+        let mut names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        let data_dir = names.find(|path| path.join("muster.sock").exists()).unwrap();
+        let socket = format!("unix:{}", data_dir.join("muster.sock").display());
+        let [token, join] =
+            [("token", &["admin"][..]), ("join", &["node", "--uses", "9"])].map(|(name, role)| {
+                let made =
+                    muster(&[&["token", "create", "--coordinator", &socket, "--role"], role].concat()).ok();
+                let path = dir.path().join(name);
+                std::fs::write(&path, made).unwrap();
+                path.to_str().unwrap().to_owned()
+            });
+        Self { dir, ca, encrypted, address, token, join }
+    }
+
+    /// Starts a worker.
+    fn worker(&self) -> Daemon {
+        let (url, data_dir) = (format!("https://{}", self.address), self.dir.path().join("n1"));
+        let args = ["worker", "--name", "n1", "--coordinator", &url, "--ca", self.ca.to_str().unwrap()];
+        let more = ["--data-dir", data_dir.to_str().unwrap(), "--join-token-file", &self.join];
+        Daemon::start(self.dir.path(), "n1", &[&args[..], &more].concat())
+    }
+
+    /// Calls the coordinator that encrypts, with its authority.
+    fn muster(&self, args: &[&str]) -> Outcome {
+        self.muster_trusting(&self.ca, args)
+    }
+
+    fn muster_trusting(&self, ca: &Path, args: &[&str]) -> Outcome {
+        let url = format!("https://{}", self.address);
+        let shown = ["--coordinator", &url, "--ca", ca.to_str().unwrap(), "--token-file", &self.token];
+        muster(&[&shown, args].concat())
+    }
+}
+
+#[test]
+fn a_job_runs_over_encrypted_connections() {
+    let bed = Bed::start();
+    let _worker = bed.worker();
+    let id = bed.muster(&["submit", "--nproc-per-node", "2", "--", "sh", "-c", "echo rank $RANK"]).ok();
+    let id = id.trim();
+    let job = eventually("the job's end", || {
+        let job = bed.muster(&["job", id, "--output", "json"]).json().remove(0);
+        if job["state"] == "JOB_STATE_SUCCEEDED" { Ok(job) } else { Err(job) }
+    });
+    assert_eq!(job["placement"][0]["nodeName"], "n1");
+    assert_eq!(bed.muster(&["logs", id, "--rank", "1", "--stream", "stdout"]).ok(), "rank 1\n");
+
+    if grpcurl_path().is_none() {
+        return skip("grpcurl over TLS", "it is not in .deps/bin; `cargo xtask test` brings it");
+    }
+    let grpcurl = |flags: &[&str]| {
+        let mut command = Command::new(grpcurl_path().unwrap());
+        let token = std::fs::read_to_string(&bed.token).unwrap();
+        command.args(["-H", &format!("authorization: Bearer {}", token.trim())]);
+        Outcome::of(command.args(flags).args([&bed.address, "muster.v1.NodeService/ListNodes"]))
+    };
+    let nodes = grpcurl(&["-cacert", bed.ca.to_str().unwrap()]).json().remove(0);
+    assert_eq!(nodes["nodes"][0]["name"], "n1", "{nodes}");
+    let refused = grpcurl(&["-plaintext", "-max-time", "20"]);
+    assert!(refused.code != 0 && refused.stderr.contains("speaks TLS"), "{refused:?}");
+    // Its own roots know nothing of ours.
+    let refused = grpcurl(&[]);
+    assert!(refused.code != 0 && refused.stderr.contains("certificate"), "{refused:?}");
+}
+
+#[test]
+fn what_does_not_fit_is_said_in_words() {
+    let bed = Bed::start();
+    let other = authority(&bed.dir.path().join("other"), &[]);
+    let (ca, other) = (bed.ca.to_str().unwrap(), other.to_str().unwrap());
+    let no_ca = bed.dir.path().join("tls/tls.key");
+    let tls = bed.dir.path().join("tls");
+    let (_plain, plain) = coordinator(bed.dir.path(), "127.0.0.1:0", &[]);
+    // The certificate does not have this address.
+    let (_elsewhere, elsewhere) =
+        coordinator(bed.dir.path(), "127.0.0.2:0", &["--tls-dir", tls.to_str().unwrap()]);
+    let encrypted = &bed.address;
+    let table = [
+        (format!("https://{encrypted}"), Some(other), 3, "is not of the authority given by --ca"),
+        (format!("https://{elsewhere}"), Some(ca), 3, "is not for the name \"127.0.0.2\" but for"),
+        (format!("http://{encrypted}"), Some(ca), 5, "this port speaks TLS: call it by https://"),
+        (format!("https://{plain}"), Some(ca), 3, "it does not speak TLS: call it by http://"),
+        (format!("https://{encrypted}"), None, 2, "https:// needs --ca or MUSTER_CA"),
+        (format!("https://{encrypted}"), no_ca.to_str(), 2, "it holds no certificate in PEM"),
+        (format!("https://{encrypted}"), Some("/nowhere"), 2, "/nowhere: No such file"),
+    ];
+    for (url, ca, code, words) in table {
+        let mut args = vec!["nodes", "--coordinator", &url];
+        args.extend(ca.map(|ca| ["--ca", ca]).iter().flatten());
+        let refused = muster(&args);
+        assert!(refused.code == code && refused.stderr.contains(words), "{url} {ca:?}: {refused:?}");
+        // Its daemon says the same, and waits where that can help.
+        if code != 2 {
+            let dir = bed.dir.path().join("n1");
+            let worker =
+                [&["worker", "--name", "n1", "--data-dir", dir.to_str().unwrap()], &args[1..]].concat();
+            let name = format!("worker-{}", std::fs::read_dir(bed.dir.path()).unwrap().count());
+            let worker = Daemon::start(bed.dir.path(), &name, &worker);
+            eventually(words, || {
+                let log = worker.log().replace("\\\"", "\"");
+                if log.contains(words) { Ok(()) } else { Err(log) }
+            });
+        }
+    }
+    muster(&["nodes", "--coordinator", &format!("http://{plain}")]).ok();
+}
+
+#[test]
+fn what_is_not_safe_is_not_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    let tls = dir.path().join("tls");
+    let start = |flags: &[&str]| {
+        let args = ["coordinator", "--store", "memory", "--http-listen", "off", "--data-dir"];
+        muster(&[&args, &[data_dir.to_str().unwrap()][..], flags].concat())
+    };
+    let refused = start(&["--listen", "0.0.0.0:0"]);
+    assert!(refused.code == 1, "{refused:?}");
+    for words in ["muster pki init --dir", "--tls-dir", "--insecure"] {
+        assert!(refused.stderr.contains(words), "{refused:?}");
+    }
+    let flags = ["--tls-dir", tls.to_str().unwrap()];
+    let refused = start(&flags);
+    assert!(refused.code == 1 && refused.stderr.contains("ca.crt: "), "{refused:?}");
+    authority(&tls, &[]);
+    let other = dir.path().join("other");
+    authority(&other, &[]);
+    std::fs::copy(other.join("tls.key"), tls.join("tls.key")).unwrap();
+    let refused = start(&flags);
+    assert!(refused.code == 1 && refused.stderr.contains("tls.crt and tls.key: "), "{refused:?}");
+}
+
+#[test]
+fn new_certificates_are_taken_up_and_broken_ones_are_not() {
+    let bed = Bed::start();
+    let (tls, new) = (bed.dir.path().join("tls"), bed.dir.path().join("new"));
+    let new_ca = authority(&new, &["gpu.example"]);
+    let works = |ca: &Path| bed.muster_trusting(ca, &["nodes"]).code == 0;
+    assert!(works(&bed.ca) && !works(&new_ca));
+    let old_ca = bed.dir.path().join("old.crt");
+    std::fs::copy(&bed.ca, &old_ca).unwrap();
+
+    std::fs::write(tls.join("tls.crt"), "half of it").unwrap();
+    eventually("the warning", || {
+        let log = bed.encrypted.log();
+        if log.contains("the new certificates cannot be used; the old ones stay") { Ok(()) } else { Err(log) }
+    });
+    assert!(works(&old_ca));
+
+    for name in ["ca.crt", "tls.crt", "tls.key"] {
+        std::fs::copy(new.join(name), tls.join(name)).unwrap();
+    }
+    eventually("the new certificate", || if works(&new_ca) { Ok(()) } else { Err(bed.encrypted.log()) });
+    assert!(!works(&old_ca));
+}
+
+#[test]
+fn who_connects_and_says_nothing_holds_nobody_up() {
+    let bed = Bed::start();
+    let mut silent: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(&bed.address).unwrap()).collect();
+    // The first bytes of a handshake that never goes on.
+    for stream in silent.iter_mut().step_by(2) {
+        stream.write_all(&[22, 3, 1]).unwrap();
+    }
+    bed.muster(&["nodes"]).ok();
+    // They are ended, and none was before the others were served.
+    for mut stream in silent {
+        assert_eq!(stream.read(&mut [0; 16]).unwrap_or(0), 0);
+    }
+    bed.muster(&["nodes"]).ok();
+}
+
+#[test]
+fn a_coordinator_that_is_frozen_beyond_the_lease_costs_no_rank() {
+    let bed = Bed::start_with(&["--lease", "2s", "--heartbeat", "200ms"]);
+    let worker = bed.worker();
+    let mark = bed.dir.path().join("pid");
+    let script = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let id = bed.muster(&["submit", "--", "sh", "-c", &script]).ok();
+    let pid: i32 = eventually("the rank", || {
+        let text = std::fs::read_to_string(&mark).unwrap_or_default();
+        text.trim().parse().map_err(|_| worker.log())
+    });
+    // It takes connections all the while, and never answers a handshake: the daemon has to see that it hangs.
+    bed.encrypted.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(is_running(pid), "{}", worker.log());
+    bed.encrypted.signal(Signal::SIGCONT);
+    let job = eventually("the worker's return", || {
+        let nodes = bed.muster(&["nodes", "--output", "json"]).json();
+        let job = bed.muster(&["job", id.trim(), "--output", "json"]).json().remove(0);
+        if nodes[0]["state"] == "NODE_STATE_READY" { Ok(job) } else { Err(nodes) }
+    });
+    assert!(is_running(pid), "{}", worker.log());
+    assert_eq!((&job["state"], &job["generation"]), (&"JOB_STATE_RUNNING".into(), &1.into()));
+    bed.muster(&["cancel", id.trim()]).ok();
+    eventually("the rank's end", || if is_running(pid) { Err(pid) } else { Ok(()) });
+}
