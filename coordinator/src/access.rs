@@ -109,7 +109,7 @@ pub(crate) fn hash(secret: &str) -> Digest {
 
 /// Hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Who calls over an encrypted connection: the bearer of a token, else the owner of the certificate.

@@ -166,7 +166,7 @@ impl Credentials {
                 "the coordinator's authority is not the one of the join token",
             ));
         }
-        self.take(answer, key)?;
+        self.take(answer, key);
         info!(node = %self.node, "the node has got its certificate for the join token");
         Ok(())
     }
@@ -181,7 +181,7 @@ impl Credentials {
     }
 
     /// Keeps what was issued, and shows it from now on.
-    fn take(&self, answer: v1::IssueCertificateResponse, key: String) -> Result<(), Status> {
+    fn take(&self, answer: v1::IssueCertificateResponse, key: String) {
         let v1::IssueCertificateResponse { certificate, authority, lifetime } = answer;
         let life = span_from_wire("lifetime", lifetime.as_ref(), Millis(0)).unwrap_or_default();
         let held = Held { certificate, key, authority, from: unix_now(), life };
@@ -191,7 +191,6 @@ impl Credentials {
         }
         self.trust.show(&held.authority, &held.certificate, &held.key);
         self.with(|state| state.held = Some(held));
-        Ok(())
     }
 
     fn keep(&self, held: &Held) -> std::io::Result<()> {
@@ -236,7 +235,8 @@ impl Credentials {
         let mut client = client.clone();
         let answer = tokio::time::timeout(ANSWER_MAX, client.issue_certificate(request)).await;
         let answer = answer.map_err(|_| Status::unavailable("the coordinator does not answer"))??;
-        self.take(answer.into_inner(), key)
+        self.take(answer.into_inner(), key);
+        Ok(())
     }
 }
 

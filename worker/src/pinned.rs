@@ -40,7 +40,7 @@ impl Pin {
     /// Whether it is this certificate's.
     pub fn is_of(&self, certificate: &CertificateDer<'_>) -> bool {
         let hash = Sha256::digest(certificate);
-        self.0 == hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        self.0 == hash.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
     }
 }
 

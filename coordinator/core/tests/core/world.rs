@@ -245,7 +245,7 @@ impl World {
                 Write::Node(node) => _ = self.stored.insert(format!("node/{}", node.name), put(&*node)),
                 Write::Token(token) => _ = self.stored.insert(format!("token/{}", token.name), put(&*token)),
                 Write::Barred(barred) => {
-                    _ = self.stored.insert(format!("barred/{}", barred.node), put(&barred))
+                    _ = self.stored.insert(format!("barred/{}", barred.node), put(&barred));
                 }
                 Write::DeleteBarred(node) => _ = self.stored.remove(&format!("barred/{node}")),
                 Write::DeleteToken(name) => _ = self.stored.remove(&format!("token/{name}")),
