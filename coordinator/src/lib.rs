@@ -146,12 +146,19 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let config = Config { listen: address, loopback_names_only, socket, ..config };
     let insecure = config.http.insecure || config.insecure;
     let http = muster_monitor::bind(Http { insecure, ..config.http }).await?;
+    let unserved = match config.http.listen {
+        Listen::Perhaps(address) if http.is_none() => Some(address),
+        Listen::Perhaps(_) | Listen::At(_) | Listen::Off => None,
+    };
     let at = http.as_ref().and_then(|http| http.local_addr().ok());
     let more = at.map(|at| format!(",\"http_listening\":\"{at}\"")).unwrap_or_default();
     let says = format!("{{\"listening\":\"{address}\"{more}}}");
     let ready = move || {
         // Nobody may be there to read it.
         writeln!(io::stderr(), "{says}").ok();
+        if let Some(address) = unserved {
+            warn!(%address, "metrics are not served, for the port is taken: another --http-listen, or `off`, ends this warning");
+        }
         muster_monitor::ready();
     };
     let stopping = shutdown.clone();

@@ -57,7 +57,7 @@ fn healthcheck_has_two_exit_codes() {
         (&either, "live", 0, ""),
         (&url, "nonsense", 1, "service not registered"),
         ("http://127.0.0.1:1", "", 1, "cannot be reached"),
-        ("nonsense", "", 1, "is no URL"),
+        ("nonsense", "", 1, "is not the URL of a coordinator"),
     ] {
         let outcome = muster(&["healthcheck", "--coordinator", coordinators, "--service", service]);
         assert_eq!((outcome.code, outcome.stderr.contains(words)), (code, true), "{outcome:?}");

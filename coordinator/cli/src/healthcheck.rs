@@ -26,7 +26,8 @@ pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), F
 }
 
 async fn ask(url: &str, trust: &Trust, service: &str) -> anyhow::Result<()> {
-    let endpoint = endpoint(url, trust).map_err(|failure| anyhow!(failure.text()))?;
+    let endpoint = endpoint(url, trust)
+        .map_err(|failure| anyhow!(failure.text().trim_start_matches("error: ").to_owned()))?;
     let channel =
         endpoint.connect().await.map_err(|error| anyhow!("cannot be reached: {}", trust::why(&error)))?;
     let request = HealthCheckRequest { service: service.to_owned() };

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 
 use tokio::net::TcpListener;
-use tracing::warn;
 
 /// Where a daemon's page is.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +64,8 @@ pub enum AddressError {
     },
 }
 
-/// Binds the address. None if nothing is to be served.
+/// Binds the address. None if nothing is to be served, or if nobody asked for an address that cannot be had: whoever starts
+/// the daemon says so, after the line of its log that comes first.
 pub async fn bind(http: Http) -> Result<Option<TcpListener>, AddressError> {
     let (address, asked) = match http.listen {
         Listen::Off => return Ok(None),
@@ -78,10 +78,7 @@ pub async fn bind(http: Http) -> Result<Option<TcpListener>, AddressError> {
     match TcpListener::bind(address).await {
         Ok(listener) => Ok(Some(listener)),
         Err(source) if asked => Err(AddressError::Bind { address, source }),
-        Err(error) => {
-            warn!(%address, %error, "metrics are not served: another --http-listen, or `off`, ends this warning");
-            Ok(None)
-        }
+        Err(_) => Ok(None),
     }
 }
 

@@ -46,7 +46,10 @@ impl Route {
         };
         let all = urls.iter().enumerate().map(target).collect::<Result<Vec<_>, Error>>()?;
         if all.is_empty() {
-            return Err(Error::Url { url: String::new(), why: "no coordinator was named".to_owned() });
+            return Err(Error::Url {
+                url: String::new(),
+                why: "no coordinator was named; one looks like http://10.0.0.1:7070".to_owned(),
+            });
         }
         Ok(Self {
             trust: trust.clone(),

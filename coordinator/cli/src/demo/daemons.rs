@@ -37,7 +37,7 @@ impl Daemons {
 
     /// Starts a coordinator on a free port and workers that know it. Returns the coordinator's URL.
     pub async fn start(&mut self, workers: u32) -> Result<String, Failure> {
-        self.spawn("coordinator", &["coordinator", "--listen", "127.0.0.1:0"])?;
+        self.spawn("coordinator", &["coordinator", "--listen", "127.0.0.1:0", "--http-listen", "off"])?;
         let address = self.listening().await?;
         let url = format!("http://{address}");
         for number in 1..=workers {
