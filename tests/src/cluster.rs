@@ -23,6 +23,9 @@ pub struct Settings {
     pub netns: bool,
     /// Clocks that [`Cluster::set_clock`] can set. Only where there is [`faketime_path`].
     pub clocks: Option<Clocks>,
+    /// What the daemons write is kept in memory, where there is room however full the disk of this machine is: health
+    /// judges it.
+    pub in_memory: bool,
 }
 
 /// Which clocks of a host can be set.
@@ -36,7 +39,7 @@ pub enum Clocks {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { workers: 2, lease: "5s", netns: false, clocks: None }
+        Self { workers: 2, lease: "5s", netns: false, clocks: None, in_memory: false }
     }
 }
 
@@ -136,7 +139,8 @@ fn behind(prefix: &[String]) -> Command {
 impl Cluster {
     /// Starts everything and waits until the workers have joined.
     pub fn start(settings: Settings) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir =
+            if settings.in_memory { tempfile::tempdir_in("/dev/shm") } else { tempfile::tempdir() }.unwrap();
         let netns = settings.netns.then(|| Netns::new(settings.workers + 1).unwrap());
         let prefix = prefix(netns.as_ref(), dir.path(), &settings, 0);
         let listen = if netns.is_some() { format!("{}:0", address(0)) } else { "127.0.0.1:0".to_owned() };

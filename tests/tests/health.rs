@@ -4,6 +4,8 @@
 use muster_tests::{Cluster, FakeMachine, Rail, Settings, eventually};
 use serde_json::Value;
 
+const ALONE: Settings = Settings { workers: 0, lease: "5s", netns: false, clocks: None, in_memory: true };
+
 fn node(cluster: &Cluster) -> Value {
     cluster.muster(&["node", "n1", "--output", "json"]).json().remove(0)
 }
@@ -23,7 +25,7 @@ fn wait_for_verdict(cluster: &Cluster, name: &str, wanted: &str) -> String {
 
 #[test]
 fn a_cable_that_flaps_and_a_gpu_that_is_lost_are_noticed_while_jobs_run() {
-    let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let mut cluster = Cluster::start(ALONE);
     let machine = FakeMachine::make(cluster.dir.path(), [Rail::Well; 8], ["0", "1"]);
     let flags = [&machine.flags()[..], &["--health-interval", "50ms"]].concat();
     let worker = cluster.spawn_worker_with("n1", "n1", &flags);
@@ -65,7 +67,7 @@ fn a_cable_that_flaps_and_a_gpu_that_is_lost_are_noticed_while_jobs_run() {
 
 #[test]
 fn a_users_check_takes_a_node_out_and_a_person_gives_it_back() {
-    let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let mut cluster = Cluster::start(ALONE);
     let checks = cluster.dir.path().join("checks");
     std::fs::create_dir(&checks).unwrap();
     let write = |name: &str, script: &str| {
@@ -104,7 +106,7 @@ fn a_users_check_takes_a_node_out_and_a_person_gives_it_back() {
 
 #[test]
 fn a_node_with_a_rail_less_than_its_fleet_is_named() {
-    let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let mut cluster = Cluster::start(ALONE);
     for host in 1..=4 {
         let (name, dir) = (format!("n{host}"), cluster.dir.path().join(format!("machine{host}")));
         let mut rails = [Rail::Well; 8];

@@ -59,7 +59,7 @@ async fn ask_coordinator(global: &Global) -> Result<(Coordinator, Option<Millis>
             return Ok((Some((urls, None)), since.map(|since| Millis(since.as_millis() as u64))));
         }
         Ok(Err(Failure::Usage(why))) => return Err(Failure::Usage(why)),
-        Ok(Err(failure)) => failure.text().trim_start_matches("error: ").to_owned(),
+        Ok(Err(failure)) => failure.why(),
         Err(_) => format!("it does not answer within {} s", ANSWER_MAX.as_secs()),
     };
     // Nobody has said that there should be one.

@@ -97,6 +97,11 @@ impl Failure {
         ExitCode::from(self.code())
     }
 
+    /// The same as a part of other words.
+    pub fn why(&self) -> String {
+        self.text().trim_start_matches("error: ").to_owned()
+    }
+
     /// In words; nothing where it was shown already.
     pub fn text(&self) -> String {
         match self {

@@ -12,8 +12,7 @@ use crate::leader::endpoint;
 
 /// Succeeds once one of the coordinators says that it serves. Every other end has exit code 1: container runtimes know no other.
 pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), Failure> {
-    let trust =
-        global.trust().map_err(|failure| anyhow!(failure.text().trim_start_matches("error: ").to_owned()))?;
+    let trust = global.trust().map_err(|failure| anyhow!(failure.why()))?;
     let mut refusals = Vec::new();
     for url in &global.coordinator {
         match tokio::time::timeout(args.timeout.0, ask(url, &trust, &args.service)).await {
@@ -26,8 +25,7 @@ pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), F
 }
 
 async fn ask(url: &str, trust: &Trust, service: &str) -> anyhow::Result<()> {
-    let endpoint = endpoint(url, trust)
-        .map_err(|failure| anyhow!(failure.text().trim_start_matches("error: ").to_owned()))?;
+    let endpoint = endpoint(url, trust).map_err(|failure| anyhow!(failure.why()))?;
     let channel =
         endpoint.connect().await.map_err(|error| anyhow!("cannot be reached: {}", trust::why(&error)))?;
     let request = HealthCheckRequest { service: service.to_owned() };

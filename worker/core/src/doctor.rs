@@ -14,8 +14,6 @@ const SHM_BYTES_MIN: u64 = 1 << 30;
 /// Clocks that differ more than this make logs of two nodes hard to read and certificates invalid. The coordinator says its
 /// time in whole seconds.
 const SKEW_MAX_MS: u64 = 3_000;
-/// Free space below which logs do not last.
-const DISK_MIN_PERCENT: u64 = 5;
 
 /// What was looked at. What could not be is absent.
 #[derive(Clone, Debug, Default)]
@@ -245,7 +243,7 @@ fn disk(facts: &Facts) -> Diagnosis {
     let Some(disk) = facts.disk else { return skipped("disk", "the data directory is not there yet") };
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let found = format!("{:.1} of {:.1} GiB are free", gib(disk.free_bytes), gib(disk.total_bytes));
-    if disk.free_bytes.saturating_mul(100) < disk.total_bytes.saturating_mul(DISK_MIN_PERCENT) {
+    if disk.is_low_for_logs() {
         let mend = "make room, or keep logs elsewhere (--data-dir)";
         return ill("disk", Grade::Warning, found, mend);
     }

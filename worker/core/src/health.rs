@@ -18,7 +18,9 @@ const FLAPS_QUARANTINED: u64 = 6;
 /// Errors on a link in it: one a second. InfiniBand allows for one in half a minute.
 const ERRORS_DEGRADED: u64 = 600;
 /// Free space of the data directory: below it logs and points are about to be dropped.
-const DISK_DEGRADED_PERCENT: u64 = 5;
+const DISK_LOW_PERCENT: u64 = 5;
+/// So much is enough, however small a part of a large file system it is.
+const DISK_AMPLE_BYTES: u64 = 10 << 30;
 /// A job that starts would not get far.
 const DISK_QUARANTINED_BYTES: u64 = 64 << 20;
 /// A file system this small is somebody's choice, and is not judged.
@@ -44,6 +46,19 @@ pub struct Space {
     pub free_bytes: u64,
     /// Bytes in all.
     pub total_bytes: u64,
+}
+
+impl Space {
+    /// Of the data directory: too little is left for logs to last.
+    pub(crate) fn is_low_for_logs(self) -> bool {
+        self.is_below(1)
+    }
+
+    /// Below so many times what is low.
+    fn is_below(self, times: u64) -> bool {
+        let part = u128::from(self.total_bytes) * u128::from(DISK_LOW_PERCENT) / 100;
+        u128::from(self.free_bytes) < part.min(u128::from(DISK_AMPLE_BYTES)) * u128::from(times)
+    }
 }
 
 /// Everything that was read at one look.
@@ -220,8 +235,7 @@ impl Monitor {
         };
         if let Some(disk) = readings.disk.filter(|disk| disk.total_bytes >= DISK_JUDGED_BYTES) {
             // Once it is low it has to be well above before it is not.
-            let low = if self.disk_is_low { DISK_DEGRADED_PERCENT * 2 } else { DISK_DEGRADED_PERCENT };
-            self.disk_is_low = percent(&disk) < low;
+            self.disk_is_low = disk.is_below(if self.disk_is_low { 2 } else { 1 });
             if self.disk_is_low {
                 let full = disk.free_bytes < DISK_QUARANTINED_BYTES;
                 let severity = if full { Severity::Quarantined } else { Severity::Degraded };

@@ -102,7 +102,7 @@ fn space_has_to_be_well_above_before_it_is_enough_again() {
         format!("{severity} disk: {free} of 100.0 GiB are free where the daemon keeps logs; remove old ones")
     };
     let memory = "Degraded memory: 1.0 of 100.0 GiB are free".to_owned();
-    let table: [((u64, u64), u64, Vec<String>); 7] = [
+    let table: [((u64, u64), u64, Vec<String>); 8] = [
         ((6 * GIB, 100 * GIB), 50 * GIB, vec![]),
         ((4 * GIB, 100 * GIB), 50 * GIB, vec![disk("Degraded", "4.0")]),
         ((6 * GIB, 100 * GIB), 50 * GIB, vec![disk("Degraded", "6.0")]),
@@ -110,6 +110,8 @@ fn space_has_to_be_well_above_before_it_is_enough_again() {
         ((20 * GIB, 100 * GIB), GIB, vec![]),
         ((20 * GIB, 100 * GIB), GIB, vec![memory]),
         ((0, GIB), 50 * GIB, vec![]),
+        // A hundredth of a large one is room enough.
+        ((20 * GIB, 2_000 * GIB), 50 * GIB, vec![]),
     ];
     let mut monitor = Monitor::default();
     for ((free_bytes, total_bytes), available, expected) in table {
