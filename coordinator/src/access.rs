@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use http::{HeaderMap, header};
-use muster_core::Core;
 use muster_core::access::{Digest, Role, Token};
 use muster_core::types::{Millis, NodeName, TokenName};
+use muster_core::{Core, Write};
 use muster_proto::convert;
 use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
@@ -35,6 +35,17 @@ impl Tokens {
     pub fn of(core: &Core) -> Self {
         let by_name = core.tokens().iter().map(|(name, token)| (name.clone(), token.clone())).collect();
         Self { by_name, barred: core.barred().clone() }
+    }
+
+    /// Takes over a change, once it is stored.
+    pub fn apply(&mut self, change: &Write) {
+        match change {
+            Write::Token(token) => drop(self.by_name.insert(token.name.clone(), (**token).clone())),
+            Write::DeleteToken(name) => drop(self.by_name.remove(name)),
+            Write::Barred(barred) => drop(self.barred.insert(barred.node.clone(), barred.at)),
+            Write::DeleteBarred(node) => drop(self.barred.remove(node)),
+            Write::Meta(_) | Write::Job(_) | Write::DeleteJob(_) | Write::Node(_) | Write::DeleteNode(_) => {}
+        }
     }
 }
 

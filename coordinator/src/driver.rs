@@ -13,7 +13,7 @@ mod show;
 mod tests;
 mod watch;
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use muster_core::types::{Millis, NodeName, Session};
@@ -52,7 +52,7 @@ enum Deferred {
     JobChanged(Arc<Job>),
     NodeChanged(Arc<Node>),
     JobDeleted(muster_core::types::JobId),
-    TokensChanged(Arc<Tokens>),
+    TokensChanged(Write),
     NodeForgotten(NodeName),
     Run(Later),
     /// A watcher sees what came before it as one state, and every change that comes after.
@@ -99,7 +99,7 @@ pub(crate) struct Driver {
     /// Why the store cannot be written, while it cannot.
     degraded: channel::Sender<Option<String>>,
     /// By what callers are judged.
-    tokens: channel::Sender<Arc<Tokens>>,
+    tokens: Arc<RwLock<Tokens>>,
     /// Whether this coordinator still leads: what is decided after it does not is neither said nor done.
     leads: Leads,
     inbox: mpsc::Receiver<(Millis, Command)>,
@@ -128,8 +128,8 @@ pub(crate) fn start(
     let (sender, inbox) = mpsc::channel(INBOX_MAX);
     let links = Links::default();
     let (degraded, trouble) = channel::channel(None);
-    let (tokens, known) = channel::channel(Arc::new(Tokens::of(&core)));
-    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble, tokens: known };
+    let tokens = Arc::new(RwLock::new(Tokens::of(&core)));
+    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble, tokens: tokens.clone() };
     let tally = Tally::new(monitor.clone(), &core);
     let mut driver = Driver {
         core,
@@ -336,13 +336,18 @@ impl Driver {
             panic!("the core's state is broken: {broken}");
         }
         let mut forgotten = Vec::new();
+        let deferred = &mut self.filling.deferred;
         for write in &effects.writes {
             persist::encode(&mut self.filling.batch, write);
-            if let Write::DeleteNode(name) = write {
-                forgotten.push(Deferred::NodeForgotten(name.clone()));
+            match write {
+                Write::DeleteNode(name) => forgotten.push(Deferred::NodeForgotten(name.clone())),
+                // Before the reply: whoever was told that a token is revoked can rely on it.
+                Write::Token(_) | Write::DeleteToken(_) | Write::Barred(_) | Write::DeleteBarred(_) => {
+                    deferred.push(Deferred::TokensChanged(write.clone()));
+                }
+                Write::Meta(_) | Write::Job(_) | Write::DeleteJob(_) | Write::Node(_) => {}
             }
         }
-        let deferred = &mut self.filling.deferred;
         deferred.extend(
             effects.sends.into_iter().map(|(node, session, what)| Deferred::Send(node, session, what)),
         );
@@ -362,7 +367,6 @@ impl Driver {
                     }
                 }
                 Event::JobDeleted(id) => deferred.push(Deferred::JobDeleted(id)),
-                Event::Tokens => deferred.push(Deferred::TokensChanged(Arc::new(Tokens::of(&self.core)))),
             }
         }
         deferred.extend(forgotten);
@@ -389,7 +393,9 @@ impl Driver {
                     self.tally.job_deleted(&id);
                     self.metrics.delete(&id);
                 }
-                Deferred::TokensChanged(tokens) => drop(self.tokens.send_replace(tokens)),
+                Deferred::TokensChanged(change) => {
+                    self.tokens.write().unwrap_or_else(PoisonError::into_inner).apply(&change);
+                }
                 Deferred::NodeForgotten(name) => self.tally.node_forgotten(&name),
                 Deferred::Run(later) => later(),
                 Deferred::WatchJob(job, reply) => {

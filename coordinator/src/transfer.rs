@@ -123,7 +123,7 @@ pub fn import(kind: &StoreKind, data_dir: &Path, from: &mut impl BufRead) -> Res
         StoreKind::Etcd(config) => {
             let etcd = Etcd::open(config)?;
             let floor = Some(Floor { place: None, fence: Fence(term) });
-            let election = etcd.stand("an import", LEASE, floor);
+            let election = etcd.stand(&format!("import {}", uuid::Uuid::new_v4()), LEASE, floor);
             let term = election.wait(ELECTION_MAX).map_err(|error| match error {
                 StoreError::Retryable(why) => {
                     Error::Transfer(format!("{why}; stop every coordinator of that cluster first"))

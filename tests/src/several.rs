@@ -28,6 +28,8 @@ pub struct Several {
     lives: usize,
     /// Further flags of each coordinator.
     pub flags: Vec<String>,
+    /// Where connections are encrypted, what the command line and workers are told of whom to trust and what to show.
+    shown: Vec<(&'static str, String)>,
 }
 
 /// Flags of coordinators whose nodes are lost soon.
@@ -39,6 +41,42 @@ impl Several {
         Some(Self::on(Etcd::start(members)?, None, coordinators, workers, &FAST))
     }
 
+    /// The same with TLS, tokens, and nodes that have certificates.
+    pub fn start_encrypted(members: usize, coordinators: usize, workers: usize) -> Option<Self> {
+        let mut several = Self::new(Etcd::start(members)?, None, coordinators, &FAST);
+        let [tls, ca] = ["tls", "tls/ca.crt"].map(|name| several.path(name));
+        let init = ["pki", "init", "--dir", &tls, "--host", "127.0.0.1"];
+        Outcome::of(Command::new(binary("muster")).args(init)).ok();
+        several.flags.extend(["--tls-dir".to_owned(), tls]);
+        several.shown.push(("MUSTER_CA", ca));
+        for index in 0..coordinators {
+            several.start_coordinator(index);
+        }
+        let kinds = [
+            ("MUSTER_TOKEN_FILE", "token", &["--role", "admin"][..]),
+            ("MUSTER_JOIN_TOKEN_FILE", "join", &["--role", "node", "--uses", "9"]),
+        ];
+        for (variable, name, flags) in kinds {
+            let text = eventually("a token", || several.by_a_socket(&[&["token", "create"], flags].concat()));
+            std::fs::write(several.path(name), text).unwrap();
+            several.shown.push((variable, several.path(name)));
+        }
+        several.start_workers(workers);
+        Some(several)
+    }
+
+    /// What the coordinator that leads answers by its Unix socket.
+    fn by_a_socket(&self, args: &[&str]) -> Result<String, String> {
+        let sockets = (0..self.coordinators.len()).map(|index| self.path(&format!("c{index}/muster.sock")));
+        let answers = sockets.map(|socket| self.muster_at(&format!("unix:{socket}"), args));
+        let (mut good, bad): (Vec<_>, Vec<_>) = answers.partition(|outcome| outcome.code == 0);
+        good.pop().map(|outcome| outcome.stdout).ok_or_else(|| format!("{bad:?}"))
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
     /// The same with each coordinator on a host of its own; none where there can be none.
     pub fn start_on_hosts(coordinators: usize, workers: usize, flags: &[&str]) -> Option<Self> {
         let netns = Netns::new(coordinators + 1)?;
@@ -48,12 +86,22 @@ impl Several {
 
     /// The same on an etcd that is there, with flags of the coordinators.
     pub fn on(etcd: Etcd, netns: Option<Netns>, coordinators: usize, workers: usize, flags: &[&str]) -> Self {
+        let mut several = Self::new(etcd, netns, coordinators, flags);
+        for index in 0..coordinators {
+            several.start_coordinator(index);
+        }
+        several.leader();
+        several.start_workers(workers);
+        several
+    }
+
+    fn new(etcd: Etcd, netns: Option<Netns>, coordinators: usize, flags: &[&str]) -> Self {
         let host = |index: usize| match netns {
             Some(_) => address(index + 1),
             None => "127.0.0.1".to_owned(),
         };
         let addresses = (0..coordinators).map(|index| format!("{}:{}", host(index), free_port())).collect();
-        let mut several = Self {
+        Self {
             dir: tempfile::tempdir().unwrap(),
             etcd,
             coordinators: (0..coordinators).map(|_| None).collect(),
@@ -62,18 +110,17 @@ impl Several {
             addresses,
             lives: 0,
             flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
-        };
-        for index in 0..coordinators {
-            several.start_coordinator(index);
+            shown: Vec::new(),
         }
-        several.leader();
-        for index in 1..=workers {
+    }
+
+    fn start_workers(&mut self, count: usize) {
+        for index in 1..=count {
             let name = format!("n{index}");
-            let worker = several.spawn_worker(&name);
-            several.workers.push(worker);
+            let worker = self.spawn_worker(&name);
+            self.workers.push(worker);
         }
-        several.wait_for_nodes(workers);
-        several
+        self.wait_for_nodes(count);
     }
 
     /// Starts a coordinator on its directory and address.
@@ -94,7 +141,12 @@ impl Several {
         let data_dir = self.dir.path().join(name);
         let (url, data_dir) = (self.url(), data_dir.to_str().unwrap());
         let args = ["worker", "--coordinator", &url, "--name", name, "--data-dir", data_dir];
-        Daemon::start_behind(&self.prefix(0), self.dir.path(), name, &args)
+        let mut prefix = self.prefix(0);
+        if !self.shown.is_empty() {
+            prefix.push("env".to_owned());
+            prefix.extend(self.shown.iter().map(|(variable, value)| format!("{variable}={value}")));
+        }
+        Daemon::start_behind(&prefix, self.dir.path(), name, &args)
     }
 
     fn prefix(&self, host: usize) -> Vec<String> {
@@ -110,7 +162,9 @@ impl Several {
 
     /// All URLs, with commas.
     pub fn url(&self) -> String {
-        let urls: Vec<String> = self.addresses.iter().map(|address| format!("http://{address}")).collect();
+        let scheme = if self.shown.is_empty() { "http" } else { "https" };
+        let urls: Vec<String> =
+            self.addresses.iter().map(|address| format!("{scheme}://{address}")).collect();
         urls.join(",")
     }
 
@@ -130,6 +184,7 @@ impl Several {
         let mut words = prefix.iter().map(String::as_str).chain(["env"]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg(binary("muster")).args(args);
+        command.envs(self.shown.iter().map(|(variable, value)| (variable, value)));
         Outcome::of(command.env("MUSTER_COORDINATOR", url).stdin(Stdio::null()))
     }
 

@@ -1,7 +1,7 @@
 //! Several coordinators on a real etcd: one leads, the others say who, and a job runs on whatever becomes of them.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use muster_tests::{Cluster, Cut, Etcd, FAST, Settings, Several, eventually, grpcurl, grpcurl_path, skip};
 use nix::sys::signal::Signal;
@@ -70,6 +70,43 @@ fn a_leader_is_killed_and_its_job_runs_on() {
     }
     several.etcd.kill(0);
     several.wait_for_nodes(2);
+    finish(&several, &id);
+}
+
+#[test]
+fn who_comes_back_leads_without_waiting_for_the_lease_that_he_held() {
+    let Some(etcd) = Etcd::start(1) else { return skip("a lease that is left", "there is no etcd here") };
+    let lease = Duration::from_mins(1);
+    let flags = [&FAST[..], &["--leader-lease", "60s"]].concat();
+    let mut several = Several::on(etcd, None, 1, 1, &flags);
+    let id = several.submit_beats(&[]);
+    several.wait_for(&id, "RUNNING");
+    several.kill_coordinator(0);
+    let began = Instant::now();
+    several.start_coordinator(0);
+    several.leader();
+    assert!(began.elapsed() < lease / 2, "it waited for itself: {:?}", began.elapsed());
+    several.wait_for_nodes(1);
+    several.muster(&["cancel", &id]).ok();
+}
+
+#[test]
+fn tokens_and_certificates_outlive_the_leader_that_has_issued_them() {
+    let Some(mut several) = Several::start_encrypted(1, 3, 2) else {
+        return skip("several coordinators with TLS", "there is no etcd here");
+    };
+    let id = several.submit_beats(&[]);
+    several.wait_for(&id, "RUNNING");
+    let leader = several.leader();
+    several.kill_coordinator(leader);
+    assert_ne!(several.leader(), leader);
+    several.wait_for_nodes(2);
+    // One that follows sends its caller on, whoever he is, and the leader asks who he is.
+    let follower = (0..3).find(|index| ![leader, several.leader()].contains(index)).unwrap();
+    let at_follower = format!("https://{}", several.address(follower));
+    several.muster_at(&at_follower, &["token", "create", "--role", "viewer", "--name", "late"]).ok();
+    let listed = several.muster(&["token", "list"]).ok();
+    assert!(listed.contains("late"), "{listed}");
     finish(&several, &id);
 }
 

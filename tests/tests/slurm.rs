@@ -3,7 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use muster_tests::{Outcome, Slurm, binary, deployed, eventually, is_running, processes_with, skip};
 
@@ -79,6 +81,21 @@ fn slurm() -> Option<Slurm> {
     slurm
 }
 
+/// What the script leaves for its user lets him call the coordinator; another user of the machine has no token.
+fn only_its_user_may_call(env: &Path) {
+    let call = |before: &str| {
+        let script = format!(". {}; {before} {} jobs", env.display(), binary("muster").display());
+        Outcome::of(Command::new("sh").args(["-c", &script]))
+    };
+    assert!(call("").ok().contains("RUNNING"));
+    let refused = call("env -u MUSTER_TOKEN_FILE");
+    assert!(refused.code == 5 && refused.stderr.contains("this needs a token"), "{refused:?}");
+    for secret in ["token", "join", "pki/ca.key"] {
+        let mode = std::fs::metadata(env.with_file_name(secret)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "others can read {secret}");
+    }
+}
+
 /// Nothing that carries this directory's name runs any more.
 fn nothing_is_left(dir: &Path) {
     let mark = dir.to_str().unwrap();
@@ -131,6 +148,7 @@ fn the_end_of_the_time_is_a_checkpoint_and_another_allocation_goes_on_from_it() 
     };
     started(1);
     counted(5);
+    only_its_user_may_call(&dir.path().join("run/env"));
     // As --signal=B:TERM@120 does.
     Outcome::of(slurm.command("scancel").args(["--batch", "--signal=TERM", &job.id])).ok();
     job.wait_for("PENDING");
@@ -171,13 +189,13 @@ fn a_cancelled_allocation_is_not_queued_again() {
     assert_eq!(job.field("JobState"), "CANCELLED");
 }
 
-/// Where it would be unsafe or could not work, it says so and runs nothing.
+/// Where it could not work, it says so and runs nothing.
 #[test]
 fn what_cannot_work_is_said() {
     let Some(slurm) = slurm() else { return };
     let table = [
         ("MUSTER_ADDRESS", "", "set MUSTER_ADDRESS"),
-        ("MUSTER_ADDRESS", "10.1.2.3", "set MUSTER_INSECURE=1"),
+        ("MUSTER_ADDRESS", "10.1.2.3", "failed to listen on 10.1.2.3"),
         ("PATH", "/usr/bin:/bin", "the coordinator did not start"),
     ];
     for (variable, value, words) in table {

@@ -61,7 +61,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Command::Coordinator(args) => daemons::coordinator(*args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
         Command::Shim => Ok(()),
-        Command::Run(args) => run::run(*args).await,
+        Command::Run(args) => run::run(*args, &global).await,
         Command::Submit(args) => submit::run(*args, &global).await,
         Command::Jobs(args) => show::jobs(&args, &global).await,
         Command::Job(args) => show::job(&args, &global).await,

@@ -26,6 +26,7 @@ use muster_worker::{Attached, Streams};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::Status;
 
+use crate::args::Global;
 use crate::exit::Failure;
 use crate::{show, submit};
 use args::{ProcsPerNode, RunArgs};
@@ -37,7 +38,7 @@ use tee::Tees;
 const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(3);
 
 /// `muster run`.
-pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
+pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     if std::env::var_os("RUST_LOG").is_some() {
         tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
@@ -73,7 +74,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<(), Failure> {
     };
     let mut follower = Follower { signals, tees, restarting: 0, stopping: false, waiting: String::new() };
     let node = tokio::select! {
-        node = Node::enter(&meeting, &args, &run_id, &scratch, attached) => node?,
+        node = Node::enter(&meeting, (&args, global), &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
             eprintln!("muster run: {signal} before anything ran");
             return Err(Failure::JobFailed);

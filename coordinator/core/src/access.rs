@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
-use crate::effects::{Effects, Event, Refusal, Reply};
+use crate::effects::{Effects, Refusal, Reply};
 use crate::types::{Millis, NodeName, TokenName};
 
 /// Most tokens: one for each person, program and node that has its own, and not a record per call of something that makes them
@@ -160,7 +160,7 @@ impl Core {
         }
         let expires = life.map(|life| now.plus(life));
         let token = Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses };
-        fx.tokens_changed(&name);
+        fx.stored_tokens.insert(name.clone());
         self.tokens.insert(name, token.clone());
         Ok(Reply::Token(Box::new(token)))
     }
@@ -168,7 +168,7 @@ impl Core {
     pub(crate) fn revoke_token(&mut self, name: &str, fx: &mut Effects) -> Result<Reply, Refusal> {
         let token = TokenName::new(name).ok().and_then(|name| self.tokens.remove(&name));
         let token = token.ok_or_else(|| Refusal::NoToken(name.chars().take(64).collect()))?;
-        fx.tokens_changed(&token.name);
+        fx.stored_tokens.insert(token.name.clone());
         Ok(Reply::Token(Box::new(token)))
     }
 
@@ -184,7 +184,7 @@ impl Core {
         let token = token.ok_or_else(|| Refusal::NoToken(name.to_string()))?;
         if let Some(left) = token.uses_left {
             token.uses_left = Some(left.checked_sub(1).ok_or_else(|| Refusal::TokenUsedUp(name.clone()))?);
-            fx.tokens_changed(name);
+            fx.stored_tokens.insert(name.clone());
         }
         Ok(Reply::Token(Box::new(token.clone())))
     }
@@ -213,7 +213,6 @@ impl Core {
         }
         self.barred.insert(node.clone(), now);
         fx.stored_barred.insert(node.clone());
-        fx.events.insert(Event::Tokens);
         Ok(Reply::Barred(Barred { node, at: now }))
     }
 
@@ -222,16 +221,9 @@ impl Core {
         self.tokens.retain(|name, token| {
             let over = token.is_over(now);
             if over {
-                fx.tokens_changed(name);
+                fx.stored_tokens.insert(name.clone());
             }
             !over
         });
-    }
-}
-
-impl Effects {
-    fn tokens_changed(&mut self, name: &TokenName) {
-        self.stored_tokens.insert(name.clone());
-        self.events.insert(Event::Tokens);
     }
 }

@@ -99,8 +99,6 @@ pub enum Event {
     Node(NodeName),
     /// The job is gone; what is kept beside the state (metrics) goes with it.
     JobDeleted(JobId),
-    /// The tokens, or the nodes that are shut out, have changed.
-    Tokens,
 }
 
 /// Answer to a request.

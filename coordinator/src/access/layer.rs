@@ -116,6 +116,8 @@ where
             request.extensions_mut().insert(tcp);
         }
         let (identity, judged) = self.guard.judge(&request);
+        // Nothing behind this may log it.
+        request.headers_mut().remove(http::header::AUTHORIZATION);
         let line = Line::new(&request, identity.as_ref());
         let changes = match judged {
             Ok(changes) => changes,

@@ -1,6 +1,6 @@
 //! How the handlers reach the driver: commands into its inbox, and their answers.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
 use muster_core::{Core, Input, Job, Join, Node, Refusal, Reply};
@@ -81,7 +81,7 @@ pub(crate) struct Handle {
     /// Why the store cannot be written, while it cannot.
     pub(super) trouble: watch::Receiver<Option<String>>,
     /// By what callers are judged: a look costs no turn of the driver.
-    pub(super) tokens: watch::Receiver<Arc<Tokens>>,
+    pub(super) tokens: Arc<RwLock<Tokens>>,
 }
 
 impl Handle {
@@ -155,8 +155,9 @@ impl Handle {
     }
 
     /// The tokens that are stored.
-    pub fn tokens(&self) -> Arc<Tokens> {
-        self.tokens.borrow().clone()
+    pub fn tokens(&self) -> RwLockReadGuard<'_, Tokens> {
+        // Each change is whole before anything can panic.
+        self.tokens.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Commands that wait.

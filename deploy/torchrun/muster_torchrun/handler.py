@@ -154,17 +154,20 @@ class MusterRendezvousHandler(RendezvousHandler):
 
 
 def _endpoints(text):
+    """Each as host:port, or https://host:port where the coordinator speaks TLS."""
     endpoints = []
     for endpoint in (text or "").split(","):
         endpoint = endpoint.strip()
-        endpoint = endpoint[len("http://") :] if endpoint.startswith("http://") else endpoint
-        endpoint = endpoint.rstrip("/")
+        scheme = "https://" if endpoint.startswith("https://") else ""
+        endpoint = endpoint.removeprefix(scheme or "http://").rstrip("/")
         if not endpoint:
             raise ValueError("--rdzv-endpoint names the coordinator: host:7070, or several, separated by commas")
         # An IPv6 address without brackets has no room for a port.
         has_port = re.search(r"(^[^:]+|\]):\d+$", endpoint)
         bare_v6 = endpoint.count(":") > 1 and not endpoint.startswith("[")
-        endpoints.append(endpoint if has_port else f"[{endpoint}]:{DEFAULT_PORT}" if bare_v6 else f"{endpoint}:{DEFAULT_PORT}")
+        if not has_port:
+            endpoint = f"[{endpoint}]:{DEFAULT_PORT}" if bare_v6 else f"{endpoint}:{DEFAULT_PORT}"
+        endpoints.append(scheme + endpoint)
     return endpoints
 
 
@@ -176,7 +179,7 @@ def _address(local_addr, endpoint):
     """The IP address at which other nodes reach this one: what the user says, else what reaches the coordinator."""
     if local_addr:
         return socket.getaddrinfo(local_addr, None, type=socket.SOCK_STREAM)[0][4][0]
-    host, port = endpoint.rsplit(":", 1)
+    host, port = endpoint.removeprefix("https://").rsplit(":", 1)
     family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         # Of a datagram socket this sends nothing.

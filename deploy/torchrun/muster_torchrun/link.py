@@ -1,5 +1,6 @@
 """An agent's stream to the coordinator, kept up by a thread: what is said goes out, what is heard is remembered."""
 
+import os
 import queue
 import random
 import threading
@@ -47,6 +48,8 @@ class Link:
         # The answer that ended all attempts.
         self.refused = None
         self._endpoints = endpoints
+        # Here, so that files that cannot be read are an error of whoever starts the agent.
+        self._credentials = _credentials() if any(_is_encrypted(endpoint) for endpoint in endpoints) else None
         self._hello = dict(hello, agent_id=uuid.uuid4().hex)
         # Where this agent would serve the store, while it waits for a place.
         self._offer = None
@@ -104,7 +107,7 @@ class Link:
                 outgoing.put(api.Request(enter=self._offer))
             self._outgoing = outgoing
         try:
-            with grpc.insecure_channel(endpoint, options=_OPTIONS) as channel:
+            with self._channel(endpoint) as channel:
                 join = channel.stream_stream(
                     api.METHOD,
                     request_serializer=api.Request.SerializeToString,
@@ -121,6 +124,11 @@ class Link:
             outgoing.put(None)
         return None
 
+    def _channel(self, endpoint):
+        if _is_encrypted(endpoint):
+            return grpc.secure_channel(endpoint.removeprefix("https://"), self._credentials, options=_OPTIONS)
+        return grpc.insecure_channel(endpoint, options=_OPTIONS)
+
     def _hear(self, response):
         what = response.WhichOneof("message")
         with self.changed:
@@ -133,6 +141,28 @@ class Link:
             elif what == "waiting":
                 self.reason = response.waiting.reason
             self.changed.notify_all()
+
+
+def _is_encrypted(endpoint):
+    return endpoint.startswith("https://")
+
+
+def _credentials():
+    """Whom to trust, and the token that says who calls: the same variables as the command line's."""
+
+    def read(variable, what):
+        path = os.environ.get(variable)
+        if not path:
+            raise ValueError(f"a coordinator at https:// needs {variable}, {what}")
+        with open(path, "rb") as file:
+            return file.read()
+
+    authority = read("MUSTER_CA", "the file with its authority's certificate, ca.crt")
+    token = read("MUSTER_TOKEN_FILE", "the file with a token, as `muster token create --role submitter` printed it")
+    return grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(root_certificates=authority),
+        grpc.access_token_call_credentials(token.decode("ascii").strip()),
+    )
 
 
 def _until_left(outgoing):

@@ -82,10 +82,9 @@ fn of_container(title: &str, container: &Value, is_worker: bool, found: &mut Vec
     }
     let arguments: Vec<&str> = list(&container["args"]).iter().map(text).collect();
     let has = |flag: &str| arguments.iter().any(|one| one.starts_with(flag));
-    // Beyond loopback none starts that was not told who may reach it; the overlay without TLS has one coordinator.
-    if arguments.first() == Some(&"coordinator")
-        && (!has("--insecure") || has("--store=") && !has("--tls-dir="))
-    {
+    // Beyond loopback none starts without TLS that was not told so; the overlay that does has one coordinator.
+    let (encrypted, open) = (has("--tls-dir="), has("--insecure"));
+    if arguments.first() == Some(&"coordinator") && (encrypted == open || has("--store=") && open) {
         found.push(format!("{title} would not start, or has no TLS"));
     }
 }

@@ -10,7 +10,7 @@ use muster_worker::NumaBinding;
 
 use crate::units::{NodeRange, Span};
 
-/// Every flag of torch 2.11's torchrun, and one of ours.
+/// Every flag of torch 2.11's torchrun, and a few of ours.
 #[derive(Clone, Debug, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of torchrun's")]
 pub(crate) struct RunArgs {
@@ -29,7 +29,7 @@ pub(crate) struct RunArgs {
         value_name = "BACKEND"
     )]
     pub rdzv_backend: String,
-    /// Where the nodes meet, as host:port.
+    /// Where the nodes meet, as host:port; a coordinator that speaks TLS as https://host:port.
     #[arg(
         long,
         alias = "rdzv_endpoint",
@@ -130,6 +130,9 @@ pub(crate) struct RunArgs {
     /// Address of this node, at which the others reach it. Default: the one from which it reaches the rendezvous.
     #[arg(long, alias = "local_addr", env = "PET_LOCAL_ADDR", value_name = "HOST")]
     pub local_addr: Option<String>,
+    /// With an endpoint of https://, where --token-file is a submitter's: file with a join token, by which this node joins for the run.
+    #[arg(long, env = "MUSTER_JOIN_TOKEN_FILE", value_name = "FILE")]
+    pub join_token_file: Option<PathBuf>,
     /// A Python class of torchrun's, which cannot be loaded here.
     #[arg(long, alias = "logs_specs", value_name = "NAME")]
     pub logs_specs: Option<String>,

@@ -40,6 +40,8 @@ pub(super) struct Meeting {
     pub place: Place,
     pub host: String,
     pub port: u16,
+    /// The coordinator speaks TLS.
+    pub is_encrypted: bool,
     /// Port of the ranks' store; 0 for any that is free.
     pub store_port: u16,
     /// This node's place among them.
@@ -56,6 +58,7 @@ impl Meeting {
             place: Place::Alone,
             host: String::new(),
             port: 0,
+            is_encrypted: false,
             store_port: 0,
             rank: None,
             join_timeout: JOIN_TIMEOUT_DEFAULT,
@@ -69,7 +72,9 @@ impl Meeting {
         match args.rdzv_backend.as_str() {
             "muster" if !args.standalone => {
                 let endpoint = if named { &args.rdzv_endpoint } else { "127.0.0.1:7070" };
-                (meeting.host, meeting.port) = host_and_port(endpoint, 7070)?;
+                let encrypted = endpoint.strip_prefix("https://");
+                meeting.is_encrypted = encrypted.is_some();
+                (meeting.host, meeting.port) = host_and_port(encrypted.unwrap_or(endpoint), 7070)?;
                 meeting.place = Place::Coordinator;
             }
             // Two runs on one machine must not want the same port, unless somebody says so.
@@ -149,12 +154,17 @@ impl Meeting {
     /// The coordinator's.
     pub fn url(&self) -> String {
         let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
-        format!("http://{host}:{}", self.port)
+        let scheme = if self.is_encrypted { "https" } else { "http" };
+        format!("{scheme}://{host}:{}", self.port)
     }
 }
 
 fn host_and_port(endpoint: &str, default: u16) -> Result<(String, u16), Failure> {
     let bad = || Failure::Usage(format!("{endpoint:?} is not host:port"));
+    if endpoint.starts_with("https://") {
+        let why = "only a coordinator speaks TLS, with --rdzv-backend muster";
+        return Err(Failure::Usage(format!("--rdzv-endpoint {endpoint}: {why}")));
+    }
     let endpoint = endpoint.trim_start_matches("http://").trim_end_matches('/');
     let (host, port) = match endpoint.rsplit_once(':') {
         Some((host, _)) if host.contains(':') && !host.starts_with('[') => (endpoint, None),
@@ -215,6 +225,7 @@ mod tests {
                 "http://h:7",
                 None,
             ),
+            (&format!("{muster} --rdzv-endpoint https://h"), Place::Coordinator, "https://h:7070", None),
         ];
         for (line, place, url, rank) in table {
             let found = meeting(line).unwrap();
@@ -230,6 +241,7 @@ mod tests {
             ("--nnodes 2 --rdzv-backend c10d", "needs --rdzv-endpoint"),
             ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:0", "cannot meet at port 0"),
             ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:x", "is not host:port"),
+            ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint https://h:7", "only a coordinator speaks TLS"),
             ("--nnodes 2 --node-rank 2", "is not below --nnodes 2"),
             ("--nnodes 2 --standalone", "is for one node"),
             ("--rdzv-conf join_timeout", "is not understood"),

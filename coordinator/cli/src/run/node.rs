@@ -18,7 +18,7 @@ use super::Scratch;
 use super::args::RunArgs;
 use super::meeting::{Meeting, Place, Serve};
 use super::port;
-use crate::args::{Global, Output};
+use crate::args::Global;
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
 
@@ -52,7 +52,7 @@ impl Node {
     /// Starts what runs in this process, and reaches the coordinator.
     pub async fn enter(
         meeting: &Meeting,
-        args: &RunArgs,
+        (args, global): (&RunArgs, &Global),
         run_id: &str,
         scratch: &Scratch,
         attached: Attached,
@@ -96,12 +96,15 @@ impl Node {
         };
         let worker = muster_worker::Config {
             address,
+            trust: global.trust()?,
+            join_token_file: args.join_token_file.clone(),
             labels,
             attached: Some(attached),
             ..muster_worker::Config::new(vec![url.clone()], name.clone(), scratch.dir.path().join("node"))
         };
         // Where somebody else serves, the daemon begins once he does: it would take its time to try again.
-        let early = if coordinator.is_none() { Some(reach(&url, meeting.join_timeout).await?) } else { None };
+        let early =
+            if coordinator.is_none() { Some(reach(&url, global, meeting.join_timeout).await?) } else { None };
         let stop = CancellationToken::new();
         let running = muster_worker::run(worker, stop.clone());
         let ends = broken.clone();
@@ -115,7 +118,7 @@ impl Node {
             client
         } else {
             tokio::select! {
-                client = reach(&url, meeting.join_timeout) => client?,
+                client = reach(&url, global, meeting.join_timeout) => client?,
                 () = broken.cancelled() => return Err(Failure::JobFailed),
             }
         };
@@ -244,9 +247,8 @@ async fn address_of(host: &str) -> Result<IpAddr, Failure> {
 }
 
 /// Whoever serves may come later.
-async fn reach(url: &str, limit: Duration) -> Result<Client, Failure> {
-    let global =
-        Global { coordinator: vec![url.to_owned()], ca: None, token_file: None, output: Output::Text };
+async fn reach(url: &str, global: &Global, limit: Duration) -> Result<Client, Failure> {
+    let global = Global { coordinator: vec![url.to_owned()], ..global.clone() };
     let tried = async {
         let mut pause = RETRY.0;
         loop {

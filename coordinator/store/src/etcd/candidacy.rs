@@ -79,6 +79,7 @@ impl Look {
 
 impl Candidacy {
     pub async fn run(mut self) {
+        self.end_predecessors().await;
         // A place that could not be given up, because etcd was away: nobody is to wait for it once etcd is back.
         let mut left = None;
         while *self.stopped.borrow() != Stop::Stand {
@@ -97,6 +98,26 @@ impl Candidacy {
                 () = sleep(STAND_PAUSE) => {}
                 _ = self.stopped.wait_for(|stop| *stop == Stop::Stand) => {}
             }
+        }
+    }
+
+    /// A process that stood under our URL and was killed has left its place, for which the others would wait until its lease
+    /// ends: the URL is ours now, so it is gone. If it is not, because two were told the same URL, the fence holds, and this is done
+    /// once: they do not end each other for ever.
+    async fn end_predecessors(&self) {
+        let patience = self.patience(self.lease);
+        let election = self.etcd.key("election/");
+        let standing = self.etcd.endpoints().call(patience, |mut client| {
+            let (election, options) = (election.clone(), GetOptions::new().with_prefix());
+            async move { client.get(election, Some(options)).await }
+        });
+        // What cannot be found out, or ended, ends with its lease.
+        let Ok(standing) = standing.await else { return };
+        let is_ours = |kv: &&etcd_client::KeyValue| {
+            serde_json::from_slice(kv.value()).is_ok_and(|candidate: Candidate| candidate.url == self.url)
+        };
+        for left in standing.kvs().iter().filter(is_ours) {
+            self.revoke(left.lease(), patience).await.ok();
         }
     }
 
