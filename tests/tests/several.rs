@@ -78,7 +78,7 @@ fn who_comes_back_leads_without_waiting_for_the_lease_that_he_held() {
     let Some(etcd) = Etcd::start(1) else { return skip("a lease that is left", "there is no etcd here") };
     let lease = Duration::from_mins(1);
     let flags = [&FAST[..], &["--leader-lease", "60s"]].concat();
-    let mut several = Several::on(etcd, None, 1, 1, &flags);
+    let mut several = Several::on(etcd, None, 1, 2, &flags);
     let id = several.submit_beats(&[]);
     several.wait_for(&id, "RUNNING");
     several.kill_coordinator(0);
@@ -86,8 +86,8 @@ fn who_comes_back_leads_without_waiting_for_the_lease_that_he_held() {
     several.start_coordinator(0);
     several.leader();
     assert!(began.elapsed() < lease / 2, "it waited for itself: {:?}", began.elapsed());
-    several.wait_for_nodes(1);
-    several.muster(&["cancel", &id]).ok();
+    several.wait_for_nodes(2);
+    finish(&several, &id);
 }
 
 #[test]

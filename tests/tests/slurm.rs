@@ -87,7 +87,7 @@ fn only_its_user_may_call(env: &Path) {
         let script = format!(". {}; {before} {} jobs", env.display(), binary("muster").display());
         Outcome::of(Command::new("sh").args(["-c", &script]))
     };
-    assert!(call("").ok().contains("RUNNING"));
+    assert!(call("").ok().contains("running"));
     let refused = call("env -u MUSTER_TOKEN_FILE");
     assert!(refused.code == 5 && refused.stderr.contains("this needs a token"), "{refused:?}");
     for secret in ["token", "join", "pki/ca.key"] {
@@ -196,7 +196,7 @@ fn what_cannot_work_is_said() {
     let table = [
         ("MUSTER_ADDRESS", "", "set MUSTER_ADDRESS"),
         ("MUSTER_ADDRESS", "10.1.2.3", "failed to listen on 10.1.2.3"),
-        ("PATH", "/usr/bin:/bin", "the coordinator did not start"),
+        ("PATH", "/usr/bin:/bin", "there is no muster in the PATH"),
     ];
     for (variable, value, words) in table {
         let dir = tempfile::tempdir().unwrap();
