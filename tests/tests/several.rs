@@ -74,6 +74,7 @@ fn a_leader_is_killed_and_its_job_runs_on() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "that it is sooner than a lease is what is looked at")]
 fn who_comes_back_leads_without_waiting_for_the_lease_that_he_held() {
     let Some(etcd) = Etcd::start(1) else { return skip("a lease that is left", "there is no etcd here") };
     let lease = Duration::from_mins(1);
