@@ -8,7 +8,7 @@ use std::fmt;
 
 use http::{HeaderMap, header};
 use muster_core::access::{Digest, Role, Token};
-use muster_core::types::{Millis, NodeName, TokenName};
+use muster_core::types::{Millis, NodeName, TokenName, UserName};
 use muster_core::{Core, Write};
 use muster_proto::convert;
 use sha2::{Digest as _, Sha256};
@@ -80,6 +80,30 @@ impl Identity {
                 own.node, own.node
             ))),
             Self::Bearer(_) => Err(denied("only a node with its own certificate may do that")),
+        }
+    }
+
+    /// As whom ranks run that it submits, who asked for this user.
+    pub fn runs_as(&self, asked: Option<UserName>) -> Result<Option<UserName>, Status> {
+        let token = match self {
+            Self::Local => return Ok(asked),
+            Self::Bearer(token) if token.role == Role::Admin => return Ok(asked),
+            Self::Bearer(token) => Some(&**token),
+            Self::Node(_) => None,
+        };
+        let allowed = token.and_then(|token| token.run_as.clone());
+        match (asked, allowed) {
+            (None, allowed) => Ok(allowed),
+            (Some(asked), Some(allowed)) if asked == allowed => Ok(Some(allowed)),
+            (Some(asked), allowed) => {
+                let may = match allowed {
+                    Some(allowed) => format!("runs ranks as {allowed}, not as {asked}"),
+                    None => format!("may not have ranks run as {asked}"),
+                };
+                Err(denied(format!(
+                    "{self} {may}; `muster token create --role submitter --run-as {asked}` makes a token that does"
+                )))
+            }
         }
     }
 
@@ -217,7 +241,33 @@ mod tests {
     fn token(name: &str, role: Role, expires: Option<Millis>) -> (TokenName, Token) {
         let name = TokenName::new(name).unwrap();
         let hash = hash(&format!("secret-{name}"));
-        (name.clone(), Token { name, role, hash, created: Millis(0), expires, uses_left: None })
+        (name.clone(), Token { name, role, hash, created: Millis(0), expires, uses_left: None, run_as: None })
+    }
+
+    #[test]
+    fn a_token_says_as_whom_ranks_run() {
+        let user = |name: &str| UserName::new(name).unwrap();
+        let bearer = |role, run_as: Option<&str>| {
+            let (_, token) = token("t", role, None);
+            Identity::Bearer(Box::new(Token { run_as: run_as.map(user), ..token }))
+        };
+        let of_ann = bearer(Role::Submitter, Some("ann"));
+        let table = [
+            (Identity::Local, Some("bob"), Ok(Some("bob"))),
+            (bearer(Role::Admin, None), Some("bob"), Ok(Some("bob"))),
+            (bearer(Role::Operator, None), None, Ok(None)),
+            (bearer(Role::Operator, None), Some("bob"), Err("token:t may not have ranks run as bob")),
+            (of_ann.clone(), None, Ok(Some("ann"))),
+            (of_ann.clone(), Some("ann"), Ok(Some("ann"))),
+            (of_ann, Some("bob"), Err("token:t runs ranks as ann, not as bob")),
+        ];
+        for (identity, asked, expected) in table {
+            match (identity.runs_as(asked.map(user)), expected) {
+                (Ok(found), Ok(expected)) => assert_eq!(found, expected.map(user), "{identity} {asked:?}"),
+                (Err(status), Err(words)) => assert!(status.message().contains(words), "{status}"),
+                (found, expected) => panic!("{identity} {asked:?}: {found:?}, expected {expected:?}"),
+            }
+        }
     }
 
     #[test]

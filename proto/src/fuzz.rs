@@ -239,6 +239,7 @@ fn sample_spec() -> v1::JobSpec {
         stop_signal: "SIGINT".into(),
         on_coordinator_loss: v1::CoordinatorLossPolicy::Stop.into(),
         tensorboard_dir: "runs".into(),
+        run_as: "ann".into(),
         metric_pattern: "step (?P<step>[0-9]+).*loss (?P<loss>[0-9.]+)".into(),
     }
 }

@@ -134,6 +134,41 @@ fn a_job_runs_over_encrypted_connections() {
 }
 
 #[test]
+fn a_token_says_as_whom_ranks_run() {
+    let bed = Bed::start();
+    let made = |flags: &[&str], name: &str| {
+        let text = bed.muster(&[&["token", "create"], flags].concat()).ok();
+        let path = bed.dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let of_ann = made(&["--role", "submitter", "--name", "ann", "--run-as", "ann"], "ann");
+    let of_ci = made(&["--role", "operator", "--name", "ci"], "ci");
+    let submit = |token: &str, flags: &[&str]| {
+        let url = format!("https://{}", bed.address);
+        let shown =
+            ["submit", "--coordinator", &url, "--ca", bed.ca.to_str().unwrap(), "--token-file", token];
+        muster(&[&shown[..], flags, &["--", "true"]].concat())
+    };
+    let run_as =
+        |id: &str| bed.muster(&["job", id.trim(), "--output", "json"]).json()[0]["spec"]["runAs"].clone();
+    assert_eq!(run_as(&submit(&of_ann, &[]).ok()), "ann");
+    assert_eq!(run_as(&submit(&of_ann, &["--run-as", "ann"]).ok()), "ann");
+    assert_eq!(run_as(&submit(&of_ci, &[]).ok()), Value::Null);
+    assert_eq!(run_as(&submit(&bed.token, &["--run-as", "bob"]).ok()), "bob");
+    for (token, words) in
+        [(&of_ann, "token:ann runs ranks as ann, not as bob"), (&of_ci, "may not have ranks run as bob")]
+    {
+        let refused = submit(token, &["--run-as", "bob"]);
+        assert!(refused.code == 5 && refused.stderr.contains(words), "{refused:?}");
+    }
+    let refused = bed.muster(&["token", "create", "--role", "viewer", "--run-as", "ann"]);
+    assert!(refused.code != 0 && refused.stderr.contains("viewers and nodes submit nothing"), "{refused:?}");
+    let listed = bed.muster(&["token", "list"]).ok();
+    assert!(listed.contains("RUNS AS") && listed.contains("ann"), "{listed}");
+}
+
+#[test]
 fn what_does_not_fit_is_said_in_words() {
     let bed = Bed::start();
     let other = authority(&bed.dir.path().join("other"), &[]);

@@ -57,6 +57,7 @@ impl Attached {
         // Its ranks' output is its user's to read, and no file of theirs is.
         assignment.spec.tensorboard_dir = None;
         assignment.spec.metric_pattern = None;
+        assignment.spec.run_as = None;
         assignment
     }
 

@@ -23,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::clock::boot_now;
+use crate::launch::user;
 use crate::logs::{Live, Subscriptions};
 use crate::monitor::Monitor;
 use crate::session::{self, Event, Identity, Queues, request};
@@ -57,6 +58,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let failed = |source| Error::DataDir { path: config.data_dir.clone(), source };
     // Ranks are told paths in it, and have working directories of their own.
     let data_dir = std::path::absolute(&config.data_dir).map_err(failed)?;
+    user::check(config.run_as.as_ref()).map_err(Error::RunAs)?;
+    if config.run_as.is_none() && user::is_root() {
+        warn!(
+            "this daemon runs as root, and so do the ranks of jobs that do not say as whom; --run-as USER changes that"
+        );
+    }
     let _lock = data_dir::lock(&data_dir)?;
     let monitor = Monitor::new();
     let _page = monitor.serve(&config).await?;
@@ -77,6 +84,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         boot_id: identity.boot_id.clone(),
         command: identity.config.shim.clone(),
         attached: identity.config.attached.clone(),
+        run_as: identity.config.run_as.clone(),
         outbox: outbox.clone(),
     };
     let daemon = Daemon {

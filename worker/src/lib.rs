@@ -38,8 +38,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use muster_core::types::NodeName;
 use muster_core::types::surroundings::RankBinding;
+use muster_core::types::{NodeName, UserName};
 
 pub use attached::{Attached, Streams};
 pub use daemon::run;
@@ -75,6 +75,8 @@ pub struct Config {
     pub shim: Vec<OsString>,
     /// The ranks are those of `muster run`: they end with this process.
     pub attached: Option<Attached>,
+    /// As whom ranks run of which the job does not say it, where this process is root; as whom it is run by default.
+    pub run_as: Option<UserName>,
     /// Stands in the place of `/sys` where devices are looked for.
     pub sysfs_root: Option<PathBuf>,
     /// Says what the machine has that is not there.
@@ -105,6 +107,7 @@ impl Config {
             labels: BTreeMap::new(),
             shim: own_shim(),
             attached: None,
+            run_as: None,
             sysfs_root: None,
             given: None,
             topology_conf: None,
@@ -167,6 +170,9 @@ pub enum Error {
     /// What describes the machine cannot be used.
     #[error("failed to find out what this machine has: {0}")]
     Inventory(String),
+    /// Ranks cannot run as whom they are to.
+    #[error("--run-as: {0}")]
+    RunAs(String),
     /// The coordinator refuses this node for good.
     #[error("the coordinator refuses this node: {0}")]
     Refused(String),

@@ -76,6 +76,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         data_dir: args.data_dir,
         address: args.address,
         labels: args.labels.into_iter().map(|pair| (pair.0, pair.1)).collect(),
+        run_as: args.run_as,
         shim: muster_worker::own_shim(),
         attached: None,
         given: args.machine.given(),

@@ -119,6 +119,7 @@ pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failu
         ("ranks", job.world_size.unwrap_or(0).to_string()),
         ("restarts", restarts),
     ];
+    rows.extend((!spec.run_as.is_empty()).then(|| ("runs as", spec.run_as.clone())));
     rows.extend((!job.master.is_empty()).then(|| ("master", job.master.clone())));
     rows.extend(job.latest_step.map(|step| ("step", step.to_string())));
     rows.extend(job.latest_loss.map(|loss| ("loss", format!("{loss:.6}"))));

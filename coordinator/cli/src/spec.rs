@@ -57,6 +57,7 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
         spec.checkpoint_dir = dir;
     }
     spec.tensorboard_dir = args.tensorboard_dir.unwrap_or(spec.tensorboard_dir);
+    spec.run_as = args.run_as.unwrap_or(spec.run_as);
     spec.metric_pattern = args.metric_pattern.unwrap_or(spec.metric_pattern);
     spec.stop_grace = args.stop_grace.map(|span| duration_to_wire_std(span.0)).or(spec.stop_grace);
     spec.start_timeout = args.start_timeout.map(|span| duration_to_wire_std(span.0)).or(spec.start_timeout);

@@ -45,6 +45,10 @@ pub(crate) struct CreateArgs {
     /// How many nodes can join by it, for the role node. Default: 1.
     #[arg(long, value_name = "N")]
     uses: Option<u32>,
+    /// User of the nodes as whom the ranks of its bearer's jobs run, for submitters and operators. Default: as whom each node has
+    /// for that.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "USER")]
+    run_as: String,
 }
 
 #[derive(Debug, clap::Args)]
@@ -97,7 +101,7 @@ pub(crate) async fn run(command: TokenCommand, global: &Global) -> Result<(), Fa
 }
 
 async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<(), Failure> {
-    let CreateArgs { role, name, expires, uses } = args;
+    let CreateArgs { role, name, expires, uses, run_as } = args;
     if uses == Some(0) {
         return Err(Failure::Usage("--uses 0 is a token for nobody".to_owned()));
     }
@@ -106,6 +110,7 @@ async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<()
         name,
         expires_in: expires.map(|span| duration_to_wire_std(span.0)),
         uses: uses.unwrap_or(0),
+        run_as,
     };
     let made = client.tokens().create_token(request).await?.into_inner();
     if global.output == Output::Json {
@@ -142,7 +147,7 @@ async fn list(client: &Client, global: &Global) -> Result<(), Failure> {
         }
     }
     if global.output == Output::Text {
-        out!("{}", table(&["NAME", "ROLE", "EXPIRES", "USES LEFT"], &rows));
+        out!("{}", table(&["NAME", "ROLE", "EXPIRES", "USES LEFT", "RUNS AS"], &rows));
     }
     Ok(())
 }
@@ -154,5 +159,6 @@ fn row(token: &v1::Token) -> Vec<String> {
         httpdate::fmt_http_date(at)
     });
     let uses = token.uses_left.map(|left| left.to_string());
-    vec![token.name.clone(), role, expires.unwrap_or_else(|| "never".to_owned()), uses.unwrap_or_default()]
+    let expires = expires.unwrap_or_else(|| "never".to_owned());
+    vec![token.name.clone(), role, expires, uses.unwrap_or_default(), token.run_as.clone()]
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
 use crate::effects::{Effects, Refusal, Reply};
-use crate::types::{Millis, NodeName, TokenName};
+use crate::types::{Millis, NodeName, TokenName, UserName};
 
 /// Most tokens: one for each person, program and node that has its own, and not a record per call of something that makes them
 /// in a loop.
@@ -105,6 +105,9 @@ pub struct Token {
     /// How often it can be spent yet; as often as one likes, if there is no number. Only tokens of nodes are spent.
     #[serde(default)]
     pub uses_left: Option<u32>,
+    /// User of the nodes as whom ranks run that its bearer submits.
+    #[serde(default)]
+    pub run_as: Option<UserName>,
 }
 
 impl Token {
@@ -136,6 +139,8 @@ pub struct NewToken {
     pub life: Option<Millis>,
     /// How often it can be spent; as often as one likes, if it is not said.
     pub uses: Option<u32>,
+    /// As whom ranks run that its bearer submits; as whom the nodes have for that, if it is not said.
+    pub run_as: Option<UserName>,
 }
 
 impl Core {
@@ -151,7 +156,7 @@ impl Core {
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
         self.forget_tokens(now, fx);
-        let NewToken { name, role, hash, life, uses } = new;
+        let NewToken { name, role, hash, life, uses, run_as } = new;
         if self.tokens.contains_key(&name) {
             return Err(Refusal::TokenExists(name));
         }
@@ -159,7 +164,7 @@ impl Core {
             return Err(Refusal::TooManyTokens);
         }
         let expires = life.map(|life| now.plus(life));
-        let token = Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses };
+        let token = Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses, run_as };
         fx.stored_tokens.insert(name.clone());
         self.tokens.insert(name, token.clone());
         Ok(Reply::Token(Box::new(token)))

@@ -126,7 +126,15 @@ mod tests {
     fn bearer(role: Role) -> Identity {
         let name = TokenName::new(role.name()).unwrap();
         let (hash, created) = (hash(""), Millis(0));
-        Identity::Bearer(Box::new(Token { name, role, hash, created, expires: None, uses_left: None }))
+        Identity::Bearer(Box::new(Token {
+            name,
+            role,
+            hash,
+            created,
+            expires: None,
+            uses_left: None,
+            run_as: None,
+        }))
     }
 
     /// Every caller and which methods he may call, written down a second time on purpose: by what it is for.

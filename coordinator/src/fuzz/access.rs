@@ -12,7 +12,7 @@ use super::cluster::{Cluster, NOW};
 use super::{accepted, accepted_field, message};
 use crate::access::{Tokens, hash, identify, read_certificate};
 use crate::authority::checked_request;
-use crate::grpc::tokens::checked_token;
+use crate::grpc::tokens::{Wanted, checked_token};
 
 pub(super) fn create_token(bytes: &[u8]) {
     let Some(wanted) = message(bytes).and_then(|wire| accepted_field(checked_token(wire))) else { return };
@@ -21,7 +21,8 @@ pub(super) fn create_token(bytes: &[u8]) {
     let mut cluster = Cluster::new();
     let name = wanted.name.unwrap_or_else(|| TokenName::new("made").expect("it is valid"));
     let hash = hash("secret");
-    let new = NewToken { name, role: wanted.role, hash: hash.clone(), life: wanted.life, uses: wanted.uses };
+    let Wanted { role, life, uses, run_as, .. } = wanted;
+    let new = NewToken { name, role, hash: hash.clone(), life, uses, run_as };
     if let Some(Reply::Token(token)) = cluster.feed(Input::CreateToken(Box::new(new))) {
         assert!(!token.is_over(NOW), "it is good at first");
         cluster.feed(Input::SpendToken { name: token.name.clone(), hash });
@@ -33,10 +34,15 @@ pub(super) fn create_token(bytes: &[u8]) {
 pub(super) fn create_token_samples() -> Vec<Vec<u8>> {
     let expires_in = Some(prost_types::Duration { seconds: 60, nanos: 0 });
     let join =
-        v1::CreateTokenRequest { role: v1::Role::Node.into(), expires_in, uses: 3, name: String::new() };
+        v1::CreateTokenRequest { role: v1::Role::Node.into(), expires_in, uses: 3, ..Default::default() };
+    let of_ann = v1::CreateTokenRequest {
+        role: v1::Role::Submitter.into(),
+        run_as: "ann".to_owned(),
+        ..Default::default()
+    };
     let viewer =
         v1::CreateTokenRequest { role: v1::Role::Viewer.into(), name: "a".to_owned(), ..Default::default() };
-    [join, viewer].iter().map(Message::encode_to_vec).collect()
+    [join, viewer, of_ann].iter().map(Message::encode_to_vec).collect()
 }
 
 const BEARER: &str = "Bearer muster.people.secret";
@@ -46,7 +52,8 @@ pub(super) fn bearer(bytes: &[u8]) {
     let Ok(value) = HeaderValue::from_bytes(bytes) else { return };
     let mut cluster = Cluster::new();
     let name = TokenName::new("people").expect("it is valid");
-    let new = NewToken { name, role: Role::Viewer, hash: hash("secret"), life: None, uses: None };
+    let new =
+        NewToken { name, role: Role::Viewer, hash: hash("secret"), life: None, uses: None, run_as: None };
     cluster.feed(Input::CreateToken(Box::new(new)));
     let headers: HeaderMap = [(header::AUTHORIZATION, value)].into_iter().collect();
     if accepted(identify(&headers, None, &Tokens::of(&cluster.core), NOW)).is_some() {

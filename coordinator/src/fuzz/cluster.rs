@@ -67,7 +67,14 @@ impl Cluster {
         let name = TokenName::new("ci").expect("it is valid");
         let (life, uses) = (Some(Millis::from_secs(60)), Some(2));
         let hash = crate::access::hash("another secret");
-        cluster.feed(Input::CreateToken(Box::new(NewToken { name, role: Role::Node, hash, life, uses })));
+        cluster.feed(Input::CreateToken(Box::new(NewToken {
+            name,
+            role: Role::Node,
+            hash,
+            life,
+            uses,
+            run_as: None,
+        })));
         cluster.feed(Input::BarNode(NodeName::new("node-3").expect("it is valid")));
         let id = cluster.submit(&spec(1, 2, 1)).id;
         for phase in [ObservedPhase::Prepared, ObservedPhase::Running] {

@@ -6,7 +6,7 @@ use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, job_service_server::JobService};
 use tonic::{Request, Response, Status};
 
-use super::{Api, Stream, unexpected_reply};
+use super::{Api, Stream, caller, unexpected_reply};
 use crate::view;
 
 /// Jobs on a page if the caller does not say.
@@ -83,7 +83,9 @@ impl JobService for Api {
         &self,
         request: Request<v1::SubmitJobRequest>,
     ) -> Result<Response<v1::SubmitJobResponse>, Status> {
-        let (request_id, spec) = checked_submit(request.into_inner())?;
+        let identity = caller(&request)?;
+        let (request_id, mut spec) = checked_submit(request.into_inner())?;
+        spec.run_as = identity.runs_as(spec.run_as.take())?;
         let job = job_reply(self.driver()?.request(Input::Submit { request_id, spec }).await?)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::SubmitJobResponse { job }))

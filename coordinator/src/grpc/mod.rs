@@ -16,8 +16,9 @@ use muster_core::Refusal;
 use muster_proto::convert;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
+use crate::access::Identity;
 use crate::authority::Authority;
 use crate::driver::{Handle, RequestError};
 use crate::metrics::Metrics;
@@ -122,6 +123,12 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         Refusal::LateHello(_) => convert::refusal(Code::Aborted, "LATE_HELLO", message),
         Refusal::NotJoined(node) => convert::precondition(node.as_str(), message),
     }
+}
+
+/// Who calls, as the layer in front of us has found.
+fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
+    let identity = request.extensions().get::<Identity>().cloned();
+    identity.ok_or_else(|| Status::internal("nobody has looked who calls; this is a bug in muster"))
 }
 
 fn unexpected_reply() -> Status {

@@ -1,7 +1,7 @@
 //! TokenService. Secrets are made here, shown once, and go no further than their hash.
 
 use muster_core::access::{NewToken, Role, Token};
-use muster_core::types::{Millis, NodeName, TokenName};
+use muster_core::types::{Millis, NodeName, TokenName, UserName};
 use muster_core::{Input, Reply};
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, token_service_server::TokenService};
@@ -39,6 +39,7 @@ pub(crate) struct Wanted {
     pub role: Role,
     pub life: Option<Millis>,
     pub uses: Option<u32>,
+    pub run_as: Option<UserName>,
 }
 
 pub(crate) fn checked_token(wire: v1::CreateTokenRequest) -> Result<Wanted, FieldError> {
@@ -63,7 +64,14 @@ pub(crate) fn checked_token(wire: v1::CreateTokenRequest) -> Result<Wanted, Fiel
         return Err(field_error("uses", format!("is {}; at most {USES_MAX} are possible", wire.uses)));
     }
     let uses = joins.then_some(wire.uses.max(1));
-    Ok(Wanted { name: name.map_err(|why| field_error("name", why))?, role, life, uses })
+    let run_as = (!wire.run_as.is_empty()).then(|| UserName::new(wire.run_as)).transpose();
+    let run_as = run_as.map_err(|why| field_error("run_as", why))?;
+    if run_as.is_some() && !matches!(role, Role::Submitter | Role::Operator) {
+        let why =
+            "is for submitters and operators; viewers and nodes submit nothing, and admins may name anybody";
+        return Err(field_error("run_as", why));
+    }
+    Ok(Wanted { name: name.map_err(|why| field_error("name", why))?, role, life, uses, run_as })
 }
 
 #[tonic::async_trait]
@@ -74,14 +82,14 @@ impl TokenService for Api {
     ) -> Result<Response<v1::CreateTokenResponse>, Status> {
         let wanted =
             checked_token(request.into_inner()).map_err(|error| convert::invalid_argument(&[error]))?;
-        let Wanted { name, role, life, uses } = wanted;
+        let Wanted { name, role, life, uses, run_as } = wanted;
         let pin = if role == Role::Node { Some(self.authority()?.pin()?) } else { None };
         let name = match name {
             Some(name) => name,
             None => TokenName::new(random::<NAME_BYTES>()?).map_err(Status::internal)?,
         };
         let secret = random::<SECRET_BYTES>()?;
-        let new = NewToken { name, role, hash: hash(&secret), life, uses };
+        let new = NewToken { name, role, hash: hash(&secret), life, uses, run_as };
         let token = self.token(Input::CreateToken(Box::new(new))).await?;
         let secret = match pin {
             Some(pin) => format!("{JOIN_PREFIX}.{}.{secret}.{pin}", token.name),

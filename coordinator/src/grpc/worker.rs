@@ -13,7 +13,7 @@ use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::{Api, Stream};
+use super::{Api, Stream, caller};
 use crate::access::Identity;
 use crate::driver::{Handle, Hello};
 use crate::links::{LINK_QUEUE_MAX, Link};
@@ -34,12 +34,6 @@ const REASON_CHARS_MAX: usize = 256;
 
 pub(crate) fn reason(leaving: &v1::Leaving) -> String {
     leaving.reason.chars().take(REASON_CHARS_MAX).collect()
-}
-
-/// Who calls, as the layer in front of us has found.
-fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
-    let identity = request.extensions().get::<Identity>().cloned();
-    identity.ok_or_else(|| Status::internal("nobody has looked who calls; this is a bug in muster"))
 }
 
 fn invalid(error: FieldError) -> Status {

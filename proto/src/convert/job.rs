@@ -1,6 +1,8 @@
 //! The job specification.
 
-use muster_core::types::{CoordinatorLoss, JobSpec, Millis, Resources, SpecError, StopSignal, limits};
+use muster_core::types::{
+    CoordinatorLoss, JobSpec, Millis, Resources, SpecError, StopSignal, UserName, limits,
+};
 
 use super::time::{duration_to_wire, span_from_wire};
 use super::{FieldError, field_error};
@@ -34,6 +36,10 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         None
     });
     let stop_signal = stop_signal.unwrap_or_default();
+    let run_as = non_empty(wire.run_as).map(UserName::new).transpose().unwrap_or_else(|why| {
+        errors.push(field_error("run_as", why));
+        None
+    });
     let checked = JobSpec {
         name: wire.name,
         command: wire.command,
@@ -55,6 +61,7 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         on_coordinator_loss,
         tensorboard_dir: non_empty(wire.tensorboard_dir),
         metric_pattern: non_empty(wire.metric_pattern),
+        run_as,
     }
     .check();
     match checked {
@@ -91,6 +98,7 @@ pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
         .into(),
         tensorboard_dir: spec.tensorboard_dir.clone().unwrap_or_default(),
         metric_pattern: spec.metric_pattern.clone().unwrap_or_default(),
+        run_as: spec.run_as.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

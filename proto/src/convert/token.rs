@@ -38,6 +38,7 @@ pub fn token_to_wire(token: &Token) -> v1::Token {
         created: Some(timestamp_to_wire(token.created)),
         expires: token.expires.map(timestamp_to_wire),
         uses_left: token.uses_left,
+        run_as: token.run_as.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

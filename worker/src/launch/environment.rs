@@ -7,6 +7,7 @@ use std::path::Path;
 use muster_core::types::surroundings::VariableSource;
 use muster_core::types::{Assignment, Rank, Surroundings};
 
+use super::user::User;
 use crate::attached::Attached;
 
 /// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
@@ -42,6 +43,8 @@ pub(crate) struct RankContext<'a> {
     pub attached: Option<&'a Attached>,
     /// What the machine adds.
     pub surroundings: Option<&'a Surroundings>,
+    /// As whom the rank runs, if not as whom the daemon does.
+    pub user: Option<&'a User>,
 }
 
 /// Every variable of one rank. `inherited` is the daemon's environment.
@@ -73,6 +76,11 @@ pub(crate) fn of_rank(
     let derived = paths.surroundings.map_or(&[][..], |all| &all.variables);
     for variable in derived.iter().filter(|variable| variable.source == VariableSource::Node) {
         env.entry(variable.name.clone().into()).or_insert_with(|| variable.value.clone().into());
+    }
+    if let Some(user) = paths.user {
+        // The daemon's own, which is nobody else's.
+        env.remove(OsStr::new("XDG_RUNTIME_DIR"));
+        env.extend(user.variables().map(|(key, value)| (key.into(), value)));
     }
     for (key, value) in &spec.env {
         env.insert(key.into(), value.into());
@@ -181,6 +189,7 @@ mod tests {
             mark: "k3v9x2ma/2@d",
             attached: None,
             surroundings: None,
+            user: None,
         };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();

@@ -18,3 +18,4 @@ pub(crate) mod stacks;
 pub(crate) mod store;
 pub(crate) mod sweep;
 pub(crate) mod timer;
+pub(crate) mod user;

@@ -10,6 +10,8 @@ use nix::unistd::{AccessFlags, access};
 
 use super::script;
 use super::store::RankStore;
+use super::user::{self, User, work_dir};
+use crate::shim::Order;
 use crate::telemetry::EventDir;
 
 /// What a gang needs on this node, checked and made.
@@ -18,6 +20,8 @@ pub(crate) struct Prepared {
     pub program: PathBuf,
     /// One directory per local rank.
     pub log_dirs: Vec<PathBuf>,
+    /// As whom the ranks run, if not as whom this process does.
+    pub user: Option<User>,
     /// On the gang's first node: the store of its ranks, which serves for as long as this is held.
     pub store: Option<RankStore>,
     /// On the node of rank 0, if the job has TensorBoard's directory followed: what was there before.
@@ -56,8 +60,10 @@ fn launched_before(gang: &GangId) -> String {
 /// Checks program and directory, makes the log directories and, on the first node, starts the ranks' store. The
 /// error is for the user: what is wrong on this node, and what to do.
 /// `port` is the store's, 0 for any.
-pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Result<Prepared, String> {
+pub(crate) fn prepare(order: &Order, port: u16) -> Result<Prepared, String> {
+    let Order { assignment, data_dir, .. } = order;
     let spec = &assignment.spec;
+    let user = user::of_job(spec.run_as.as_ref(), order.run_as.as_ref())?;
     if let Some(dir) = &spec.working_dir {
         match fs::metadata(dir) {
             Ok(meta) if meta.is_dir() => {}
@@ -72,8 +78,12 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Re
     let gang = &assignment.gang;
     let log_dirs: Vec<PathBuf> =
         (0..assignment.placement.procs).map(|local_rank| log_dir(data_dir, gang, local_rank)).collect();
-    for dir in &log_dirs {
+    for (dir, local_rank) in log_dirs.iter().zip(0..) {
         make_log_dir(dir)?;
+        if let Some(user) = &user {
+            user.furnish(dir, &order.output(local_rank, dir).error_file)?;
+            user.check_way(dir)?;
+        }
     }
     if mark_of_launch(data_dir, gang).exists() {
         return Err(launched_before(gang));
@@ -93,20 +103,28 @@ pub(crate) fn prepare(assignment: &Assignment, data_dir: &Path, port: u16) -> Re
             })
         })
         .transpose()?;
-    let events = events(assignment, &log_dirs);
-    Ok(Prepared { program, log_dirs, store, events })
+    let events = events(assignment, &log_dirs, user.as_ref());
+    Ok(Prepared { program, log_dirs, user, store, events })
 }
 
 /// Looked at here, while nothing waits: a disk may be slow, and what the ranks write comes after.
-fn events(assignment: &Assignment, log_dirs: &[PathBuf]) -> Option<EventDir> {
+fn events(assignment: &Assignment, log_dirs: &[PathBuf], user: Option<&User>) -> Option<EventDir> {
     let spec = &assignment.spec;
     let (Rank(0), Some(dir), [log_dir, ..]) =
         (assignment.placement.first_rank, &spec.tensorboard_dir, log_dirs)
     else {
         return None;
     };
-    let start = spec.working_dir.as_ref().map_or(log_dir.as_path(), Path::new);
-    EventDir::before(start.join(dir))
+    EventDir::before(start_dir(assignment, log_dir, user).join(dir), user.map(|user| user.uid))
+}
+
+/// Where a rank with this log directory starts.
+pub(crate) fn start_dir(assignment: &Assignment, log_dir: &Path, user: Option<&User>) -> PathBuf {
+    match (&assignment.spec.working_dir, user) {
+        (Some(dir), _) => PathBuf::from(dir),
+        (None, Some(_)) => work_dir(log_dir),
+        (None, None) => log_dir.to_owned(),
+    }
 }
 
 /// Makes a directory for output.

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use super::cgroup::Entrance;
 use super::spawn::{self, inherited};
+use super::user::User;
 use crate::attached::{Output, Sink};
 use muster_core::types::{CpuList, Rank};
 use nix::sched::CpuSet;
@@ -35,6 +36,8 @@ pub(crate) struct Program<'a> {
     /// With the name by which it is called.
     pub command: &'a [String],
     pub working_dir: &'a Path,
+    /// As whom, if not as whom this process is run.
+    pub user: Option<&'a User>,
 }
 
 /// Starts one rank. It dies with the calling thread.
@@ -63,9 +66,13 @@ pub(crate) fn start(
     let stdin = stdin.map_err(|error| format!("failed to open its standard input: {error}"))?;
     let stdio = [stdin, open(&output.stdout, 1)?, open(&output.stderr, 2)?];
     let cpus = cpus.map(cpu_set).transpose()?;
+    let user = program.user;
     let pid = spawn::Program::new(program.path, program.command, env, program.working_dir, stdio)
-        .and_then(|program| program.bound_to(cpus).spawn(entrance))
-        .map_err(|error| format!("failed to start {}: {error}", program.path.display()))?;
+        .and_then(|program| program.bound_to(cpus).run_by(user).spawn(entrance))
+        .map_err(|error| {
+            let who = user.map(|user| format!(" as {}", user.name)).unwrap_or_default();
+            format!("failed to start {}{who}: {error}", program.path.display())
+        })?;
     Ok(RankProcess { rank, pid })
 }
 

@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 
 use super::cgroup::Entrance;
 use super::files;
+use super::user::User;
 
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of linux/sched.h, Linux 5.7.
 const CLEAR_HANDLERS: u64 = 0x1_0000_0000;
@@ -34,6 +35,15 @@ pub(super) struct Program {
     stdio: [OwnedFd; 3],
     /// Processors that it may use, if not all.
     cpus: Option<CpuSet>,
+    /// As whom it runs, if not as whom this process does.
+    user: Option<Ids>,
+}
+
+/// A user with its groups.
+struct Ids {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
 }
 
 impl Program {
@@ -60,12 +70,19 @@ impl Program {
             dir: text(dir.as_os_str())?,
             stdio,
             cpus: None,
+            user: None,
         })
     }
 
     /// The same, on some processors alone.
     pub fn bound_to(self, cpus: Option<CpuSet>) -> Self {
         Self { cpus, ..self }
+    }
+
+    /// The same, as another user.
+    pub fn run_by(self, user: Option<&User>) -> Self {
+        let ids = |user: &User| Ids { uid: user.uid, gid: user.gid, groups: user.groups.clone() };
+        Self { user: user.map(ids), ..self }
     }
 
     /// Runs it as a child in a session of its own, which dies with the calling thread. Returns once it runs; an error
@@ -160,9 +177,13 @@ impl Child<'_> {
             // A plain wrapper of its system call.
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
+        if let Some(user) = &self.program.user {
+            user.become_it()?;
+        }
         // SAFETY: system calls on texts and sets that live through them. That of the signal is ignored in a program of
         // Rust, and no rank expects that.
         unsafe {
+            // As the user that it is by now: nobody starts where he may not go.
             check(libc::chdir(self.program.dir.as_ptr()))?;
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut none);
@@ -180,6 +201,20 @@ impl Child<'_> {
             libc::execve(self.program.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr());
         }
         Err(io::Error::last_os_error())
+    }
+}
+
+impl Ids {
+    /// In the child. The C library's functions are not for here: they make all threads of the process follow, by a list that is the
+    /// parent's.
+    fn become_it(&self) -> io::Result<()> {
+        let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        // SAFETY: system calls on numbers, and on a list that lives through its own. First what only root may do.
+        unsafe {
+            check(libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()))?;
+            check(libc::syscall(libc::SYS_setresgid, self.gid, self.gid, self.gid))?;
+            check(libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid))
+        }
     }
 }
 

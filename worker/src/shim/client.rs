@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use muster_core::types::{Assignment, GangId, Rank, Surroundings};
+use muster_core::types::{Assignment, GangId, Rank, Surroundings, UserName};
 use muster_worker_core::{Adopted, Fence, Input, ShimRecord};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -53,6 +53,8 @@ pub(crate) struct Context {
     /// What is run as a shim.
     pub command: Vec<OsString>,
     pub attached: Option<Attached>,
+    /// As whom ranks run of which the job does not say it.
+    pub run_as: Option<UserName>,
     pub outbox: Outbox,
 }
 
@@ -196,7 +198,8 @@ async fn begin(
         None => assignment,
     };
     let attached = context.attached.clone();
-    let order = Order { assignment, data_dir, data_id, attached, surroundings: Some(surroundings) };
+    let (surroundings, run_as) = (Some(surroundings), context.run_as.clone());
+    let order = Order { assignment, data_dir, data_id, attached, surroundings, run_as };
     let log = gang_log_dir(&order.data_dir, &order.assignment.gang).join("shim.log");
     let command = context.command.clone();
     let outbox = context.outbox.clone();

@@ -23,6 +23,7 @@ pub(crate) use find::find;
 pub(crate) use protocol::Command;
 #[cfg(any(test, fuzzing))]
 pub(crate) use protocol::{News, State};
+pub(crate) use record::Order;
 #[cfg(any(test, fuzzing))]
 pub(crate) use record::Record;
 pub use serve::main;

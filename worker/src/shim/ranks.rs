@@ -15,7 +15,7 @@ use crate::clock::unix_now;
 use crate::launch::cgroup::GangCgroup;
 use crate::launch::environment::{self, RankContext};
 use crate::launch::oom::{self, Counts, OutOfMemory};
-use crate::launch::prepare::{Prepared, make_log_dir};
+use crate::launch::prepare::{Prepared, make_log_dir, start_dir};
 use crate::launch::process::{self, Program, RankProcess};
 use crate::launch::procfs::Process;
 use crate::launch::{error_file, sweep};
@@ -93,7 +93,7 @@ impl Ranks {
         let mark = order.mark();
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
             let local_rank = rank.0 - assignment.placement.first_rank.0;
-            let socket = sockets.open(*rank, log_dir);
+            let socket = sockets.open(*rank, log_dir, prepared.user.as_ref());
             let socket = socket.map_err(|error| format!("failed to make a telemetry socket: {error}"))?;
             let output = order.output(local_rank, log_dir);
             if order.attached.is_some() {
@@ -105,13 +105,15 @@ impl Ranks {
                 mark: &mark,
                 attached: order.attached.as_ref(),
                 surroundings: order.surroundings.as_deref(),
+                user: prepared.user.as_ref(),
             };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
-            let working_dir = assignment.spec.working_dir.as_ref().map_or(log_dir.clone(), PathBuf::from);
+            let working_dir = start_dir(assignment, log_dir, prepared.user.as_ref());
             let program = Program {
                 path: &prepared.program,
                 command: &assignment.spec.command,
                 working_dir: &working_dir,
+                user: prepared.user.as_ref(),
             };
             let entrance = self.cgroup.as_ref().map(|group| group.entrance(local_rank)).transpose();
             let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;

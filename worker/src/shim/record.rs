@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::{Assignment, CpuList, GangId, Surroundings};
+use muster_core::types::{Assignment, CpuList, GangId, Surroundings, UserName};
 use muster_worker_core::ShimRecord;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
@@ -39,6 +39,9 @@ pub(crate) struct Order {
     /// What the machine adds to the environment of the ranks.
     #[serde(default)]
     pub surroundings: Option<Box<Surroundings>>,
+    /// As whom ranks run of which the job does not say it.
+    #[serde(default)]
+    pub run_as: Option<UserName>,
 }
 
 impl Order {

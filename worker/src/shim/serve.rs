@@ -99,10 +99,9 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
     let listener = UnixListener::bind(shim.dir.socket())?;
     let _listening = AbortOnDropHandle::new(tokio::spawn(listen(listener, shown, events)));
     shim.dir.write_record(&shim.record)?;
-    let (assignment, data_dir) = (shim.record.order.assignment.clone(), shim.record.order.data_dir.clone());
+    let order = shim.record.order.clone();
     let port = shim.record.order.attached.as_ref().map_or(0, |attached| attached.store_port);
-    let mut preparing =
-        Some(tokio::task::spawn_blocking(move || prepare::prepare(&assignment, &data_dir, port)));
+    let mut preparing = Some(tokio::task::spawn_blocking(move || prepare::prepare(&order, port)));
     loop {
         shim.look();
         if shim.is_over() {
@@ -176,7 +175,8 @@ struct Shim {
 impl Shim {
     fn new(dir: StateDir, order: Order) -> io::Result<(Self, Shown)> {
         let changes = Changes::default();
-        let sockets = Sockets::new(dir.path(), changes.clone())?;
+        let for_others = order.assignment.spec.run_as.is_some() || order.run_as.is_some();
+        let sockets = Sockets::new(dir.path(), for_others, changes.clone())?;
         let process = this_process(crate::devices::boot_id(Path::new("/")))?;
         let (state, shown) = watch::channel(State { pid: process.pid, ..State::default() });
         let record = Record {

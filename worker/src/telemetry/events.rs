@@ -41,13 +41,17 @@ const _: () = assert!(LOOK_BYTES_MAX >= FRAME_BYTES_MAX);
 pub(crate) struct EventDir {
     path: PathBuf,
     before: BTreeSet<PathBuf>,
+    /// Whose files are read, if not everybody's: ranks of one user must not have root read others'.
+    uid: Option<u32>,
 }
 
 impl EventDir {
     /// Looks at the directory, which need not be there yet. None if it cannot be followed.
-    pub fn before(path: PathBuf) -> Option<Self> {
+    pub fn before(path: PathBuf, uid: Option<u32>) -> Option<Self> {
         match list(&path) {
-            Ok(Listing { files, is_whole: true }) => Some(Self { path, before: files.into_iter().collect() }),
+            Ok(Listing { files, is_whole: true }) => {
+                Some(Self { path, before: files.into_iter().collect(), uid })
+            }
             Ok(Listing { is_whole: false, .. }) => {
                 warn!(
                     path = %path.display(),
@@ -68,6 +72,7 @@ impl EventDir {
 #[derive(Debug)]
 pub(super) struct Events {
     dir: PathBuf,
+    uid: Option<u32>,
     /// Files that need not be looked at: they were there before, are followed, or are not ours.
     known: BTreeSet<PathBuf>,
     owners: Owners,
@@ -88,9 +93,10 @@ impl Events {
     /// Those of the ranks with these sources, which have been started.
     pub fn new(dir: EventDir, owners: Owners, sources: impl Iterator<Item = Source>) -> Self {
         let of_rank = |source: Source| (source.rank(), OfRank { sink: Sink::new(source), first_dir: None });
-        let (known, dir) = (dir.before, dir.path);
+        let EventDir { path, before: known, uid } = dir;
         Self {
-            dir,
+            dir: path,
+            uid,
             known,
             owners,
             ranks: sources.map(of_rank).collect(),
@@ -150,7 +156,7 @@ impl Events {
         let first_dir = of_rank.first_dir.get_or_insert_with(|| dir.to_owned());
         let prefix = prefix(first_dir, dir);
         info!(path = %path.display(), %rank, %prefix, "an event file is followed");
-        self.files.push((rank, EventFile::new(path, prefix)));
+        self.files.push((rank, EventFile::new(path, prefix, self.uid)));
     }
 }
 

@@ -1,6 +1,8 @@
 //! The socket of one rank.
 
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +18,7 @@ use tracing::warn;
 
 use super::follow::{Follower, Looker};
 use super::source::{Changes, Source};
+use crate::launch::user::User;
 
 /// Connections of one rank at once: a program and what it starts.
 const CONNECTIONS_MAX: usize = 16;
@@ -40,13 +43,17 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// The sockets are in `dir`, which is private, if their paths fit into a socket's address (108 bytes), else in
-    /// a temporary one, which whoever takes the gang's state away must remove too.
-    pub fn new(dir: &Path, changes: Changes) -> io::Result<Self> {
+    /// The sockets are in `dir`, which is private, if their paths fit into a socket's address (108 bytes) and they are not
+    /// `for_others` than this process's user, else in a temporary one, which whoever takes the gang's state away must remove too.
+    pub fn new(dir: &Path, for_others: bool, changes: Changes) -> io::Result<Self> {
         let fits = dir.as_os_str().len() + NAME_BYTES_MAX <= PATH_BYTES_MAX;
-        // Made with mode 0700: only this user's programs may report.
-        let temporary = || tempfile::Builder::new().prefix("muster-").tempdir();
-        let dir = if fits { dir.to_owned() } else { temporary()?.keep() };
+        let dir = if fits && !for_others {
+            dir.to_owned()
+        } else {
+            // Only this user's programs may report, or those to whom a socket is given; none can put anything there.
+            let mode = Permissions::from_mode(if for_others { 0o711 } else { 0o700 });
+            tempfile::Builder::new().prefix("muster-").permissions(mode).tempdir()?.keep()
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
         let stopped = stop.clone();
@@ -61,11 +68,14 @@ impl Sockets {
         &self.dir
     }
 
-    /// A socket for one rank, read until it is dropped or drained. What is read goes into a file in `log_dir`.
-    pub fn open(&self, rank: Rank, log_dir: &Path) -> io::Result<RankSocket> {
+    /// A socket for one rank, which may be another user's, read until it is dropped or drained. What is read goes into a file in `log_dir`.
+    pub fn open(&self, rank: Rank, log_dir: &Path, user: Option<&User>) -> io::Result<RankSocket> {
         let path = self.dir.join(format!("{rank}.sock"));
         let _guard = self.runtime.enter();
         let listener = UnixListener::bind(&path)?;
+        if let Some(user) = user {
+            user.own(&path)?;
+        }
         let drain = CancellationToken::new();
         let source = Source::open(rank, log_dir, self.changes.clone())?;
         let task = self.runtime.spawn(listen(listener, source.clone(), drain.clone()));
@@ -211,8 +221,8 @@ mod tests {
         for depth in 0..12 {
             let dir = root.path().join("directory/".repeat(depth));
             std::fs::create_dir_all(&dir).unwrap();
-            let sockets = Sockets::new(&dir, Changes::default()).unwrap();
-            let socket = sockets.open(Rank(1023), &dir).unwrap();
+            let sockets = Sockets::new(&dir, false, Changes::default()).unwrap();
+            let socket = sockets.open(Rank(1023), &dir, None).unwrap();
             assert!(socket.path().as_os_str().len() <= PATH_BYTES_MAX);
             drop(socket);
             if sockets.dir() != dir {

@@ -54,6 +54,9 @@ pub(crate) struct SubmitArgs {
     /// `step (?P<step>[0-9]+).* loss (?P<loss>[0-9.eE+-]+)`.
     #[arg(long, value_name = "REGEX")]
     pub metric_pattern: Option<String>,
+    /// User of the nodes as whom the ranks run, where their daemons run as root. Default: the token's, else the nodes'.
+    #[arg(long, value_name = "USER")]
+    pub run_as: Option<String>,
     /// Jobs of a higher priority are placed first.
     #[arg(long, allow_negative_numbers = true)]
     pub priority: Option<i32>,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use muster_cli::messages;
+use muster_core::types::UserName;
 use muster_worker::{Given, Watch};
 
 use super::DaemonArgs;
@@ -14,6 +15,10 @@ use crate::units::{KeyValue, Span};
 
 /// Looks are no closer than this.
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
+
+fn user_name(text: &str) -> Result<UserName, String> {
+    UserName::new(text)
+}
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct WorkerArgs {
@@ -24,6 +29,9 @@ pub(crate) struct WorkerArgs {
     /// that in the data directory. For https:// URLs.
     #[arg(long, env = "MUSTER_JOIN_TOKEN_FILE", value_name = "FILE")]
     pub join_token_file: Option<PathBuf>,
+    /// User as whom ranks run, where this daemon is root, unless their job says as whom. Default: root as well.
+    #[arg(long, value_name = "USER", value_parser = user_name)]
+    pub run_as: Option<UserName>,
     /// Directory for logs; one daemon at a time.
     #[arg(long, default_value = "muster-worker", value_name = "DIR")]
     pub data_dir: PathBuf,

@@ -10,6 +10,8 @@ pub const NODE_NAME_BYTES_MAX: usize = 253;
 pub const JOB_ID_BYTES_MAX: usize = 64;
 /// Longest name of a token in bytes.
 pub const TOKEN_NAME_BYTES_MAX: usize = 64;
+/// Longest name of a user in bytes, as useradd has it.
+pub const USER_NAME_BYTES_MAX: usize = 32;
 /// Longest request id in bytes.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -84,6 +86,10 @@ text_id!(
 text_id!(
     /// Name of a token.
     TokenName, "name", TOKEN_NAME_BYTES_MAX, |c| is_name_char(c) && c != '.'
+);
+text_id!(
+    /// Name of a user of the nodes, as whom ranks run.
+    UserName, "name of a user", USER_NAME_BYTES_MAX, is_name_char
 );
 text_id!(
     /// One start of a node daemon.

@@ -14,7 +14,9 @@ pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
 };
 pub use cpus::CpuList;
-pub use ids::{GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session, TokenName};
+pub use ids::{
+    GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session, TokenName, UserName,
+};
 pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;
 pub use resources::Resources;

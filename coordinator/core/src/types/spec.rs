@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CoordinatorLoss, MetricPattern, Millis, Resources, StopSignal, ids::is_name_char};
+use super::{CoordinatorLoss, MetricPattern, Millis, Resources, StopSignal, UserName, ids::is_name_char};
 
 /// Bounds on what one job may ask for, each with its reason.
 pub mod limits {
@@ -115,6 +115,9 @@ pub struct JobSpec {
     /// Makes points of lines of output; a [`MetricPattern`].
     #[serde(default)]
     pub metric_pattern: Option<String>,
+    /// User of the nodes as whom the ranks run; none for whom the node has for that.
+    #[serde(default)]
+    pub run_as: Option<UserName>,
 }
 
 /// One thing that is wrong with a specification.
@@ -151,6 +154,7 @@ impl JobSpec {
             on_coordinator_loss: CoordinatorLoss::default(),
             tensorboard_dir: None,
             metric_pattern: None,
+            run_as: None,
         }
     }
 

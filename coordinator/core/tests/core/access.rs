@@ -10,7 +10,14 @@ use crate::world::World;
 
 fn create(world: &mut World, name: &str, life: Option<Millis>) -> Result<Token, Refusal> {
     let hash = Digest::new(format!("{:064x}", name.len())).unwrap();
-    let new = NewToken { name: TokenName::new(name).unwrap(), role: Role::Viewer, hash, life, uses: None };
+    let new = NewToken {
+        name: TokenName::new(name).unwrap(),
+        role: Role::Viewer,
+        hash,
+        life,
+        uses: None,
+        run_as: None,
+    };
     token(world.input(Input::CreateToken(Box::new(new))).unwrap())
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use nix::fcntl::OFlag;
@@ -50,6 +50,8 @@ impl Sink {
 #[derive(Debug)]
 pub(super) struct EventFile {
     path: PathBuf,
+    /// Whose it must be.
+    uid: Option<u32>,
     /// Goes before its tags, if another file of the rank may have the same.
     prefix: String,
     /// What is before it was read. Always between two records.
@@ -66,9 +68,10 @@ pub(super) struct EventFile {
 }
 
 impl EventFile {
-    pub fn new(path: PathBuf, prefix: String) -> Self {
+    pub fn new(path: PathBuf, prefix: String, uid: Option<u32>) -> Self {
         Self {
             path,
+            uid,
             prefix,
             offset: 0,
             seen: 0,
@@ -136,8 +139,9 @@ impl EventFile {
         // Were it a pipe by now, nobody would wait for it; nor is a link followed out of the directory.
         let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         let file: File = OpenOptions::new().read(true).custom_flags(flags.bits()).open(&self.path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is no file any more"));
+        let meta = file.metadata()?;
+        if !meta.is_file() || self.uid.is_some_and(|uid| meta.uid() != uid) {
+            return Err(io::Error::other("it is no file any more, or not one of the ranks' user"));
         }
         let read = fill(&file, buffer, self.offset)?;
         self.seen = self.offset + read as u64;

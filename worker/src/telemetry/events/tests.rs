@@ -39,7 +39,7 @@ impl World {
             parent: |pid| (pid == 20).then_some(0),
             shim: 5,
         };
-        let events = Events::new(EventDir::before(runs).unwrap(), owners, sources);
+        let events = Events::new(EventDir::before(runs, None).unwrap(), owners, sources);
         Self { dir, events, buffer: vec![0; LOOK_BYTES_MAX] }
     }
 
@@ -209,11 +209,11 @@ fn bounds_hold_whatever_a_program_writes() {
 #[test]
 fn a_directory_with_too_much_in_it_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
-    assert!(EventDir::before(dir.path().join("not/there/yet")).is_some());
+    assert!(EventDir::before(dir.path().join("not/there/yet"), None).is_some());
     for number in 0..=ENTRIES_MAX {
         File::create(dir.path().join(number.to_string())).unwrap();
     }
-    assert!(EventDir::before(dir.path().to_owned()).is_none());
+    assert!(EventDir::before(dir.path().to_owned(), None).is_none());
     let file = dir.path().join("0");
-    assert!(EventDir::before(file).is_none());
+    assert!(EventDir::before(file, None).is_none());
 }

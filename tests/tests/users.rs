@@ -1,0 +1,114 @@
+//! Ranks of a daemon that is root run as whom they are to: what they may do, what they find, and who may say so.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use muster_tests::{Cluster, Outcome, Settings, binary, skip};
+use nix::unistd::{Uid, User};
+
+/// One that every user may run, which that of whoever runs the tests need not be.
+const PYTHON: &str = "/usr/bin/python3";
+/// The only user that every machine has and that is not the system's own.
+const USER: &str = "nobody";
+
+/// A cluster whose ranks reach what is theirs; none, and said so, where nobody can be somebody else.
+fn cluster() -> Option<Cluster> {
+    if !Uid::effective().is_root() {
+        skip("ranks of other users", "only root can start them");
+        return None;
+    }
+    let cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    std::fs::set_permissions(cluster.dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    Some(cluster)
+}
+
+fn with_worker(cluster: &mut Cluster, flags: &[&str]) {
+    let worker = cluster.spawn_worker_with("n1", "n1", flags);
+    cluster.workers.push(worker);
+    cluster.wait_for_nodes(1);
+}
+
+/// Says who it is, reports a point, leaves a file where it starts, and fails in words.
+const PROGRAM: &str = r#"
+import json, os, socket
+print(os.getresuid(), os.getresgid(), sorted(os.getgroups()), os.getcwd())
+print(*(os.environ[name] for name in ("HOME", "USER", "LOGNAME")))
+print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])
+open("left", "w").close()
+for path in (os.path.dirname(os.environ["TORCHELASTIC_ERROR_FILE"]), os.path.dirname(os.environ["MUSTER_TELEMETRY"])):
+    try:
+        open(path + "/mine", "w")
+        print("could write to", path)
+    except PermissionError:
+        pass
+telemetry = socket.socket(socket.AF_UNIX)
+telemetry.connect(os.environ["MUSTER_TELEMETRY"])
+telemetry.sendall(json.dumps({"step": 3, "values": {"loss": 1.5}}).encode() + b"\n")
+telemetry.close()
+json.dump({"message": "it fails as it should"}, open(os.environ["TORCHELASTIC_ERROR_FILE"], "w"))
+raise SystemExit(3)
+"#;
+
+#[test]
+fn ranks_are_who_they_are_to_be_and_nobody_else() {
+    let Some(mut cluster) = cluster() else { return };
+    if !std::path::Path::new(PYTHON).exists() {
+        return skip("what ranks of another user may do", "there is no Python of the system's");
+    }
+    with_worker(&mut cluster, &[]);
+    let user = User::from_name(USER).unwrap().unwrap();
+    let groups = Outcome::of(Command::new("id").args(["-G", USER])).ok();
+    let groups: Vec<&str> = groups.split_whitespace().collect();
+    let submit = ["submit", "--run-as", USER, "--nproc-per-node", "2", "--", PYTHON, "-c", PROGRAM];
+    let id = cluster.muster(&submit).ok().trim().to_owned();
+    let job = cluster.wait_for(&id, "FAILED");
+    assert!(job["reason"].as_str().unwrap().contains("it fails as it should"), "{job}");
+    assert_eq!((&job["spec"]["runAs"], &job["latestStep"]), (&USER.into(), &"3".into()), "{job}");
+    let said = cluster.output(&id, 0);
+    let lines: Vec<&str> = said.lines().collect();
+    let (uid, gid) = (user.uid, user.gid);
+    let cwd = cluster.dir.path().join(format!("n1/logs/{id}/attempt_1/0/work"));
+    let who = format!(
+        "({uid}, {uid}, {uid}) ({gid}, {gid}, {gid}) [{}] {}",
+        groups.join(", "),
+        cwd.canonicalize().unwrap().display()
+    );
+    let env = format!("{} {USER} {USER}", user.dir.display());
+    assert_eq!(lines, [who.as_str(), &env, "0000000000000000"], "{said}");
+    assert!(cwd.join("left").exists());
+    let shown = cluster.muster(&["job", &id]).ok();
+    assert!(shown.contains(&format!("runs as     {USER}")), "{shown}");
+}
+
+#[test]
+fn a_node_has_a_user_for_its_ranks_and_refuses_what_is_not_for_jobs() {
+    let Some(mut cluster) = cluster() else { return };
+    // A node may name one that is the system's own; a job may not.
+    with_worker(&mut cluster, &["--run-as", "daemon"]);
+    let id = cluster.submit(&[], "id -un; trap '' TERM; kill -0 $PPID && exit 1; exit 0");
+    cluster.wait_for(&id, "SUCCEEDED");
+    assert_eq!(cluster.output(&id, 0).lines().next(), Some("daemon"), "and it cannot signal its shim");
+    for (user, words) in
+        [("root", "the system's own"), ("bin", "the system's own"), ("no.one", "no such user")]
+    {
+        let id = cluster.submit(&["--run-as", user], "true");
+        let reason = cluster.wait_for(&id, "FAILED")["reason"].clone();
+        assert!(reason.as_str().unwrap().contains(words), "{user}: {reason}");
+    }
+    let refused = cluster.muster(&["submit", "--run-as", "a/b", "--", "true"]);
+    assert!(
+        refused.code != 0 && refused.stderr.contains("run_as: name of a user contains '/'"),
+        "{refused:?}"
+    );
+    let data_dir = cluster.dir.path().join("n2");
+    let args = ["worker", "--coordinator", &cluster.url(), "--data-dir", data_dir.to_str().unwrap()];
+    let refused = Outcome::of(Command::new(binary("muster")).args(args).args(["--run-as", "no.one"]));
+    assert!(refused.code == 1 && refused.stderr.contains("no such user"), "{refused:?}");
+    // Somebody who may not go where his logs are.
+    std::fs::set_permissions(cluster.dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let id = cluster.submit(&["--run-as", USER], "true");
+    let reason = cluster.wait_for(&id, "FAILED")["reason"].clone();
+    assert!(reason.as_str().unwrap().contains("cannot pass through"), "{reason}");
+}
