@@ -8,6 +8,9 @@ use crate::eventually;
 use crate::place::free_port;
 use crate::tools::binary;
 
+/// Times that it is started until none of its daemons ends.
+const ATTEMPTS_MAX: usize = 5;
+
 /// A controller and its nodes, n0 first. Dropped, they are killed; and they end when the thread does that started them.
 pub struct Slurm {
     dir: tempfile::TempDir,
@@ -24,6 +27,15 @@ impl Slurm {
     /// As [`Self::start`], with a topology.conf.
     pub fn start_with(nodes: usize, topology: Option<&str>) -> Option<Self> {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/slurm").canonicalize().ok()?;
+        // Between the choice of a port and its use by a daemon somebody else may take it, and the daemon ends.
+        let slurm = (0..ATTEMPTS_MAX).find_map(|_| Self::attempt(&tree, nodes, topology));
+        assert!(slurm.is_some(), "Slurm's daemons do not stay");
+        slurm
+    }
+
+    /// None once one of its daemons has ended.
+    fn attempt(tree: &Path, nodes: usize, topology: Option<&str>) -> Option<Self> {
+        let tree = tree.to_owned();
         let dir = tempfile::tempdir().unwrap();
         let mut slurm = Self { dir, tree, daemons: Vec::new() };
         std::fs::create_dir(slurm.dir.path().join("state")).unwrap();
@@ -39,16 +51,19 @@ impl Slurm {
         for node in 0..nodes {
             slurm.run_daemon("slurmd-wlm", &["-D", "-N", &format!("n{node}"), "-d", &stepd]);
         }
-        eventually("Slurm's nodes", || {
+        let stays = eventually("Slurm's nodes", || {
+            if slurm.daemons.iter_mut().any(|daemon| daemon.try_wait().unwrap().is_some()) {
+                return Ok(false);
+            }
             let listed = slurm.command("sinfo").args(["-h", "-N", "-o", "%T"]).output().unwrap();
             let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
             if listed.lines().filter(|state| *state == "idle").count() == nodes {
-                Ok(())
+                Ok(true)
             } else {
                 Err((listed, slurm.log()))
             }
         });
-        Some(slurm)
+        stays.then_some(slurm)
     }
 
     /// One of its programs, such as `srun`, for this Slurm.
@@ -79,10 +94,10 @@ impl Slurm {
         self.daemons.push(command.spawn().unwrap());
     }
 
-    /// What its controller has logged, and the first node.
+    /// What its controller has logged, and its first nodes.
     pub fn log(&self) -> String {
         let read = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
-        ["slurmctld.log", "slurmd.n0.log"].map(read).concat()
+        ["slurmctld.log", "slurmd.n0.log", "slurmd.n1.log"].map(read).concat()
     }
 
     /// Without what it keeps of jobs, and without a key that its parts would share: nobody else reaches them.

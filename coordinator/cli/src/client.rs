@@ -7,6 +7,7 @@ use muster_proto::v1::job_service_client::JobServiceClient;
 use muster_proto::v1::node_service_client::NodeServiceClient;
 use muster_proto::v1::token_service_client::TokenServiceClient;
 use tonic::{Code, Status};
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::args::Global;
 use crate::exit::Failure;
@@ -45,6 +46,11 @@ impl Client {
     /// The tokens.
     pub fn tokens(&self) -> TokenServiceClient<Leading> {
         TokenServiceClient::new(self.0.clone())
+    }
+
+    /// Whether it is well, which it says to everybody.
+    pub fn health(&self) -> HealthClient<Leading> {
+        HealthClient::new(self.0.clone())
     }
 
     /// The cluster.

@@ -3,9 +3,10 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use muster_core::types::Millis;
-use muster_proto::v1;
 use muster_worker::doctor::{Asked, diagnose};
 use muster_worker::{Diagnosis, Grade};
+
+use tonic_health::pb::HealthCheckRequest;
 
 use crate::args::{DoctorArgs, Global, Output};
 use crate::client::Client;
@@ -14,6 +15,8 @@ use crate::show::table;
 
 /// Where a coordinator is looked for if none is named.
 const DEFAULT_URL: &str = "http://127.0.0.1:7070";
+/// The health service's name for a coordinator that runs, whether it leads or not.
+const LIVE: &str = "live";
 /// Time for a coordinator to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Most hosts that are tried at once, each by a thread.
@@ -49,7 +52,9 @@ async fn ask_coordinator(global: &Global) -> Result<(Coordinator, Option<Millis>
     let urls = global.coordinator.join(",");
     let asking = async {
         let client = Client::connect(global).await?;
-        Ok::<_, Failure>(client.cluster().get_cluster(v1::GetClusterRequest {}).await?)
+        // What nobody needs a token for.
+        let live = HealthCheckRequest { service: LIVE.to_owned() };
+        Ok::<_, Failure>(client.health().check(live).await?)
     };
     let why = match tokio::time::timeout(ANSWER_MAX, asking).await {
         Ok(Ok(answer)) => {
