@@ -151,8 +151,6 @@ pub(crate) fn start(
         tally,
     };
     driver.take(effects, None);
-    // Jobs that wait are in their queue before anybody asks for it.
-    driver.step(Input::Tick, None);
     Ok((handle, driver))
 }
 

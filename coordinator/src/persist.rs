@@ -1,5 +1,7 @@
 //! Between the core's records and the store's bytes: JSON, so that a store can be read by people.
 
+use std::num::NonZero;
+
 use muster_core::access::{Barred, Token};
 use muster_core::types::{JobId, NodeName, NodePlacement, TokenName, limits};
 use muster_core::{Job, Meta, Node, Snapshot, Write};
@@ -11,27 +13,55 @@ use crate::Error;
 
 /// Version of the records. A store with a newer one is refused rather than misread.
 const SCHEMA: u32 = 1;
+/// Rows that are worth a thread.
+const ROWS_MIN: usize = 1024;
 /// No cluster counts so far; a larger count is damage.
 const COUNT_MAX: u64 = 1 << 62;
 
 /// Reads everything. An empty store gives an empty snapshot.
+///
+/// Records are read by all processors: a large cluster waits for this when its coordinator starts again.
 pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
+    let rows = store.load()?;
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let share = rows.len().div_ceil(threads).max(ROWS_MIN);
+    let parts = std::thread::scope(|scope| {
+        let reading: Vec<_> = rows.chunks(share).map(|rows| scope.spawn(|| read(rows))).collect();
+        reading.into_iter().map(|part| part.join().unwrap_or_else(|_| Err(unreadable()))).collect::<Vec<_>>()
+    });
     let mut snapshot = Snapshot::default();
-    for (key, value) in store.load()? {
+    for part in parts {
+        let Snapshot { meta, jobs, nodes, tokens, barred } = part?;
+        snapshot.meta = snapshot.meta.or(meta);
+        snapshot.jobs.extend(jobs);
+        snapshot.nodes.extend(nodes);
+        snapshot.tokens.extend(tokens);
+        snapshot.barred.extend(barred);
+    }
+    Ok(snapshot)
+}
+
+fn unreadable() -> Error {
+    Error::Decode("reading it has failed; this is a bug in muster".to_owned())
+}
+
+fn read(rows: &[(String, Vec<u8>)]) -> Result<Snapshot, Error> {
+    let mut snapshot = Snapshot::default();
+    for (key, value) in rows {
         match key.split_once('/') {
-            None if key == "schema" => check_schema(decode(&key, &value)?)?,
-            None if key == "meta" => snapshot.meta = Some(checked(&key, decode(&key, &value)?, meta)?),
+            None if key == "schema" => check_schema(decode(key, value)?)?,
+            None if key == "meta" => snapshot.meta = Some(checked(key, decode(key, value)?, meta)?),
             Some(("job", id)) => {
-                snapshot.jobs.push(checked(&key, decode(&key, &value)?, |record| job(id, record))?);
+                snapshot.jobs.push(checked(key, decode(key, value)?, |record| job(id, record))?);
             }
             Some(("node", name)) => {
-                snapshot.nodes.push(checked(&key, decode(&key, &value)?, |record| node(name, record))?);
+                snapshot.nodes.push(checked(key, decode(key, value)?, |record| node(name, record))?);
             }
             Some(("token", name)) => {
-                snapshot.tokens.push(checked(&key, decode(&key, &value)?, |record| token(name, record))?);
+                snapshot.tokens.push(checked(key, decode(key, value)?, |record| token(name, record))?);
             }
             Some(("barred", name)) => {
-                let record = checked(&key, decode(&key, &value)?, |record: &Barred| {
+                let record = checked(key, decode(key, value)?, |record: &Barred| {
                     ensure(record.node.as_str() == name, "it belongs under another key")
                 })?;
                 snapshot.barred.push(record);

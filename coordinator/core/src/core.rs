@@ -186,6 +186,9 @@ impl Core {
             }
         } else if job.state.is_terminal() {
             self.ended.insert((job.finished.unwrap_or_default(), id.clone()));
+        } else if job.not_before <= now {
+            // No node can take it yet, and it knows why it has waited: it is no news, and waits for the next pass.
+            self.queue.insert((Reverse(job.spec.priority), job.order, id.clone()));
         } else {
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }

@@ -103,7 +103,14 @@ fn a_join_token_is_spent_as_often_as_it_says_also_over_restarts() {
     let [hash, wrong] = [1, 2].map(|n| Digest::new(format!("{n:064x}")).unwrap());
     let name = TokenName::new("join").unwrap();
     let life = Some(Millis::from_secs(60));
-    let new = NewToken { name: name.clone(), role: Role::Node, hash: hash.clone(), life, uses: Some(2) };
+    let new = NewToken {
+        name: name.clone(),
+        role: Role::Node,
+        hash: hash.clone(),
+        life,
+        uses: Some(2),
+        run_as: None,
+    };
     world.input(Input::CreateToken(Box::new(new))).unwrap().unwrap();
     let spend = |world: &mut World, hash: &Digest| {
         let input = Input::SpendToken { name: name.clone(), hash: hash.clone() };
