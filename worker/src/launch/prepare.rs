@@ -21,7 +21,7 @@ pub(crate) struct Prepared {
     /// One directory per local rank.
     pub log_dirs: Vec<PathBuf>,
     /// As whom the ranks run, if not as whom this process does.
-    pub user: Option<User>,
+    pub user: Option<Box<User>>,
     /// On the gang's first node: the store of its ranks, which serves for as long as this is held.
     pub store: Option<RankStore>,
     /// On the node of rank 0, if the job has TensorBoard's directory followed: what was there before.
@@ -104,7 +104,7 @@ pub(crate) fn prepare(order: &Order, port: u16) -> Result<Prepared, String> {
         })
         .transpose()?;
     let events = events(assignment, &log_dirs, user.as_ref());
-    Ok(Prepared { program, log_dirs, user, store, events })
+    Ok(Prepared { program, log_dirs, user: user.map(Box::new), store, events })
 }
 
 /// Looked at here, while nothing waits: a disk may be slow, and what the ranks write comes after.

@@ -93,7 +93,7 @@ impl Ranks {
         let mark = order.mark();
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
             let local_rank = rank.0 - assignment.placement.first_rank.0;
-            let socket = sockets.open(*rank, log_dir, prepared.user.as_ref());
+            let socket = sockets.open(*rank, log_dir, prepared.user.as_deref());
             let socket = socket.map_err(|error| format!("failed to make a telemetry socket: {error}"))?;
             let output = order.output(local_rank, log_dir);
             if order.attached.is_some() {
@@ -105,15 +105,15 @@ impl Ranks {
                 mark: &mark,
                 attached: order.attached.as_ref(),
                 surroundings: order.surroundings.as_deref(),
-                user: prepared.user.as_ref(),
+                user: prepared.user.as_deref(),
             };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
-            let working_dir = start_dir(assignment, log_dir, prepared.user.as_ref());
+            let working_dir = start_dir(assignment, log_dir, prepared.user.as_deref());
             let program = Program {
                 path: &prepared.program,
                 command: &assignment.spec.command,
                 working_dir: &working_dir,
-                user: prepared.user.as_ref(),
+                user: prepared.user.as_deref(),
             };
             let entrance = self.cgroup.as_ref().map(|group| group.entrance(local_rank)).transpose();
             let entrance = entrance.map_err(|error| format!("failed to open a control group: {error}"))?;
