@@ -137,14 +137,7 @@ fn unauthenticated(message: impl Into<String>) -> Status {
 
 /// Hash under which a secret is known.
 pub(crate) fn hash(secret: &str) -> Digest {
-    let hex = hex(&Sha256::digest(secret.as_bytes()));
-    #[expect(clippy::expect_used, reason = "32 bytes are 64 hexadecimal digits")]
-    Digest::new(hex).expect("a digest")
-}
-
-/// Hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+    Digest::from(<[u8; 32]>::from(Sha256::digest(secret.as_bytes())))
 }
 
 /// Who calls over an encrypted connection: the bearer of a token, else the owner of the certificate.

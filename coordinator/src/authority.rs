@@ -3,18 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
+use muster_core::access::Digest;
 use muster_core::types::{Millis, NodeName};
 use muster_proto::convert;
 use rcgen::{
     CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
 };
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use tonic::{Code, Status};
 
-use crate::access::{NODE_PREFIX, hex};
+use crate::access::NODE_PREFIX;
 
 /// Clocks of nodes may be behind by so much: certificates are good from before they were issued.
 pub(crate) const CLOCKS_APART_MAX: Millis = Millis::from_secs(3600);
@@ -85,11 +86,11 @@ impl Authority {
     }
 
     /// SHA-256 of the authority's certificate, by which a node knows that it is the right one.
-    pub fn pin(&self) -> Result<String, Status> {
+    pub fn pin(&self) -> Result<Digest, Status> {
         let path = self.dir.join("ca.crt");
         let found = CertificateDer::from_pem_file(&path)
             .map_err(|error| unable(format!("failed to read {}: {error}", path.display())))?;
-        Ok(hex(&Sha256::digest(&found)))
+        Ok(Digest::from(<[u8; 32]>::from(Sha256::digest(&found))))
     }
 }
 

@@ -53,6 +53,7 @@ pub use edge::{Held, connections};
 pub use error::Error;
 use monitor::Monitor;
 use office::{Following, Office, Reign, Standing};
+pub use server::LIVE;
 
 /// Connections that may wait to be taken: as many as Linux lets wait unless it is told otherwise. One that finds no place
 /// is tried again by its machine after a second or three, and many nodes come back at once.

@@ -1,6 +1,7 @@
 //! Between the core's records and the store's bytes: JSON, so that a store can be read by people.
 
 use std::num::NonZero;
+use std::panic::resume_unwind;
 
 use muster_core::access::{Barred, Token};
 use muster_core::types::{JobId, NodeName, NodePlacement, TokenName, limits};
@@ -27,7 +28,10 @@ pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
     let share = rows.len().div_ceil(threads).max(ROWS_MIN);
     let parts = std::thread::scope(|scope| {
         let reading: Vec<_> = rows.chunks(share).map(|rows| scope.spawn(|| read(rows))).collect();
-        reading.into_iter().map(|part| part.join().unwrap_or_else(|_| Err(unreadable()))).collect::<Vec<_>>()
+        reading
+            .into_iter()
+            .map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect::<Vec<_>>()
     });
     let mut snapshot = Snapshot::default();
     for part in parts {
@@ -39,10 +43,6 @@ pub(crate) fn load(store: &mut dyn Store) -> Result<Snapshot, Error> {
         snapshot.barred.extend(barred);
     }
     Ok(snapshot)
-}
-
-fn unreadable() -> Error {
-    Error::Decode("reading it has failed; this is a bug in muster".to_owned())
 }
 
 fn read(rows: &[(String, Vec<u8>)]) -> Result<Snapshot, Error> {

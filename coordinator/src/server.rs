@@ -46,8 +46,8 @@ const CONNECTION_STREAMS_MAX: u32 = 1024;
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// A silent connection is probed after this long, and dropped if it stays silent for the second span.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
-/// The health service's name for the process itself.
-const LIVE: &str = "live";
+/// The health service's name for the process itself, whether it leads or not.
+pub const LIVE: &str = "live";
 /// Time that calls under way get when the coordinator stops.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 

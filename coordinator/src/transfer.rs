@@ -8,13 +8,13 @@ use std::io::{BufRead, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use muster_core::access::hex;
 use muster_store::{
     Batch, Election, Error as StoreError, Etcd, EtcdStore, Fence, Floor, MemoryStore, RedbStore, Store,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::access::hex;
 use crate::{Error, StoreKind, persist};
 
 /// Version of the file.

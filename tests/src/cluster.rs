@@ -37,9 +37,14 @@ pub enum Clocks {
     All,
 }
 
+impl Settings {
+    /// What most tests need; as a constant, for those of others.
+    pub const DEFAULT: Self = Self { workers: 2, lease: "5s", netns: false, clocks: None, in_memory: false };
+}
+
 impl Default for Settings {
     fn default() -> Self {
-        Self { workers: 2, lease: "5s", netns: false, clocks: None, in_memory: false }
+        Self::DEFAULT
     }
 }
 
@@ -145,7 +150,7 @@ impl Cluster {
         let prefix = prefix(netns.as_ref(), dir.path(), &settings, 0);
         let listen = if netns.is_some() { format!("{}:0", address(0)) } else { "127.0.0.1:0".to_owned() };
         let coordinator = start_coordinator(&prefix, dir.path(), &listen, &settings);
-        let address = eventually("the coordinator's address", || listening(&coordinator));
+        let address = address_of(&coordinator);
         let workers = settings.workers;
         let mut cluster = Self { dir, coordinator, workers: Vec::new(), address, netns, settings };
         for _ in 0..workers {
@@ -305,6 +310,11 @@ fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Set
     let args =
         ["coordinator", "--listen", listen, "--http-listen", http, "--data-dir", data_dir, "--insecure"];
     Daemon::start_behind(prefix, dir, &name, &[&args[..], lease].concat())
+}
+
+/// The `address:port` of a coordinator, once it has said it.
+pub fn address_of(coordinator: &Daemon) -> String {
+    eventually("the coordinator's address", || listening(coordinator))
 }
 
 fn listening(coordinator: &Daemon) -> Result<String, String> {

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use bed::{BEATS, Beat, Bed, beats};
 pub use buildah::{Buildah, Container};
-pub use cluster::{Clocks, Cluster, Daemon, Settings, http_address};
+pub use cluster::{Clocks, Cluster, Daemon, Settings, address_of, http_address};
 pub use etcd::{Etcd, has_etcd};
 pub use http::http_get;
 pub use machine::{FakeMachine, RAILS, Rail};

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use muster_tests::{Bed, Clocks, Settings, eventually, faketime_path, is_running, skip};
 
-const WALL: Settings =
-    Settings { workers: 2, lease: "2s", netns: false, clocks: Some(Clocks::Wall), in_memory: false };
+const WALL: Settings = Settings { lease: "2s", clocks: Some(Clocks::Wall), ..Settings::DEFAULT };
 /// Twice the lease: what a jump breaks has broken by then.
 const BEYOND: Duration = Duration::from_secs(4);
 

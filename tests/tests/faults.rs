@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use muster_tests::{Cluster, Daemon, Settings, eventually, is_running, python, skip};
+use muster_tests::{Cluster, Daemon, Settings, address_of, eventually, is_running, python, skip};
 use nix::sys::signal::Signal;
 
 /// A program that reports a point every 20 ms until a file is there.
@@ -193,11 +193,7 @@ fn a_full_disk_refuses_submissions_and_loses_nothing() {
         )
     };
     let daemon = coordinator("first", "127.0.0.1:0");
-    let address = eventually("the address", || {
-        let log = daemon.log();
-        let first = log.lines().next().and_then(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-        first.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
-    });
+    let address = address_of(&daemon);
     let submit = |id: &str, bytes: usize| {
         let mut command = Command::new(muster_tests::binary("muster"));
         let filler = "x".repeat(bytes);

@@ -4,7 +4,7 @@
 use muster_tests::{Cluster, FakeMachine, Rail, Settings, eventually};
 use serde_json::Value;
 
-const ALONE: Settings = Settings { workers: 0, lease: "5s", netns: false, clocks: None, in_memory: true };
+const ALONE: Settings = Settings { workers: 0, in_memory: true, ..Settings::DEFAULT };
 
 fn node(cluster: &Cluster) -> Value {
     cluster.muster(&["node", "n1", "--output", "json"]).json().remove(0)

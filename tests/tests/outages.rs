@@ -9,7 +9,7 @@ use muster_tests::{Bed, Settings, eventually, is_running, processes_with};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LEASE: Settings = Settings { workers: 2, lease: "2s", netns: false, clocks: None, in_memory: false };
+const LEASE: Settings = Settings { lease: "2s", ..Settings::DEFAULT };
 /// Well beyond the lease of these clusters.
 const BEYOND: Duration = Duration::from_secs(4);
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use muster_tests::{Bed, Cut, Netns, Settings, skip};
 
-const HOSTS: Settings = Settings { workers: 2, lease: "2s", netns: true, clocks: None, in_memory: false };
+const HOSTS: Settings = Settings { lease: "2s", netns: true, ..Settings::DEFAULT };
 
 /// Seconds in which survivors have their new generation: the lease, and one.
 const REPLACED_MAX: f64 = 3.0;

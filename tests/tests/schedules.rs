@@ -9,7 +9,7 @@ use muster_tests::{Bed, Settings, eventually, is_running, skip};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LEASE: Settings = Settings { workers: 2, lease: "2s", netns: false, clocks: None, in_memory: false };
+const LEASE: Settings = Settings { lease: "2s", ..Settings::DEFAULT };
 
 fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use muster_tests::{
-    Daemon, Netns, Outcome, binary, eventually, grpcurl_path, netns_address as address, skip,
+    Daemon, Netns, Outcome, address_of, binary, eventually, grpcurl_path, netns_address as address, skip,
 };
 use serde_json::Value;
 
@@ -35,7 +35,7 @@ fn start() -> Option<Secure> {
     Outcome::of(Command::new(binary("muster")).args(["pki", "init", "--dir", &tls, "--host", &address(0)]))
         .ok();
     let coordinator = coordinator(&hosts, dir.path(), "coordinator", &tls, &format!("{}:0", address(0)));
-    let at = listening(&coordinator);
+    let at = address_of(&coordinator);
     Some(Secure { dir, hosts, coordinator, at })
 }
 
@@ -47,14 +47,6 @@ fn coordinator(hosts: &Netns, dir: &Path, name: &str, tls: &str, listen: &str) -
     // One log for each life.
     let log = format!("{name}-{}", std::fs::read_dir(dir).unwrap().count());
     Daemon::start_behind(&hosts.prefix(0), dir, &log, &[&args[..], &more].concat())
-}
-
-fn listening(coordinator: &Daemon) -> String {
-    eventually("the coordinator's address", || {
-        let log = coordinator.log();
-        let line = log.lines().find_map(|line| serde_json::from_str::<Value>(line).ok());
-        line.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
-    })
 }
 
 fn path(dir: &Path, name: &str) -> String {
@@ -220,7 +212,7 @@ fn three_hosts_train_and_nobody_else_gets_in() {
     let (tls, at) = (secure.path("tls"), secure.at.clone());
     secure.coordinator.kill();
     secure.coordinator = coordinator(&secure.hosts, secure.dir.path(), "coordinator", &tls, &at);
-    listening(&secure.coordinator);
+    address_of(&secure.coordinator);
     secure.wait_for_nodes(3);
     secure.call("ci", HELLO, SUBMIT).ok();
 }
@@ -317,14 +309,14 @@ fn a_certificate_of_another_time_or_node_or_authority_is_refused() {
     let args = ["pki", "init", "--dir", &tls, "--host", &address(0)];
     Outcome::of(Command::new(binary("muster")).args(args)).ok();
     let other = coordinator(&secure.hosts, secure.dir.path(), "other", &tls, &format!("{}:0", address(0)));
-    listening(&other);
+    address_of(&other);
     let text = secure.by_socket("other", &["token", "create", "--role", "node"]).ok();
     std::fs::write(secure.path("join2"), text).unwrap();
     let refused = secure.refused("n3", "w3", Some(&secure.path("join2")));
     assert!(refused.contains("the join token names another authority"), "{refused}");
 
     // With a certificate of that cluster's authority, under which the thief knows this cluster's.
-    let at = std::mem::replace(&mut secure.at, listening(&other));
+    let at = std::mem::replace(&mut secure.at, address_of(&other));
     let _n3 = secure.worker(1, "n3", "w3", Some(&secure.path("join2")));
     let kept = secure.dir.path().join("w3/tls/node.json");
     let mut held: Value = eventually("the foreign certificate", || {

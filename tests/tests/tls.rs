@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use muster_tests::{Daemon, Outcome, binary, eventually, grpcurl_path, is_running, skip};
+use muster_tests::{Daemon, Outcome, address_of, binary, eventually, grpcurl_path, is_running, skip};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -36,11 +36,7 @@ fn coordinator(dir: &Path, listen: &str, flags: &[&str]) -> (Daemon, String) {
     let args =
         ["coordinator", "--listen", listen, "--http-listen", "off", "--data-dir", data_dir.to_str().unwrap()];
     let daemon = Daemon::start(dir, &name, &[&args, flags].concat());
-    let address = eventually("its address", || {
-        let log = daemon.log();
-        let first = log.lines().find_map(|line| serde_json::from_str::<Value>(line).ok());
-        first.and_then(|line| Some(line["listening"].as_str()?.to_owned())).ok_or(log)
-    });
+    let address = address_of(&daemon);
     (daemon, address)
 }
 

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use http::{HeaderMap, header};
+use muster_core::access::Digest;
 use muster_core::types::{Millis, NodeName};
 use muster_proto::convert::span_from_wire;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
@@ -15,12 +17,13 @@ use rcgen::{CertificateParams, KeyPair};
 use serde::{Deserialize, Serialize};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tonic::metadata::MetadataMap;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tracing::{info, warn};
 
 use crate::clock::unix_now;
-use crate::pinned::{self, Pin};
+use crate::pinned;
 use crate::trust::{Token, Trust, is_encrypted, read_token};
 
 /// The directory in the data directory, and the file in it: one, so that a certificate and its key are never of two times.
@@ -58,7 +61,8 @@ impl Held {
 /// A join token, as it is printed.
 struct JoinToken {
     token: Token,
-    pin: Pin,
+    /// Of the authority's certificate.
+    pin: Digest,
 }
 
 /// What is known of the node's certificate. Shared by its clones.
@@ -141,27 +145,20 @@ impl Credentials {
         let channel = pinned::connect(url, pin.clone()).await?;
         let (key, request) = self.request()?;
         let mut call = Request::new(request);
-        let header = token.header();
-        let shown = header.to_str().ok().and_then(|text| text.parse().ok());
-        let mut shown: tonic::metadata::MetadataValue<_> =
-            shown.ok_or_else(|| Status::unauthenticated("the join token cannot be sent"))?;
-        shown.set_sensitive(true);
-        call.metadata_mut().insert("authorization", shown);
+        let shown = HeaderMap::from_iter([(header::AUTHORIZATION, token.header())]);
+        *call.metadata_mut() = MetadataMap::from_headers(shown);
         let mut client = WorkerServiceClient::new(channel);
         let answer = tokio::time::timeout(ANSWER_MAX, client.issue_certificate(call));
         let answer = answer
             .await
             .map_err(|_| Status::unavailable("the coordinator does not answer the join token"))?;
         // Who does not lead, or cannot answer now, has not looked at it.
-        let answer = answer.inspect_err(|status| {
-            if status.code() != tonic::Code::Unavailable {
-                self.with(|state| state.tried = Some(text.clone()));
-            }
-        })?;
-        self.with(|state| state.tried = Some(text.clone()));
-        let answer = answer.into_inner();
+        if !matches!(&answer, Err(status) if status.code() == Code::Unavailable) {
+            self.with(|state| state.tried = Some(text));
+        }
+        let answer = answer?.into_inner();
         let authority = CertificateDer::from_pem_slice(answer.authority.as_bytes());
-        if !authority.is_ok_and(|authority| pin.is_of(&authority)) {
+        if !authority.is_ok_and(|authority| pinned::is_of(&pin, &authority)) {
             return Err(Status::permission_denied(
                 "the coordinator's authority is not the one of the join token",
             ));
@@ -243,7 +240,7 @@ impl Credentials {
 fn parse(text: &str) -> Option<JoinToken> {
     let (shown, pin) = text.rsplit_once('.')?;
     let whole = shown.starts_with("muster-join.") && shown.split('.').count() == 3;
-    let (token, pin) = (Token::new(shown)?, Pin::new(pin)?);
+    let (token, pin) = (Token::new(shown)?, Digest::new(pin).ok()?);
     whole.then_some(JoinToken { token, pin })
 }
 

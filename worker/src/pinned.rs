@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use sha2::{Digest, Sha256};
+use muster_core::access::Digest;
+use sha2::{Digest as _, Sha256};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::client::WebPkiServerVerifier;
@@ -26,26 +27,13 @@ const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// Begins what is said of a connection that fails.
 const TLS_WORDS: &str = "failed to speak TLS with";
 
-/// SHA-256 of an authority's certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Pin(String);
-
-impl Pin {
-    /// From 64 hexadecimal digits.
-    pub fn new(text: &str) -> Option<Self> {
-        let is_hex = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-        (text.len() == 64 && is_hex).then(|| Self(text.to_owned()))
-    }
-
-    /// Whether it is this certificate's.
-    pub fn is_of(&self, certificate: &CertificateDer<'_>) -> bool {
-        let hash = Sha256::digest(certificate);
-        self.0 == hash.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
-    }
+/// Whether this is the hash of the certificate.
+pub(crate) fn is_of(pin: &Digest, certificate: &CertificateDer<'_>) -> bool {
+    *pin == Digest::from(<[u8; 32]>::from(Sha256::digest(certificate)))
 }
 
 /// Connects to a coordinator whose certificate the pinned authority has signed, or to nobody.
-pub(crate) async fn connect(url: &str, pin: Pin) -> Result<Channel, Status> {
+pub(crate) async fn connect(url: &str, pin: Digest) -> Result<Channel, Status> {
     let failed = |why: String| Status::unavailable(format!("{TLS_WORDS} {url}: {why}"));
     let provider = Arc::new(ring::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider.clone())
@@ -88,7 +76,7 @@ pub(crate) async fn connect(url: &str, pin: Pin) -> Result<Channel, Status> {
 const WRONG: &str = "the join token names another authority";
 
 struct Pinned {
-    pin: Pin,
+    pin: Digest,
     provider: Arc<CryptoProvider>,
 }
 
@@ -108,7 +96,7 @@ impl ServerCertVerifier for Pinned {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         // The coordinator sends its authority along. Who sends ours without its key cannot have what it has signed.
-        let authority = intermediates.iter().find(|certificate| self.pin.is_of(certificate));
+        let authority = intermediates.iter().find(|certificate| is_of(&self.pin, certificate));
         let authority = authority.ok_or_else(|| Error::General(WRONG.to_owned()))?;
         let mut roots = RootCertStore::empty();
         roots.add(authority.clone().into_owned())?;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use muster_coordinator::LIVE;
 use muster_core::types::Millis;
 use muster_worker::doctor::{Asked, diagnose};
 use muster_worker::{Diagnosis, Grade};
@@ -15,8 +16,6 @@ use crate::show::table;
 
 /// Where a coordinator is looked for if none is named.
 const DEFAULT_URL: &str = "http://127.0.0.1:7070";
-/// The health service's name for a coordinator that runs, whether it leads or not.
-const LIVE: &str = "live";
 /// Time for a coordinator to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Most hosts that are tried at once, each by a thread.

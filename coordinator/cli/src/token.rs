@@ -2,8 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use clap::{Subcommand, ValueEnum};
-use muster_proto::convert::duration_to_wire_std;
+use clap::Subcommand;
+use muster_core::access::Role;
+use muster_proto::convert::{duration_to_wire_std, role_to_wire};
 use muster_proto::v1;
 
 use crate::args::{Global, Output};
@@ -34,7 +35,7 @@ pub(crate) enum TokenCommand {
 pub(crate) struct CreateArgs {
     /// What its bearer may do: viewers read, submitters also submit and cancel jobs, operators also cordon and drain nodes,
     /// admins also make tokens; by one of the role node a node joins, and nothing else.
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = role)]
     role: Role,
     /// Its name, by which it is revoked. Default: one is made.
     #[arg(long, default_value = "", hide_default_value = true)]
@@ -58,31 +59,9 @@ pub(crate) struct RevokeArgs {
     name: String,
 }
 
-/// What a bearer may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Role {
-    /// Reads.
-    Viewer,
-    /// Submits and cancels jobs.
-    Submitter,
-    /// Cordons and drains nodes.
-    Operator,
-    /// Makes and revokes tokens.
-    Admin,
-    /// Joins as a node.
-    Node,
-}
-
-impl From<Role> for v1::Role {
-    fn from(role: Role) -> Self {
-        match role {
-            Role::Viewer => Self::Viewer,
-            Role::Submitter => Self::Submitter,
-            Role::Operator => Self::Operator,
-            Role::Admin => Self::Admin,
-            Role::Node => Self::Node,
-        }
-    }
+fn role(name: &str) -> Result<Role, String> {
+    let found = Role::ALL.into_iter().find(|role| role.name() == name);
+    found.ok_or_else(|| format!("give one of {}", Role::ALL.map(Role::name).join(", ")))
 }
 
 /// `muster token`.
@@ -106,7 +85,7 @@ async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<()
         return Err(Failure::Usage("--uses 0 is a token for nobody".to_owned()));
     }
     let request = v1::CreateTokenRequest {
-        role: v1::Role::from(role).into(),
+        role: role_to_wire(role).into(),
         name,
         expires_in: expires.map(|span| duration_to_wire_std(span.0)),
         uses: uses.unwrap_or(0),

@@ -188,7 +188,7 @@ impl Core {
             self.ended.insert((job.finished.unwrap_or_default(), id.clone()));
         } else if job.not_before <= now {
             // No node can take it yet, and it knows why it has waited: it is no news, and waits for the next pass.
-            self.queue.insert((Reverse(job.spec.priority), job.order, id.clone()));
+            self.queue.insert(queue_key(&job));
         } else {
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }
@@ -293,7 +293,7 @@ impl Core {
 
     pub(crate) fn enqueue(&mut self, id: &JobId) {
         if let Some(job) = self.jobs.get(id) {
-            let key = (Reverse(job.spec.priority), job.order, id.clone());
+            let key = queue_key(job);
             self.queue.insert(key.clone());
             self.fresh.insert(key);
         }
@@ -301,7 +301,7 @@ impl Core {
 
     pub(crate) fn dequeue(&mut self, id: &JobId) {
         if let Some(job) = self.jobs.get(id) {
-            let key = (Reverse(job.spec.priority), job.order, id.clone());
+            let key = queue_key(job);
             self.queue.remove(&key);
             self.fresh.remove(&key);
         }
@@ -348,6 +348,10 @@ impl Core {
             });
         }
     }
+}
+
+fn queue_key(job: &Job) -> QueueKey {
+    (Reverse(job.spec.priority), job.order, job.id.clone())
 }
 
 impl From<&Job> for Reply {

@@ -118,13 +118,13 @@ where
         let (identity, judged) = self.guard.judge(&request);
         // Nothing behind this may log it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let line = Line::new(&request, identity.as_ref());
-        let changes = match judged {
-            Ok(changes) => changes,
+        // Most calls only read, and leave none.
+        let line = match judged {
+            Ok(changes) => changes.then(|| Line::new(&request, identity.as_ref())),
             Err(status) => {
                 // Who is sent on to the leader is refused nothing.
                 if status.code() != Code::Unavailable {
-                    line.denied(&status);
+                    Line::new(&request, identity.as_ref()).denied(&status);
                 }
                 return Box::pin(async move { Ok(status.into_http()) });
             }
@@ -135,7 +135,7 @@ where
         let answer = self.inner.call(request);
         Box::pin(async move {
             let answer = answer.await?;
-            if changes {
+            if let Some(line) = line {
                 let status = Status::from_header_map(answer.headers());
                 line.done(status.map_or(Code::Ok, |status| status.code()));
             }

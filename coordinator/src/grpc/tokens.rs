@@ -1,6 +1,6 @@
 //! TokenService. Secrets are made here, shown once, and go no further than their hash.
 
-use muster_core::access::{NewToken, Role, Token};
+use muster_core::access::{NewToken, Role, Token, hex};
 use muster_core::types::{Millis, NodeName, TokenName, UserName};
 use muster_core::{Input, Reply};
 use muster_proto::convert::{self, FieldError, field_error};
@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 use tracing::warn;
 
 use super::{Api, unexpected_reply};
-use crate::access::{JOIN_PREFIX, NODE_PREFIX, TOKEN_PREFIX, denied, hash, hex};
+use crate::access::{JOIN_PREFIX, NODE_PREFIX, TOKEN_PREFIX, denied, hash};
 
 /// Tokens on a page.
 const PAGE_MAX: u32 = 1000;

@@ -70,8 +70,9 @@ pub(crate) fn start(
     let pid = spawn::Program::new(program.path, program.command, env, program.working_dir, stdio)
         .and_then(|program| program.bound_to(cpus).run_by(user).spawn(entrance))
         .map_err(|error| {
-            let who = user.map(|user| format!(" as {}", user.name)).unwrap_or_default();
-            format!("failed to start {}{who}: {error}", program.path.display())
+            // It may be the directory that is closed to that user.
+            let at = |user: &User| format!(" in {} as {}", program.working_dir.display(), user.name);
+            format!("failed to start {}{}: {error}", program.path.display(), user.map(at).unwrap_or_default())
         })?;
     Ok(RankProcess { rank, pid })
 }

@@ -36,14 +36,7 @@ pub(super) struct Program {
     /// Processors that it may use, if not all.
     cpus: Option<CpuSet>,
     /// As whom it runs, if not as whom this process does.
-    user: Option<Ids>,
-}
-
-/// A user with its groups.
-struct Ids {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
+    user: Option<User>,
 }
 
 impl Program {
@@ -81,8 +74,7 @@ impl Program {
 
     /// The same, as another user.
     pub fn run_by(self, user: Option<&User>) -> Self {
-        let ids = |user: &User| Ids { uid: user.uid, gid: user.gid, groups: user.groups.clone() };
-        Self { user: user.map(ids), ..self }
+        Self { user: user.cloned(), ..self }
     }
 
     /// Runs it as a child in a session of its own, which dies with the calling thread. Returns once it runs; an error
@@ -178,7 +170,7 @@ impl Child<'_> {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
         if let Some(user) = &self.program.user {
-            user.become_it()?;
+            become_user(user)?;
         }
         // SAFETY: system calls on texts and sets that live through them. That of the signal is ignored in a program of
         // Rust, and no rank expects that.
@@ -204,17 +196,15 @@ impl Child<'_> {
     }
 }
 
-impl Ids {
-    /// In the child. The C library's functions are not for here: they make all threads of the process follow, by a list that is the
-    /// parent's.
-    fn become_it(&self) -> io::Result<()> {
-        let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-        // SAFETY: system calls on numbers, and on a list that lives through its own. First what only root may do.
-        unsafe {
-            check(libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()))?;
-            check(libc::syscall(libc::SYS_setresgid, self.gid, self.gid, self.gid))?;
-            check(libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid))
-        }
+/// In the child. The C library's functions are not for here: they make all threads of the process follow, by a list that is the
+/// parent's.
+fn become_user(user: &User) -> io::Result<()> {
+    let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: system calls on numbers, and on a list that lives through its own. First what only root may do.
+    unsafe {
+        check(libc::syscall(libc::SYS_setgroups, user.groups.len(), user.groups.as_ptr()))?;
+        check(libc::syscall(libc::SYS_setresgid, user.gid, user.gid, user.gid))?;
+        check(libc::syscall(libc::SYS_setresuid, user.uid, user.uid, user.uid))
     }
 }
 

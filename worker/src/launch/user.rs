@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use muster_core::types::UserName;
 use nix::fcntl::OFlag;
-use nix::unistd::{Gid, Uid, geteuid, getgrouplist};
+use nix::unistd::{Gid, Uid, getgrouplist};
 
 /// Ids below are the system's own users (login.defs). A job names none of them; a node may.
 const PEOPLE: u32 = 1000;
@@ -34,7 +34,7 @@ pub(crate) struct User {
 pub(crate) fn of_job(asked: Option<&UserName>, node: Option<&UserName>) -> Result<Option<User>, String> {
     let Some(name) = asked.or(node) else { return Ok(None) };
     let user = find(name.as_str())?;
-    let own = geteuid();
+    let own = Uid::effective();
     if user.uid == own.as_raw() && (!own.is_root() || node == Some(name)) {
         return Ok(None);
     }
