@@ -30,9 +30,11 @@ fn with_worker(cluster: &mut Cluster, flags: &[&str]) {
     cluster.wait_for_nodes(1);
 }
 
-/// Says who it is, reports a point, leaves a file where it starts, and fails in words.
+/// Says who it is, while its neighbour waits to be ended; reports a point, leaves a file where it starts, and fails in words.
 const PROGRAM: &str = r#"
-import json, os, socket
+import json, os, socket, time
+if os.environ["RANK"] == "1":
+    time.sleep(1000)
 print(os.getresuid(), os.getresgid(), sorted(os.getgroups()), os.getcwd())
 print(*(os.environ[name] for name in ("HOME", "USER", "LOGNAME")))
 print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])

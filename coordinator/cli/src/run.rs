@@ -11,9 +11,9 @@ mod program;
 mod report;
 mod tee;
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, Permissions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -99,7 +99,9 @@ struct Scratch {
 
 impl Scratch {
     fn new() -> Result<Self, Failure> {
-        let made = tempfile::Builder::new().prefix("muster-run-").tempdir();
+        // Its socket is open to whoever reaches it.
+        let private = Permissions::from_mode(0o700);
+        let made = tempfile::Builder::new().prefix("muster-run-").permissions(private).tempdir();
         let dir = made.context("failed to make a temporary directory; TMPDIR says where")?;
         let open = std::fs::File::open(dir.path()).context("failed to open the temporary directory")?;
         Ok(Self { dir, open })

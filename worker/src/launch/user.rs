@@ -176,6 +176,7 @@ mod tests {
         let groups = vec![7];
         let [home, shell] = ["/", "/bin/sh"].map(PathBuf::from);
         let user = User { name: "ann".to_owned(), uid: 54321, gid: 7, groups, home, shell };
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
         let why = user.check_way(&log_dir).unwrap_err();
         assert!(why.contains(&format!("ann cannot pass through {}", dir.path().display())), "{why}");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();

@@ -51,8 +51,13 @@ impl Sockets {
             dir.to_owned()
         } else {
             // Only this user's programs may report, or those to whom a socket is given; none can put anything there.
-            let mode = Permissions::from_mode(if for_others { 0o711 } else { 0o700 });
-            tempfile::Builder::new().prefix("muster-").permissions(mode).tempdir()?.keep()
+            let private = Permissions::from_mode(0o700);
+            let dir = tempfile::Builder::new().prefix("muster-").permissions(private).tempdir()?.keep();
+            if for_others {
+                // Afterwards, for there the umask has no say.
+                std::fs::set_permissions(&dir, Permissions::from_mode(0o711))?;
+            }
+            dir
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
