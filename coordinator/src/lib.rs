@@ -79,6 +79,8 @@ pub struct Config {
     pub socket: Option<PathBuf>,
     /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
     pub loopback_names_only: bool,
+    /// Serve reflection, for which every descriptor is read at the start.
+    pub reflection: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
     pub http: Http,
     /// Directory for the store and the metrics; made if it is not there.
@@ -108,6 +110,7 @@ impl Config {
             node_certificate_life: Duration::from_hours(24),
             socket: None,
             loopback_names_only: false,
+            reflection: true,
             http: Http::OFF,
             data_dir,
             store: StoreKind::Redb,

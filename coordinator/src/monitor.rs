@@ -5,7 +5,6 @@
 pub(crate) mod calls;
 mod tally;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use muster_monitor::{
@@ -70,8 +69,6 @@ pub(crate) struct Counts {
     leader_term: IntGauge,
     pub calls: IntCounterVec,
     pub call_seconds: HistogramVec,
-    /// The values that the label `method` can have.
-    methods: BTreeSet<String>,
 }
 
 impl Monitor {
@@ -155,14 +152,13 @@ impl Monitor {
                 &["method"],
                 &SECONDS,
             ),
-            methods: calls::methods(),
             catalogue: all,
         };
         // So that a rate can be told from the first one on.
         for stream in SLOW_STREAMS {
             counts.slow_streams.with_label_values(&[stream]);
         }
-        for method in &counts.methods {
+        for method in calls::methods() {
             counts.call_seconds.with_label_values(&[method]);
             counts.calls.with_label_values(&[method, "Ok"]);
         }

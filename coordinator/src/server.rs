@@ -93,17 +93,20 @@ where
     let following = follow_health(health, names, office.clone());
     let probed = serve_probes(config.health_listen, health_service.clone(), shutdown.clone());
 
-    let routes = Routes::new(health_service)
-        .add_service(reflection().build_v1()?)
-        // grpcurl 1.8.6 speaks only this one.
-        .add_service(reflection().build_v1alpha()?)
+    let mut routes = Routes::new(health_service)
         .add_service(jobs)
         .add_service(nodes)
         .add_service(cluster)
         .add_service(workers)
         .add_service(agents)
-        .add_service(tokens)
-        .prepare();
+        .add_service(tokens);
+    if config.reflection {
+        routes = routes
+            .add_service(reflection().build_v1()?)
+            // grpcurl 1.8.6 speaks only this one.
+            .add_service(reflection().build_v1alpha()?);
+    }
+    let routes = routes.prepare();
     let door = if config.tls_dir.is_some() { Door::Encrypted } else { Door::Trusted };
     let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
     let socket = serve_socket(socket, ways.clone(), shutdown.clone());

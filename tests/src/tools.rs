@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -121,6 +121,23 @@ pub fn python() -> &'static str {
 pub fn torch_python() -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/python/bin/python3");
     path.is_file().then_some(path)
+}
+
+/// The same with the plug-in of deploy/torchrun. None, and said so, if there is none here.
+pub fn torchrun_python(what: &str) -> Option<PathBuf> {
+    let has_plug_in = |python: &PathBuf| {
+        let loads =
+            Command::new(python).args(["-c", "import muster_torchrun"]).stderr(Stdio::null()).status();
+        loads.unwrap().success()
+    };
+    let found = torch_python().filter(has_plug_in);
+    if found.is_none() {
+        skip(
+            what,
+            "there is no Python with torch and deploy/torchrun; `cargo xtask test --python` brings them",
+        );
+    }
+    found
 }
 
 /// Says visibly that something is not tested here, and why.

@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use muster_tests::{Daemon, Outcome, address_of, binary, eventually, grpcurl_path, is_running, skip};
+use muster_tests::{
+    Daemon, Nodes, Outcome, Place, address_of, binary, eventually, grpcurl_path, is_running, skip,
+    torchrun_python,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -78,6 +81,14 @@ impl Bed {
         Self { dir, ca, encrypted, address, token, join }
     }
 
+    /// Makes a token and gives the file with it.
+    fn token(&self, flags: &[&str], name: &str) -> String {
+        let text = self.muster(&[&["token", "create"], flags].concat()).ok();
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
     /// Starts a worker.
     fn worker(&self) -> Daemon {
         let (url, data_dir) = (format!("https://{}", self.address), self.dir.path().join("n1"));
@@ -130,16 +141,64 @@ fn a_job_runs_over_encrypted_connections() {
 }
 
 #[test]
+fn runs_meet_at_a_coordinator_that_encrypts() {
+    let bed = Bed::start();
+    let url = format!("https://{}", bed.address);
+    let submitter = bed.token(&["--role", "submitter"], "submitter");
+    let secrets = [("MUSTER_CA", bed.ca.to_str().unwrap()), ("MUSTER_TOKEN_FILE", &submitter)];
+    let join = ("MUSTER_JOIN_TOKEN_FILE", bed.join.as_str());
+    let ends = |mut commands: Vec<Command>| {
+        let start = |command: &mut Command| {
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        Nodes(commands.iter_mut().map(start).collect()).ends()
+    };
+    let meet =
+        ["--nnodes=2", "--rdzv-backend=muster", "--rdzv-endpoint", &url, "--rdzv-id=r1", "--no-python"];
+    let check = |ends: Vec<Outcome>| {
+        let mut ranks: Vec<String> = ends.into_iter().map(|end| end.ok().trim().to_owned()).collect();
+        ranks.sort();
+        assert_eq!(ranks, ["0 of 2", "1 of 2"]);
+    };
+
+    let place = Place::new();
+    let script = place.script("echo $RANK of $WORLD_SIZE; env | grep TOKEN_FILE || true");
+    let command = |env: &[(&str, &str)]| {
+        let mut command = place.command(&[&meet[..], &[&script]].concat());
+        command.envs(env.iter().copied());
+        command
+    };
+    check(ends((0..2).map(|_| command(&[&secrets[..], &[join]].concat())).collect()));
+    for (env, words) in [
+        (&secrets[..], "--join-token-file"),
+        (&[secrets[0], join], "--token-file or MUSTER_TOKEN_FILE"),
+        (&[secrets[1], join], "--ca or MUSTER_CA"),
+    ] {
+        let end = ends(vec![command(env)]).remove(0);
+        assert!(end.code != 0 && end.stderr.contains(words), "{words}: {end:?}");
+    }
+    place.nothing_is_left();
+
+    let Some(python) = torchrun_python("stock torchrun over TLS") else { return };
+    let stock = |env: &[(&str, &str)]| {
+        let mut command = Command::new(&python);
+        command
+            .args(["-m", "torch.distributed.run"])
+            .args(meet)
+            .arg(place.script("echo $RANK of $WORLD_SIZE"));
+        command.current_dir(place.path("")).envs(env.iter().copied());
+        command
+    };
+    check(ends((0..2).map(|_| stock(&secrets)).collect()));
+    let end = ends(vec![stock(&secrets[..1])]).remove(0);
+    assert!(end.code != 0 && end.stderr.contains("MUSTER_TOKEN_FILE"), "{end:?}");
+}
+
+#[test]
 fn a_token_says_as_whom_ranks_run() {
     let bed = Bed::start();
-    let made = |flags: &[&str], name: &str| {
-        let text = bed.muster(&[&["token", "create"], flags].concat()).ok();
-        let path = bed.dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
-    let of_ann = made(&["--role", "submitter", "--name", "ann", "--run-as", "ann"], "ann");
-    let of_ci = made(&["--role", "operator", "--name", "ci"], "ci");
+    let of_ann = bed.token(&["--role", "submitter", "--name", "ann", "--run-as", "ann"], "ann");
+    let of_ci = bed.token(&["--role", "operator", "--name", "ci"], "ci");
     let submit = |token: &str, flags: &[&str]| {
         let url = format!("https://{}", bed.address);
         let shown =

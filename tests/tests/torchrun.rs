@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::process::{Child, Command, Stdio};
 
-use muster_tests::{Cluster, Settings, eventually, free_port, skip, torch_python};
+use muster_tests::{Cluster, Settings, eventually, free_port, torch_python, torchrun_python};
 use nix::sys::signal::Signal;
 
 /// Says where it is, and stays until it is told to end or has lost its agent.
@@ -79,18 +79,7 @@ struct Bed {
 impl Bed {
     /// A coordinator, if there is a torchrun with the plug-in.
     fn new(what: &str) -> Option<Self> {
-        let has_plug_in = |python: &std::path::PathBuf| {
-            let loads =
-                Command::new(python).args(["-c", "import muster_torchrun"]).stderr(Stdio::null()).status();
-            loads.unwrap().success()
-        };
-        if !torch_python().as_ref().is_some_and(has_plug_in) {
-            skip(
-                what,
-                "there is no Python with torch and deploy/torchrun; `cargo xtask test --python` brings them",
-            );
-            return None;
-        }
+        torchrun_python(what)?;
         let cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
         std::fs::write(cluster.dir.path().join("stays.py"), STAYS).unwrap();
         std::fs::write(cluster.dir.path().join("fails_once.py"), FAILS_ONCE).unwrap();

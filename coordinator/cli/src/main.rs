@@ -31,12 +31,13 @@ use args::{Args, Command};
 use exit::Failure;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    // One thread and little memory for each gang of a node; its log is a file.
-    if matches!(args.command, Command::Shim) {
+    // One thread and little memory for each gang of a node; its log is a file. Ranks wait for it, and the command line of all
+    // the rest takes longer to describe than this one to read.
+    if std::env::args_os().skip(1).eq(["shim"]) {
         daemons::start_shim_log();
         return muster_worker::shim();
     }
+    let args = Args::parse();
     let mut runtime = match args.command {
         // It shares the machine with the ranks, and has little to do.
         Command::Run(_) => tokio::runtime::Builder::new_current_thread(),
@@ -47,8 +48,8 @@ fn main() -> ExitCode {
         Err(error) => return Failure::from(anyhow::Error::from(error).context("failed to start")).report(),
     };
     let result = runtime.block_on(run(args));
-    // Tasks that wait for a terminal or a peer must not hold up the end.
-    runtime.shutdown_background();
+    // The process ends, and with it every task: those that wait for a terminal or a peer must not hold that up.
+    std::mem::forget(runtime);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
@@ -60,7 +61,7 @@ async fn run(args: Args) -> Result<(), Failure> {
     match command {
         Command::Coordinator(args) => daemons::coordinator(*args).await,
         Command::Worker(args) => daemons::worker(args, &global).await,
-        Command::Shim => Ok(()),
+        Command::Shim => Err(Failure::Usage("the node daemon starts it, without any option".to_owned())),
         Command::Run(args) => run::run(*args, &global).await,
         Command::Submit(args) => submit::run(*args, &global).await,
         Command::Jobs(args) => show::jobs(&args, &global).await,

@@ -276,15 +276,19 @@ async fn any(signals: &mut [(nix::sys::signal::Signal, Signal)]) -> nix::sys::si
 }
 
 fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
-    let (cores, gpus) = muster_worker::cores_and_gpus();
+    // It takes a moment to look.
+    let found = || muster_worker::cores_and_gpus();
     match asked {
         ProcsPerNode::Count(count) => Ok(count),
-        ProcsPerNode::Gpu if gpus == 0 => {
-            Err(Failure::Usage("--nproc-per-node gpu: this machine shows no GPU".to_owned()))
-        }
-        ProcsPerNode::Auto if gpus > 0 => Ok(gpus),
-        ProcsPerNode::Gpu => Ok(gpus),
-        ProcsPerNode::Auto | ProcsPerNode::Cpu => Ok(cores),
+        ProcsPerNode::Cpu => Ok(found().0),
+        ProcsPerNode::Gpu => match found() {
+            (_, 0) => Err(Failure::Usage("--nproc-per-node gpu: this machine shows no GPU".to_owned())),
+            (_, gpus) => Ok(gpus),
+        },
+        ProcsPerNode::Auto => match found() {
+            (cores, 0) => Ok(cores),
+            (_, gpus) => Ok(gpus),
+        },
     }
 }
 

@@ -64,6 +64,11 @@ pub(crate) fn rule(path: &str) -> Option<(Rule, bool)> {
     RULES.iter().find(|(method, ..)| *method == path).map(|(_, rule, changes)| (*rule, *changes))
 }
 
+/// Every method that is served, as `package.Service/Method`.
+pub(crate) fn served() -> impl Iterator<Item = &'static str> {
+    RULES.iter().map(|(path, ..)| &path[1..])
+}
+
 /// Whether somebody may do what the rule is for. The refusal says what would.
 pub(crate) fn check(rule: Rule, identity: &Identity) -> Result<(), Status> {
     let role = match identity {

@@ -3,7 +3,6 @@
 //! A refusal has its code in the headers, an answer has it behind its last message, and a call whose caller goes away or
 //! whose time is up has none.
 
-use std::collections::BTreeSet;
 use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,36 +10,19 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body_util::BodyExt;
-use prost::Message;
-use prost_types::FileDescriptorSet;
 use tonic::Code;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
 use super::Monitor;
+use crate::access::rules;
 
-/// Methods that no descriptor here tells of.
-const REFLECTION: [&str; 2] = [
-    "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-];
 /// What a caller has made up. There is no end of such names, and each series costs memory.
 const UNKNOWN: &str = "unknown";
 
-/// Every method that is served, and [`UNKNOWN`].
-pub(super) fn methods() -> BTreeSet<String> {
-    let mut methods: BTreeSet<String> = REFLECTION.map(str::to_owned).into();
-    methods.insert(UNKNOWN.to_owned());
-    for set in [muster_proto::DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET] {
-        // They are compiled in, and the reflection service has read them.
-        for file in FileDescriptorSet::decode(set).unwrap_or_default().file {
-            for service in &file.service {
-                let of = |method: &str| format!("{}.{}/{method}", file.package(), service.name());
-                methods.extend(service.method.iter().map(|method| of(method.name())));
-            }
-        }
-    }
-    methods
+/// The values that the label `method` can have: every method that is served, and [`UNKNOWN`].
+pub(super) fn methods() -> impl Iterator<Item = &'static str> {
+    rules::served().chain([UNKNOWN])
 }
 
 /// The layer; the outermost, so that it sees what the others refuse.
@@ -79,7 +61,7 @@ where
 
     fn call(&mut self, request: Request<Q>) -> Self::Future {
         let mut call = Call::new(&self.monitor, request.uri().path());
-        let timer = self.monitor.call_seconds.with_label_values(&[&call.method]).start_timer();
+        let timer = self.monitor.call_seconds.with_label_values(&[call.method]).start_timer();
         let answer = self.inner.call(request);
         Box::pin(async move {
             // The only error of the layers within: too many calls at once.
@@ -100,14 +82,14 @@ where
 /// A call under way. Counted when it is dropped.
 struct Call {
     monitor: Monitor,
-    method: String,
+    method: &'static str,
     code: Option<Code>,
 }
 
 impl Call {
     fn new(monitor: &Monitor, path: &str) -> Self {
         let method = path.trim_start_matches('/');
-        let method = if monitor.methods.contains(method) { method } else { UNKNOWN }.to_owned();
+        let method = methods().find(|known| *known == method).unwrap_or(UNKNOWN);
         Self { monitor: monitor.clone(), method, code: None }
     }
 
@@ -119,7 +101,7 @@ impl Call {
 impl Drop for Call {
     fn drop(&mut self) {
         let code = format!("{:?}", self.code.unwrap_or(Code::Cancelled));
-        self.monitor.calls.with_label_values(&[self.method.as_str(), code.as_str()]).inc();
+        self.monitor.calls.with_label_values(&[self.method, code.as_str()]).inc();
     }
 }
 

@@ -102,7 +102,10 @@ pub(super) async fn room_from(
     queue: Option<mpsc::Sender<v1::SessionRequest>>,
 ) -> mpsc::OwnedPermit<v1::SessionRequest> {
     if let (Some(at), Some(queue)) = (at, queue) {
-        tokio::time::sleep_until(at).await;
+        // Also for a time that has come a timer would take a millisecond or two.
+        if at > Instant::now() {
+            tokio::time::sleep_until(at).await;
+        }
         if let Ok(room) = queue.reserve_owned().await {
             return room;
         }

@@ -194,9 +194,13 @@ impl GangCgroup {
     }
 
     pub fn is_empty(&self) -> bool {
-        // Of groups whose threads live in different ones no processes can be listed.
+        // Of groups whose threads live in different ones no processes can be listed; this counts them.
         let populated = self.v2.as_ref().and_then(|dir| value(&dir.join("cgroup.events"), "populated"));
-        populated.unwrap_or(0) == 0 && self.pids().is_empty()
+        match populated {
+            Some(0) if self.v1_memory.is_none() => true,
+            Some(0) | None => self.pids().is_empty(),
+            Some(_) => false,
+        }
     }
 
     /// SIGKILL for all, also for those that are forked meanwhile. Returns before they have ended.

@@ -38,6 +38,8 @@ pub(super) struct Ranks {
     /// Those that have ended, in that order, while the last of their output is read.
     ending: VecDeque<(RankExit, JoinHandle<Words>)>,
     has_children: bool,
+    /// No process of theirs was left at the last look.
+    are_gone: bool,
     /// Whether they were told to end, so that SIGKILL is no riddle.
     told: bool,
     cgroup: Option<GangCgroup>,
@@ -73,6 +75,7 @@ impl Ranks {
             running: BTreeMap::new(),
             ending: VecDeque::new(),
             has_children: false,
+            are_gone: true,
             told: false,
             cgroup: None,
             follower: None,
@@ -89,6 +92,7 @@ impl Ranks {
         cgroup: Option<GangCgroup>,
     ) -> Result<(), String> {
         self.cgroup = cgroup;
+        self.are_gone = false;
         let assignment = &order.assignment;
         let mark = order.mark();
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
@@ -152,17 +156,22 @@ impl Ranks {
         sweep::Gang { shim: Process::this(), mark: None, cgroup: self.cgroup.as_ref() }.kill();
     }
 
-    /// Takes note of every child that has ended.
+    /// Takes note of every child that has ended, and of whether anything is left.
     pub fn reap(&mut self) {
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => self.ended(pid.as_raw_nonzero().get(), status),
                 Err(rustix::io::Errno::INTR) => {}
-                Ok(None) => return,
-                // That there is no child.
-                Err(_) => return self.has_children = false,
+                Ok(None) => break,
+                Err(_) => {
+                    // That there is no child.
+                    self.has_children = false;
+                    break;
+                }
             }
         }
+        // Nobody comes back.
+        self.are_gone |= !self.has_children && self.cgroup.as_ref().is_none_or(GangCgroup::is_empty);
     }
 
     fn ended(&mut self, pid: i32, status: WaitStatus) {
@@ -230,9 +239,9 @@ impl Ranks {
         self.running.is_empty()
     }
 
-    /// Whether no process of theirs is left.
+    /// Whether no process of theirs was left when they were last reaped.
     pub fn are_gone(&self) -> bool {
-        !self.has_children && self.cgroup.as_ref().is_none_or(GangCgroup::is_empty)
+        self.are_gone
     }
 
     /// Whether every exit was given out.

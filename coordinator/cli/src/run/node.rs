@@ -62,6 +62,8 @@ impl Node {
         let config = muster_coordinator::Config {
             store: muster_coordinator::StoreKind::Memory,
             lease: LEASE,
+            // Nobody but the nodes of the run speaks to it.
+            reflection: false,
             ..muster_coordinator::Config::new(scratch.dir.path().join("coordinator"))
         };
         let (url, coordinator) = match meeting.place {
