@@ -64,6 +64,7 @@ const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(10);
 
 /// Settings of a coordinator.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct Config {
     /// Address to serve gRPC on; port 0 takes any free one.
     pub listen: SocketAddr,
