@@ -107,10 +107,14 @@ where
             .add_service(reflection().build_v1alpha()?);
     }
     let routes = routes.prepare();
-    let door = if config.tls_dir.is_some() { Door::Encrypted } else { Door::Trusted };
+    let door = match &config.tls_dir {
+        Some(_) => Door::Encrypted,
+        None if config.loopback_names_only => Door::Loopback,
+        None => Door::Trusted,
+    };
     let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
     let socket = serve_socket(socket, ways.clone(), shutdown.clone());
-    let server = ways.answer(connections, door, config.loopback_names_only, shutdown.clone());
+    let server = ways.answer(connections, door, shutdown.clone());
     let drained = async {
         shutdown.cancelled().await;
         tokio::time::sleep(DRAIN_MAX).await;
@@ -138,19 +142,12 @@ struct Ways {
 
 impl Ways {
     /// Answers the calls of these connections until `stop`.
-    async fn answer<I, C>(
-        self,
-        connections: I,
-        door: Door,
-        loopback_names_only: bool,
-        stop: CancellationToken,
-    ) -> Result<(), Error>
+    async fn answer<I, C>(self, connections: I, door: Door, stop: CancellationToken) -> Result<(), Error>
     where
         I: Stream<Item = io::Result<C>>,
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
         let Self { routes, office, monitor, calls } = self;
-        let by_any_name = !loopback_names_only;
         let guard = Guard { door, office: office.clone() };
         // From the outside in.
         let layers = ServiceBuilder::new()
@@ -158,12 +155,6 @@ impl Ways {
             .layer(CountCalls(monitor))
             // Next, so that refused calls are traced too.
             .layer(TraceLayer::new(SharedClassifier::new(failures())))
-            // Before anything is done for it: who calls loopback by another name was led here.
-            .filter(
-                move |request| {
-                    if by_any_name { Ok(request) } else { edge::only_by_loopback_names(request) }
-                },
-            )
             // gRPC clients know a message that is too large by RESOURCE_EXHAUSTED; tonic says OUT_OF_RANGE.
             .map_response(oversized_is_resource_exhausted)
             // Who reads while the store or etcd is in trouble is told that it may no longer be so.
@@ -195,7 +186,7 @@ async fn serve_socket(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     if let Some(socket) = socket {
-        ways.answer(edge::local(socket), Door::Trusted, false, shutdown).await?;
+        ways.answer(edge::local(socket), Door::Trusted, shutdown).await?;
     }
     std::future::pending().await
 }

@@ -307,9 +307,10 @@ fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Set
     let lease = if settings.lease.is_empty() { &[][..] } else { &lease[..] };
     // On a host of its own there may be no loopback.
     let http = if settings.netns { "off" } else { "127.0.0.1:0" };
-    let args =
-        ["coordinator", "--listen", listen, "--http-listen", http, "--data-dir", data_dir, "--insecure"];
-    Daemon::start_behind(prefix, dir, &name, &[&args[..], lease].concat())
+    let args = ["coordinator", "--listen", listen, "--http-listen", http, "--data-dir", data_dir];
+    // Hosts have addresses of their own, which are not loopback's.
+    let insecure = if settings.netns { &["--insecure"][..] } else { &[] };
+    Daemon::start_behind(prefix, dir, &name, &[&args[..], lease, insecure].concat())
 }
 
 /// The `address:port` of a coordinator, once it has said it.

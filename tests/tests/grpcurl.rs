@@ -123,3 +123,22 @@ fn bad_input_is_refused_with_the_field_and_what_to_do() {
         if job["state"] == "JOB_STATE_SUCCEEDED" { Ok(()) } else { Err(job) }
     });
 }
+
+#[test]
+fn a_page_in_the_browser_of_this_machine_gets_nothing_run_by_a_name_of_its_own() {
+    let Some(cluster) = cluster() else { return };
+    let submit = format!("{JOBS}/SubmitJob");
+    let hello = ["-d", r#"{"spec":{"command":["true"]}}"#];
+    let refused = cluster.grpcurl(&[&["-authority", "evil.example"], &hello[..], &["--", &submit]].concat());
+    assert!(refused.code != 0 && refused.stderr.contains("is not called \"evil.example\""), "{refused:?}");
+    let log = cluster.coordinator.log();
+    let line = log.lines().find(|line| line.contains("PermissionDenied")).unwrap_or_default();
+    assert!(line.contains("audit") && line.contains("evil.example") && !log.contains("ERROR"), "{log}");
+    // A header that fills a buffer is refused before it is sent, or ends the call; the next one is answered.
+    let long = format!("x: {}", "a".repeat(20_000));
+    let refused =
+        cluster.grpcurl(&[&["-max-time", "10", "-H", &long], &hello[..], &["--", &submit]].concat());
+    assert!(refused.code != 0 && refused.stderr.contains("header list size"), "{refused:?}");
+    assert_eq!(cluster.muster(&["jobs", "--output", "json"]).ok(), "");
+    cluster.grpcurl(&[&["-authority", "localhost:1"], &hello[..], &["--", &submit]].concat()).ok();
+}

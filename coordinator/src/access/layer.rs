@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use super::rules::{self, Rule};
 use super::{Identity, denied, identify, unauthenticated};
+use crate::edge;
 use crate::office::Office;
 
 /// Where audit lines go, to be kept apart by RUST_LOG.
@@ -28,6 +29,8 @@ const NODE_WORDS: &str = "this needs the certificate of a node: start it with --
 pub(crate) enum Door {
     /// A Unix socket, or a port on which nothing is encrypted and that is loopback's or was opened by --insecure.
     Trusted,
+    /// The same on loopback, where whoever calls it by another name was led here.
+    Loopback,
     /// TLS: whoever calls says who he is.
     Encrypted,
 }
@@ -61,7 +64,12 @@ impl Guard {
     /// Whether the call may go on, and whether it changes something.
     fn judge<Q>(&self, request: &Request<Q>) -> Judged {
         let rule = rules::rule(request.uri().path());
-        if self.door == Door::Trusted {
+        if self.door == Door::Loopback
+            && let Err(status) = edge::only_by_loopback_names(request.uri())
+        {
+            return (None, Err(status));
+        }
+        if self.door != Door::Encrypted {
             // What does not exist is answered so by the router.
             return (Some(Identity::Local), Ok(rule.is_some_and(|(_, changes)| changes)));
         }
