@@ -50,7 +50,7 @@ pub fn most(options: &Options) -> usize {
 
 pub async fn bench(options: &Options) -> Value {
     let dir = tempfile::tempdir().expect("a directory can be made");
-    let coordinator = Coordinator::start(dir.path().to_owned()).await;
+    let coordinator = Coordinator::start(dir.path().to_owned(), false).await;
     tokio::time::sleep(SETTLED).await;
     let mut table = Vec::new();
     for &agents in &options.agents {

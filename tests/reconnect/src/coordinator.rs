@@ -1,6 +1,6 @@
 //! The coordinator under test: a process that is killed and started again, and what it says of its jobs and nodes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,17 +22,40 @@ pub struct Coordinator {
     child: Child,
     dir: PathBuf,
     lives: u32,
+    is_encrypted: bool,
     /// Where it listens.
     pub address: String,
 }
 
 impl Coordinator {
-    /// Starts it on a directory, on a free port.
-    pub async fn start(dir: PathBuf) -> Self {
-        let child = spawn(&dir, 0, "127.0.0.1:0");
-        let mut this = Self { child, dir, lives: 0, address: String::new() };
+    /// Starts it on a directory, on a free port; encrypted with certificates that it makes there.
+    pub async fn start(dir: PathBuf, is_encrypted: bool) -> Self {
+        if is_encrypted {
+            muster(&["pki", "init", "--dir", &tls_dir(&dir)]);
+        }
+        let child = spawn(&dir, 0, "127.0.0.1:0", is_encrypted);
+        let mut this = Self { child, dir, lives: 0, is_encrypted, address: String::new() };
         this.address = this.listening().await;
         this
+    }
+
+    /// By which nodes call it.
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.is_encrypted { "https" } else { "http" }, self.address)
+    }
+
+    /// Makes a token by which so many nodes get their certificates; the file with it.
+    pub fn join_token(&self, nodes: usize) -> PathBuf {
+        let args = ["token", "create", "--role", "node", "--uses", &nodes.to_string()];
+        let text = muster(&[&args[..], &["--coordinator", &self.socket()]].concat());
+        let file = self.dir.join("join");
+        std::fs::write(&file, text).expect("a token can be written");
+        file
+    }
+
+    /// Its Unix socket, by which this program calls it.
+    fn socket(&self) -> String {
+        format!("unix:{}", self.dir.join("data/muster.sock").display())
     }
 
     /// Kills it without a chance to do anything.
@@ -44,7 +67,7 @@ impl Coordinator {
     /// Starts it again on the same directory and port; returns once it listens.
     pub async fn restart(&mut self) {
         self.lives += 1;
-        self.child = spawn(&self.dir, self.lives, &self.address);
+        self.child = spawn(&self.dir, self.lives, &self.address, self.is_encrypted);
         self.listening().await;
     }
 
@@ -76,7 +99,7 @@ impl Coordinator {
     }
 
     async fn channel(&self) -> Channel {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).expect("a valid URL");
+        let endpoint = Endpoint::from_shared(self.socket()).expect("a valid URL");
         endpoint.connect().await.expect("the coordinator is there")
     }
 
@@ -143,13 +166,31 @@ impl Drop for Coordinator {
     }
 }
 
-fn spawn(dir: &std::path::Path, life: u32, listen: &str) -> Child {
-    let binary = std::env::current_exe().expect("a program has a path").with_file_name("muster");
+/// The binary beside this one.
+fn binary() -> PathBuf {
+    std::env::current_exe().expect("a program has a path").with_file_name("muster")
+}
+
+/// What a command of the command line prints.
+fn muster(args: &[&str]) -> String {
+    let ended = Command::new(binary()).args(args).output().expect("muster is built beside this program");
+    assert!(ended.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ended.stderr));
+    String::from_utf8_lossy(&ended.stdout).into_owned()
+}
+
+fn tls_dir(dir: &Path) -> String {
+    dir.join("tls").display().to_string()
+}
+
+fn spawn(dir: &Path, life: u32, listen: &str, is_encrypted: bool) -> Child {
     let log = std::fs::File::create(dir.join(format!("log-{life}"))).expect("a log can be made");
     let data_dir = dir.join("data");
-    Command::new(binary)
-        .args(["coordinator", "--exit-with-stdin", "--listen", listen, "--data-dir"])
-        .arg(data_dir)
+    let mut command = Command::new(binary());
+    command.args(["coordinator", "--exit-with-stdin", "--listen", listen, "--data-dir"]).arg(data_dir);
+    if is_encrypted {
+        command.args(["--tls-dir", &tls_dir(dir)]);
+    }
+    command
         .env_remove("RUST_LOG")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

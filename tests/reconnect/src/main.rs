@@ -62,6 +62,9 @@ struct Options {
     /// Seconds between its end and its next start
     #[arg(long, default_value_t = 0)]
     down: u64,
+    /// Encrypted connections, and a certificate for each node
+    #[arg(long)]
+    tls: bool,
 }
 
 fn main() {
@@ -99,13 +102,14 @@ fn raise_files(nodes: usize) -> u64 {
 
 async fn bench(options: &Options, files: u64) -> Value {
     let dir = tempfile::tempdir().expect("a directory can be made");
-    let mut coordinator = Coordinator::start(dir.path().to_owned()).await;
-    let url = format!("http://{}", coordinator.address);
+    let mut coordinator = Coordinator::start(dir.path().to_owned(), options.tls).await;
+    let url = coordinator.url();
+    let join = options.tls.then(|| coordinator.join_token(options.nodes));
     let stats = Arc::new(Stats::default());
 
     stats.begin(boot_now());
     for index in 0..options.nodes {
-        let (identity, stats) = (node::identity(index, &url, dir.path()), stats.clone());
+        let (identity, stats) = (node::identity(index, &url, dir.path(), join.as_deref()), stats.clone());
         let after = Duration::from_secs(options.ramp) * index as u32 / options.nodes as u32;
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
@@ -161,7 +165,7 @@ async fn bench(options: &Options, files: u64) -> Value {
         + gangs.abs_diff(states_after.get("Running").copied().unwrap_or(0));
     let load1 = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     json!({
-        "bench": "reconnect", "nodes": options.nodes, "connections": options.nodes, "gangs": gangs,
+        "bench": "reconnect", "tls": options.tls, "nodes": options.nodes, "connections": options.nodes, "gangs": gangs,
         "waiting": options.waiting, "files_max": files, "ramp_s": options.ramp, "down_s": options.down,
         "joined_ms": joined.0, "placed_ms": placed.0,
         "queued_ms": queued.0, "steady": steady, "reconnected_ms": reconnected.0, "reconnect": reconnect,

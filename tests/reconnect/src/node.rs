@@ -36,13 +36,18 @@ pub struct Node {
 
 /// Who the node of this number is.
 ///
-/// All are on this machine, which the coordinator is asked about when it is gone, and share a directory for what it tells.
-pub fn identity(index: usize, coordinator: &str, data_dir: &Path) -> Identity {
+/// All are on this machine, which the coordinator is asked about when it is gone, and share a directory for what it tells; but a node
+/// that gets a certificate by the token in the file `join` has its own.
+pub fn identity(index: usize, coordinator: &str, data_dir: &Path, join: Option<&Path>) -> Identity {
     let name = NodeName::new(format!("node-{index:05}")).expect("a valid name");
     let mut config =
         muster_worker::Config::new(vec![coordinator.to_owned()], name, std::path::PathBuf::from("unused"));
     let [_, _, high, low] = u32::try_from(index).expect("few nodes").to_be_bytes();
     config.address = Some([10, 0, high, low].into());
+    config.join_token_file = join.map(Path::to_owned);
+    let own = join.map(|_| data_dir.join("nodes").join(config.name.as_str()));
+    let data_dir = own.unwrap_or_else(|| data_dir.to_owned());
+    std::fs::create_dir_all(&data_dir).expect("a directory can be made");
     Identity {
         incarnation: format!("incarnation-{index}"),
         boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -50,7 +55,7 @@ pub fn identity(index: usize, coordinator: &str, data_dir: &Path) -> Identity {
             .trim()
             .to_owned(),
         data_id: format!("data-{index}"),
-        data_dir: data_dir.to_owned(),
+        data_dir,
         inventory: tokio::sync::watch::channel(std::sync::Arc::new(muster_core::Inventory {
             total: muster_core::types::Resources { gpus: 0, cpu_millis: 64_000, memory_bytes: 1 << 38 },
             ..muster_core::Inventory::default()
