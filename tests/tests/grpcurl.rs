@@ -134,7 +134,7 @@ fn a_page_in_the_browser_of_this_machine_gets_nothing_run_by_a_name_of_its_own()
     let log = cluster.coordinator.log();
     let line = log.lines().find(|line| line.contains("PermissionDenied")).unwrap_or_default();
     assert!(line.contains("audit") && line.contains("evil.example") && !log.contains("ERROR"), "{log}");
-    // A header that fills a buffer is refused before it is sent, or ends the call; the next one is answered.
+    // The coordinator has said how long headers may be, and this client does not send one that is longer.
     let long = format!("x: {}", "a".repeat(20_000));
     let refused =
         cluster.grpcurl(&[&["-max-time", "10", "-H", &long], &hello[..], &["--", &submit]].concat());

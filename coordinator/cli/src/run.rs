@@ -276,8 +276,8 @@ async fn any(signals: &mut [(nix::sys::signal::Signal, Signal)]) -> nix::sys::si
 }
 
 fn procs_per_node(asked: ProcsPerNode) -> Result<u32, Failure> {
-    // It takes a moment to look.
-    let found = || muster_worker::cores_and_gpus();
+    // It takes a moment to look, and a number needs no look.
+    let found = muster_worker::cores_and_gpus;
     match asked {
         ProcsPerNode::Count(count) => Ok(count),
         ProcsPerNode::Cpu => Ok(found().0),

@@ -27,9 +27,9 @@ const NODE_WORDS: &str = "this needs the certificate of a node: start it with --
 /// By which way calls come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Door {
-    /// A Unix socket, or a port on which nothing is encrypted and that is loopback's or was opened by --insecure.
+    /// A Unix socket, or a port on which nothing is encrypted and that was opened by --insecure or for one run.
     Trusted,
-    /// The same on loopback, where whoever calls it by another name was led here.
+    /// A port of loopback on which nothing is encrypted. Whoever calls it by another name was led here.
     Loopback,
     /// TLS: whoever calls says who he is.
     Encrypted,

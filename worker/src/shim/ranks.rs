@@ -37,8 +37,7 @@ pub(super) struct Ranks {
     running: BTreeMap<i32, Running>,
     /// Those that have ended, in that order, while the last of their output is read.
     ending: VecDeque<(RankExit, JoinHandle<Words>)>,
-    has_children: bool,
-    /// No process of theirs was left at the last look.
+    /// No process of theirs was left when they were last reaped.
     are_gone: bool,
     /// Whether they were told to end, so that SIGKILL is no riddle.
     told: bool,
@@ -74,7 +73,6 @@ impl Ranks {
             all,
             running: BTreeMap::new(),
             ending: VecDeque::new(),
-            has_children: false,
             are_gone: true,
             told: false,
             cgroup: None,
@@ -124,7 +122,6 @@ impl Ranks {
             let before = Counts::now(self.cgroup.as_ref().map(|group| (group, local_rank)));
             let cpus = order.cpus_of(local_rank);
             let process = process::start(*rank, program, &output, env, entrance.as_ref(), cpus.as_ref())?;
-            self.has_children = true;
             self.running.insert(process.pid, Running { process, socket, output, local_rank, before });
         }
         let followed: Vec<Followed> = self.running.values().map(Running::followed).collect();
@@ -158,20 +155,16 @@ impl Ranks {
 
     /// Takes note of every child that has ended, and of whether anything is left.
     pub fn reap(&mut self) {
-        loop {
+        // Nobody comes back.
+        while !self.are_gone {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => self.ended(pid.as_raw_nonzero().get(), status),
                 Err(rustix::io::Errno::INTR) => {}
-                Ok(None) => break,
-                Err(_) => {
-                    // That there is no child.
-                    self.has_children = false;
-                    break;
-                }
+                Ok(None) => return,
+                // That there is no child. Others may have been moved into the groups.
+                Err(_) => return self.are_gone = self.cgroup.as_ref().is_none_or(GangCgroup::is_empty),
             }
         }
-        // Nobody comes back.
-        self.are_gone |= !self.has_children && self.cgroup.as_ref().is_none_or(GangCgroup::is_empty);
     }
 
     fn ended(&mut self, pid: i32, status: WaitStatus) {
