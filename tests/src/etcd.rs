@@ -66,7 +66,10 @@ impl Etcd {
             for index in 0..etcd.members.len() {
                 etcd.spawn(index);
             }
-            etcd.wait();
+            // All of them, not a quorum: a test may kill one at once.
+            for index in 0..etcd.members.len() {
+                etcd.wait_for(&etcd.members[index].client);
+            }
             etcd
         })
     }
@@ -99,17 +102,29 @@ impl Etcd {
 
     /// Waits until a quorum serves.
     pub fn wait(&self) {
+        self.wait_for(&self.clients());
+    }
+
+    fn wait_for(&self, clients: &str) {
+        let ask = ["get", "nothing", "--command-timeout", "1s"];
         eventually("etcd", || {
-            let outcome = self.ctl(&["get", "nothing", "--command-timeout", "1s"]);
-            if outcome.code == 0 { Ok(()) } else { Err(outcome) }
+            let outcome = Outcome::of(self.ctl_command(clients).args(ask).stdin(Stdio::null()));
+            if outcome.code == 0 { Ok(()) } else { Err((outcome, self.last_words())) }
         });
+    }
+
+    /// The end of each member's log.
+    fn last_words(&self) -> Vec<String> {
+        let log = |index| std::fs::read_to_string(self.path(&format!("m{index}.log"))).unwrap_or_default();
+        let last = |text: String| text.lines().last().map(str::to_owned);
+        (0..self.members.len()).filter_map(|index| last(log(index))).collect()
     }
 
     /// Every value that a key has had, the oldest first, as far as history is not compacted.
     pub fn history(&self, key: &str) -> Vec<String> {
         let file = self.dir.path().join("history");
         let output = std::fs::File::create(&file).unwrap();
-        let ctl = self.ctl_command();
+        let ctl = self.ctl_command(&self.clients());
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(ctl.get_program()).args(ctl.get_args());
         command.args(["watch", key, "--rev", "1"]).stdin(Stdio::null()).stdout(output).stderr(Stdio::null());
@@ -134,23 +149,26 @@ impl Etcd {
 
     /// Runs etcdctl against all members.
     pub fn ctl(&self, args: &[&str]) -> Outcome {
-        Outcome::of(self.ctl_command().args(args).stdin(Stdio::null()))
+        Outcome::of(self.ctl_command(&self.clients()).args(args).stdin(Stdio::null()))
     }
 
-    fn ctl_command(&self) -> Command {
+    fn ctl_command(&self, clients: &str) -> Command {
         let prefix = self.members[0].prefix.clone();
         let mut words = prefix.iter().map(String::as_str).chain(["env", "ETCDCTL_API=3"]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg(program("etcdctl").unwrap());
-        let endpoints: Vec<&str> = self.members.iter().map(|member| member.client.as_str()).collect();
-        command.args(["--endpoints", &endpoints.join(",")]);
+        command.args(["--endpoints", clients]);
         command
+    }
+
+    fn clients(&self) -> String {
+        let clients: Vec<&str> = self.members.iter().map(|member| member.client.as_str()).collect();
+        clients.join(",")
     }
 
     /// What `--store` takes.
     pub fn url(&self) -> String {
-        let members: Vec<&str> = self.members.iter().map(|member| member.client.as_str()).collect();
-        format!("etcd://{}", members.join(","))
+        format!("etcd://{}", self.clients())
     }
 
     /// Members, dead ones included.

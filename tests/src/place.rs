@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::{Outcome, binary, eventually, processes_with};
 
@@ -118,7 +119,20 @@ impl Drop for Nodes {
     }
 }
 
-/// A port of the loopback that is free now.
+/// Ports that no connection gets by itself: Linux takes those from 32768 on. A port that a test was given for a server it
+/// has yet to start would otherwise be gone, now and then, before the server takes it.
+const PORTS: std::ops::Range<u16> = 16_384..32_768;
+
+/// A port of the loopback that is free now, and that this process is not given again soon.
 pub fn free_port() -> String {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Test programs that run side by side begin far from one another.
+    let begin = std::process::id().wrapping_mul(509);
+    let ports = u32::from(PORTS.end - PORTS.start);
+    let free = (0..ports).find_map(|_| {
+        let offset = begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % ports;
+        let port = PORTS.start + u16::try_from(offset).unwrap();
+        std::net::TcpListener::bind(("127.0.0.1", port)).is_ok().then_some(port)
+    });
+    free.unwrap().to_string()
 }
