@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::clock::boot_now;
 use crate::credentials::Credentials;
@@ -168,10 +168,13 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
         };
         if let Err(failure) = tried {
             let (Failure::Connect(status) | Failure::Join(status) | Failure::Session(status)) = &failure;
+            let error = status.message();
             // While all are away each attempt finds the same.
-            if said.get(&target.index).is_none_or(|said| said != status.message()) {
-                warn!(coordinator = %target.url, error = status.message(), "no session with the coordinator");
-                said.insert(target.index, status.message().to_owned());
+            if said.get(&target.index).is_none_or(|said| said != error) {
+                warn!(coordinator = %target.url, error, "no session with the coordinator");
+                said.insert(target.index, error.to_owned());
+            } else {
+                debug!(coordinator = %target.url, error, "no session with the coordinator");
             }
             if let Some(says) = NotLeader::from_status(status) {
                 route.follow(&target, &says.leader);

@@ -20,9 +20,13 @@ use muster_proto::v1;
 use muster_worker::load::boot_now;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use coordinator::{Coordinator, cost};
-use stats::Stats;
+use stats::{Endings, Stats};
 
 /// Nodes of one job.
 const GANG: usize = 8;
@@ -101,6 +105,8 @@ fn raise_files(nodes: usize) -> u64 {
 }
 
 async fn bench(options: &Options, files: u64) -> Value {
+    let of_sessions = Targets::new().with_target("muster_worker::session", LevelFilter::DEBUG);
+    tracing_subscriber::registry().with(Endings.with_filter(of_sessions)).init();
     let dir = tempfile::tempdir().expect("a directory can be made");
     let mut coordinator = Coordinator::start(dir.path().to_owned(), options.tls).await;
     let url = coordinator.url();

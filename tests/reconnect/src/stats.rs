@@ -6,6 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use muster_core::types::Millis;
 use serde_json::{Value, json};
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::Context;
 
 /// Counts since the last [`Stats::begin`].
 #[derive(Debug, Default)]
@@ -21,6 +23,36 @@ pub struct Stats {
     /// Parts that their node had to stop because it could not renew its lease.
     pub fenced: AtomicUsize,
     spans: Mutex<Spans>,
+}
+
+/// Why attempts and sessions ended, as the node daemon's log says, and how often each since the last [`Stats::begin`].
+static ENDINGS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
+/// Reasons that are told apart.
+const ENDINGS_MAX: usize = 64;
+
+fn endings() -> std::sync::MutexGuard<'static, BTreeMap<String, usize>> {
+    ENDINGS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts what the log says instead of writing it.
+#[derive(Debug)]
+pub struct Endings;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Endings {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        event.record(&mut Self);
+    }
+}
+
+impl Visit for Endings {
+    fn record_str(&mut self, field: &Field, why: &str) {
+        let mut endings = endings();
+        if field.name() == "error" && (endings.len() < ENDINGS_MAX || endings.contains_key(why)) {
+            *endings.entry(why.to_owned()).or_default() += 1;
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +71,7 @@ impl Stats {
     /// Forgets what was, except what is now.
     pub fn begin(&self, now: Millis) {
         self.closed.store(0, Ordering::Relaxed);
+        endings().clear();
         *self.spans() = Spans { since: now, ..Spans::default() };
     }
 
@@ -75,6 +108,7 @@ impl Stats {
         json!({
             "welcome_ms": quantiles(welcomes), "ack_ms": quantiles(acks), "acks": spans.acks.len(),
             "silence_ms_max": spans.silence_max, "sessions_closed": self.closed.load(Ordering::Relaxed),
+            "endings": *endings(),
         })
     }
 }
