@@ -14,7 +14,6 @@ mod error;
 #[doc(hidden)]
 pub mod fuzz;
 mod grpc;
-mod lag;
 mod late;
 mod links;
 mod metrics;

@@ -15,7 +15,7 @@ use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_response::Message as Down;
 use muster_worker_core::{Core, Effect, Input};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -68,14 +68,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let monitor = Monitor::new();
     let _page = monitor.serve(&config).await?;
     let watched = Watched::start(&config, data_dir.clone(), monitor.clone()).await?;
-    let (fenced_at, fences) = watch::channel(None);
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(Path::new("/")),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
         inventory: watched.inventory(),
-        fenced_at: fences,
         config,
     };
     let (events, observed) = mpsc::channel(INBOX_MAX);
@@ -91,7 +89,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     };
     let daemon = Daemon {
         core: Core::default(),
-        fenced_at,
         context,
         events,
         observed,
@@ -122,7 +119,6 @@ struct Link {
 
 struct Daemon {
     core: Core,
-    fenced_at: watch::Sender<Option<Millis>>,
     context: Context,
     events: mpsc::Sender<Input>,
     observed: mpsc::Receiver<Input>,
@@ -398,7 +394,6 @@ impl Daemon {
                 }
             }
         }
-        self.fenced_at.send_replace(self.core.fenced_at());
     }
 
     fn tell(&self, gang: &GangId, what: impl FnOnce(&Shim)) {
