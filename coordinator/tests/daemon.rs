@@ -67,7 +67,7 @@ impl Coordinator {
 }
 
 fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    format!("127.0.0.1:{}", muster_tests::free_port()).parse().unwrap()
 }
 
 /// The node's end of a session.

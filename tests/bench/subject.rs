@@ -1,6 +1,5 @@
 //! What the recovery bench hurts: the same two nodes of ranks, under Muster or under torchrun.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -190,12 +189,11 @@ pub(crate) struct Torchrun {
 
 impl Torchrun {
     fn start(shape: Shape, tuned: bool, python: &Path, probe: &Path) -> Self {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let mut this = Self {
             // A directory's name is of this run alone, so its processes are found by it.
             mark: format!("BENCH_NODE={}-", dir.path().display()),
-            endpoint: free.to_string(),
+            endpoint: format!("127.0.0.1:{}", muster_tests::free_port()),
             python: python.to_owned(),
             probe: probe.to_owned(),
             agents: Vec::new(),
