@@ -19,7 +19,7 @@ use tonic::transport::server::{Connected, TcpIncoming};
 use crate::access;
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
-const CONNECTIONS_MAX: usize = 32_768;
+pub(crate) const CONNECTIONS_MAX: usize = 32_768;
 /// Those of this machine's own users.
 const LOCAL_MAX: usize = 1024;
 /// Those of probes.

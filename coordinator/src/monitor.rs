@@ -137,7 +137,7 @@ impl Monitor {
             ),
             pauses: all.counter(
                 "muster_driver_pauses_total",
-                "Times that this process did not run for a sixteenth of the lease, and so extended every lease.",
+                "Times that this process did not run, or was slow to answer, and so extended every lease.",
             ),
             leader: all.gauge("muster_leader", "Whether this coordinator leads."),
             leader_term: all.gauge("muster_leader_term", "Number of the time of leading; 0 while another one leads."),

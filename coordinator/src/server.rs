@@ -2,8 +2,10 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use muster_core::Input;
 use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -25,21 +27,22 @@ use tower_http::trace::TraceLayer;
 use tracing::{info, warn};
 
 use crate::access::layer::{Door, Guard};
-use crate::edge;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::monitor::calls::CountCalls;
 use crate::office::{Office, STALE};
 use crate::{Config, Error};
+use crate::{edge, lag};
 
 /// Largest message taken or sent.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Longest a call may take to answer (a stream: to begin); a client's own deadline counts if it is shorter.
 const CALL_MAX: Duration = Duration::from_secs(30);
-/// Calls waiting for an answer at once. Above it new ones are refused at once instead of queueing without
-/// bound; open streams do not count, they have bounds of their own.
-const CALLS_MAX: usize = 4096;
+/// Calls waiting for an answer at once: one for each connection that there may be, for ten thousand nodes that come back
+/// ask at once, and whoever is refused then comes again on a new connection. Above it new ones are refused at once instead of
+/// queueing without bound; open streams do not count, they have bounds of their own.
+const CALLS_MAX: usize = edge::CONNECTIONS_MAX;
 /// Streams on one connection.
 const CONNECTION_STREAMS_MAX: u32 = 1024;
 /// Header bytes of one call.
@@ -112,7 +115,10 @@ where
         None if config.loopback_names_only => Door::Loopback,
         None => Door::Trusted,
     };
+    let (watched_office, watched_monitor) = (office.clone(), monitor.clone());
     let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
+    let asked = config.socket.clone().filter(|_| socket.is_some());
+    let watched = watch_lag(asked, config.lease, watched_office, watched_monitor);
     let socket = serve_socket(socket, ways.clone(), shutdown.clone());
     let server = ways.answer(connections, door, shutdown.clone());
     let drained = async {
@@ -124,6 +130,7 @@ where
         socket = socket => socket,
         probed = probed => probed,
         () = following => Ok(()),
+        () = watched => Ok(()),
         () = drained => {
             warn!("some calls did not finish in time and were dropped");
             Ok(())
@@ -177,6 +184,23 @@ impl Ways {
             .serve_with_incoming_shutdown(connections, stop.cancelled_owned());
         Ok(served.await?)
     }
+}
+
+/// Extends leases while calls are answered late, as far as that can be found out. Never ends.
+async fn watch_lag(socket: Option<PathBuf>, lease: Duration, office: Office, monitor: Monitor) {
+    let Some(socket) = socket else { return std::future::pending().await };
+    let extend = || {
+        let (office, monitor) = (office.clone(), monitor.clone());
+        async move {
+            if let Ok(reign) = office.reign()
+                && office.leads()
+            {
+                monitor.pauses.inc();
+                reign.driver.tell(Input::Stalled).await.ok();
+            }
+        }
+    };
+    lag::watch(&socket, lease, extend).await;
 }
 
 /// Serves the Unix socket, if there is one. Ends only with an error, or when it is to stop.

@@ -15,7 +15,7 @@ use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_response::Message as Down;
 use muster_worker_core::{Core, Effect, Input};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -68,12 +68,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let monitor = Monitor::new();
     let _page = monitor.serve(&config).await?;
     let watched = Watched::start(&config, data_dir.clone(), monitor.clone()).await?;
+    let (fenced_at, fences) = watch::channel(None);
     let identity = Identity {
         incarnation: uuid::Uuid::new_v4().to_string(),
         boot_id: devices::boot_id(Path::new("/")),
         data_id: data_dir::data_id(&data_dir)?,
         data_dir: data_dir.clone(),
         inventory: watched.inventory(),
+        fenced_at: fences,
         config,
     };
     let (events, observed) = mpsc::channel(INBOX_MAX);
@@ -89,6 +91,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     };
     let daemon = Daemon {
         core: Core::default(),
+        fenced_at,
         context,
         events,
         observed,
@@ -119,6 +122,7 @@ struct Link {
 
 struct Daemon {
     core: Core,
+    fenced_at: watch::Sender<Option<Millis>>,
     context: Context,
     events: mpsc::Sender<Input>,
     observed: mpsc::Receiver<Input>,
@@ -243,16 +247,6 @@ impl Daemon {
                 self.released.spawn(shim.release());
             }
         }
-    }
-
-    /// Goes on until nothing runs. False if something still does after `limit`.
-    async fn is_idle_within(&mut self, limit: Duration, session: &mut mpsc::Receiver<Event>) -> bool {
-        let turns = async {
-            while !self.core.is_idle() {
-                self.turn(session).await;
-            }
-        };
-        tokio::time::timeout(limit, turns).await.is_ok()
     }
 
     /// Waits for one thing and deals with it. May be dropped while it waits: what it takes it deals with at once.
@@ -394,16 +388,13 @@ impl Daemon {
                 }
             }
         }
+        self.fenced_at.send_replace(self.core.fenced_at());
     }
 
     fn tell(&self, gang: &GangId, what: impl FnOnce(&Shim)) {
         if let Some(shim) = self.shims.get(gang) {
             what(shim);
         }
-    }
-
-    fn leaving_since_shutdown(&self) -> Option<String> {
-        self.core.is_stopping().then(|| "its daemon is being stopped".to_owned())
     }
 }
 

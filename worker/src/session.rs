@@ -111,6 +111,8 @@ pub struct Identity {
     pub data_dir: PathBuf,
     /// What the machine has, the last that is known.
     pub inventory: watch::Receiver<Arc<Inventory>>,
+    /// When ranks are asked to end unless there is word, or proof that there is no coordinator; none if none are.
+    pub fenced_at: watch::Receiver<Option<Millis>>,
 }
 
 /// How an attempt ended.
@@ -149,7 +151,7 @@ pub async fn keep(identity: Identity, events: mpsc::Sender<Event>) -> Error {
     let (mut held_since, mut said) = (None, HashMap::new());
     let known = Known::load(identity.data_dir.clone(), identity.boot_id.clone());
     let newest = Newest::load(identity.data_dir.clone());
-    let mut signs = Signs::new(&identity.config, known, newest, events.clone());
+    let mut signs = Signs::new(&identity.config, known, newest, events.clone(), identity.fenced_at.clone());
     loop {
         let began = Instant::now();
         let target = route.next();
@@ -321,7 +323,8 @@ async fn join(
 }
 
 /// Hands on what is heard, and beats. Ends when the stream does, or when a good part of a lease passes without a word:
-/// what is wrong must be known before the lease ends.
+/// what is wrong must be known before ranks are asked to end. Not sooner: of ten thousand nodes that leave a coordinator which
+/// is merely slow each comes back as a new connection, and that is what makes it slow.
 async fn pump(
     mut stream: tonic::Streaming<v1::SessionResponse>,
     urgent: mpsc::Sender<v1::SessionRequest>,
@@ -333,7 +336,7 @@ async fn pump(
     let ends = |_| Status::cancelled("the daemon ends");
     let mut beat = tokio::time::interval(Duration::from_millis(heartbeat.0));
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let silence_max = Duration::from_millis((lease.0 / 4).max(heartbeat.0 * 5 / 4));
+    let silence_max = Duration::from_millis((lease.0 * 3 / 8).max(heartbeat.0 * 5 / 4));
     // When the heartbeats were sent that are not acknowledged yet, the oldest first.
     let mut sent: VecDeque<(u64, Millis)> = VecDeque::new();
     let (mut seq, mut heard) = (0, Instant::now());

@@ -13,7 +13,7 @@ use muster_worker::load::{Event, Identity, Queues, boot_now, keep, request};
 use muster_worker_core::{Core, Effect, Input};
 use std::path::Path;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::stats::Stats;
 
@@ -25,6 +25,7 @@ pub struct Node {
     name: NodeName,
     incarnation: String,
     core: Core,
+    fenced_at: watch::Sender<Option<Millis>>,
     link: Option<Queues>,
     hellos: u64,
     /// When the heartbeat was sent that renewed the lease last.
@@ -56,22 +57,25 @@ pub fn identity(index: usize, coordinator: &str, data_dir: &Path, join: Option<&
             .to_owned(),
         data_id: format!("data-{index}"),
         data_dir,
-        inventory: tokio::sync::watch::channel(std::sync::Arc::new(muster_core::Inventory {
+        inventory: watch::channel(std::sync::Arc::new(muster_core::Inventory {
             total: muster_core::types::Resources { gpus: 0, cpu_millis: 64_000, memory_bytes: 1 << 38 },
             ..muster_core::Inventory::default()
         }))
         .1,
+        fenced_at: watch::channel(None).1,
         config,
     }
 }
 
 /// Runs a node until the process ends.
-pub async fn run(index: usize, identity: Identity, stats: Arc<Stats>) {
+pub async fn run(index: usize, mut identity: Identity, stats: Arc<Stats>) {
+    let (fenced_at, fences) = watch::channel(None);
+    identity.fenced_at = fences;
     let (sender, mut events) = mpsc::channel(EVENTS_MAX);
     let (name, incarnation) = (identity.config.name.clone(), identity.incarnation.clone());
     let core = Core::default();
     let (link, hellos, renewed, running) = (None, 0, None, Vec::new());
-    let mut node = Node { index, name, incarnation, core, link, hellos, renewed, running, stats };
+    let mut node = Node { index, name, incarnation, core, fenced_at, link, hellos, renewed, running, stats };
     debug_assert!(Incarnation::new(node.incarnation.clone()).is_ok());
     let keeping = tokio::spawn(Box::pin(keep(identity, sender)));
     loop {
@@ -164,6 +168,7 @@ impl Node {
                 }
             }
         }
+        self.fenced_at.send_replace(self.core.fenced_at());
     }
 
     fn end(&mut self, gang: &GangId) {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use muster_core::bugs::{Bug, planted};
 use muster_core::types::{
-    Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase,
+    Assignment, CoordinatorLoss, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, ObservedPhase,
 };
 
 use crate::lease::Lease;
@@ -122,6 +122,14 @@ impl Core {
     /// When `Tick` is due next, unless something else comes first.
     pub fn next_deadline(&self) -> Option<Millis> {
         self.parts.values().filter(|part| part.runs()).filter_map(Part::deadline).min()
+    }
+
+    /// When ranks are asked to end, the first of them, unless the lease is renewed or no coordinator runs; none if that
+    /// ends none.
+    pub fn fenced_at(&self) -> Option<Millis> {
+        let lives_on =
+            |part: &&Part| part.runs() && part.assignment.spec.on_coordinator_loss == CoordinatorLoss::Run;
+        self.parts.values().filter(lives_on).filter_map(|part| part.fence).map(|fence| fence.term).min()
     }
 
     /// What the gang was told last; none if nothing of it is held.

@@ -20,7 +20,7 @@ use std::time::Duration;
 use muster_core::types::Millis;
 use muster_proto::convert::NotLeader;
 use muster_proto::v1::{self, cluster_service_client::ClusterServiceClient};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -75,13 +75,21 @@ pub(super) struct Signs {
     /// For each coordinator, when it was last found not to lead, unless something else was found later.
     gone: Vec<Option<Sign>>,
     events: mpsc::Sender<Event>,
+    /// When ranks are asked to end without a sign.
+    fenced_at: watch::Receiver<Option<Millis>>,
 }
 
 impl Signs {
-    pub fn new(config: &Config, known: Known, newest: Newest, events: mpsc::Sender<Event>) -> Self {
+    pub fn new(
+        config: &Config,
+        known: Known,
+        newest: Newest,
+        events: mpsc::Sender<Event>,
+        fenced_at: watch::Receiver<Option<Millis>>,
+    ) -> Self {
         let (urls, trust) = (config.coordinators.clone(), config.trust.clone());
         let (lease, gone) = (Millis::from_secs(10), vec![None; urls.len()]);
-        Self { lease, current: Some(0), coordinators: 1, gone, urls, trust, known, newest, events }
+        Self { lease, current: Some(0), coordinators: 1, gone, urls, trust, known, newest, events, fenced_at }
     }
 
     /// The lease as a duration.
@@ -94,17 +102,33 @@ impl Signs {
         (self.lease() / 12).min(CONNECT_MAX)
     }
 
-    /// How long it may owe an answer while it shows that it is there.
+    /// How long it may owe an answer. Whoever gives up loses his place among those that wait.
     fn answer_max(&self) -> Duration {
-        (self.lease() / 2).max(CONNECT_MAX)
+        self.lease().max(CONNECT_MAX)
+    }
+
+    /// How long until it matters whether anybody is there. None if it does not: no rank lives by it.
+    ///
+    /// A sign is good for a lease. Ten thousand nodes that ask more often than that keep a coordinator that is merely slow
+    /// from answering any of them.
+    fn asks_in(&self) -> Option<Duration> {
+        // Another one may lead already.
+        if self.urls.len() > 1 {
+            return Some(Duration::ZERO);
+        }
+        let fenced_at = (*self.fenced_at.borrow())?;
+        // In time for a second look, should the first one reach nobody.
+        let at = Millis(fenced_at.0.saturating_sub(self.lease.0 / 4));
+        Some(Duration::from_millis(at.since(boot_now()).0))
     }
 
     /// The endpoint, with probes that end a connection which stalls while there is time for another in the lease.
     pub fn probed(&self, endpoint: &Endpoint) -> Endpoint {
-        let probe = self.lease() / 8;
+        let probe = self.lease() * 3 / 16;
         let endpoint = endpoint.clone().http2_keep_alive_interval(probe).keep_alive_timeout(probe);
         // Where there are others, one whose machine is gone without a word does not cost the lease.
-        if self.urls.len() > 1 { endpoint.connect_timeout(probe.min(CONNECT_MAX)) } else { endpoint }
+        let connect_max = (self.lease() / 8).min(CONNECT_MAX);
+        if self.urls.len() > 1 { endpoint.connect_timeout(connect_max) } else { endpoint }
     }
 
     /// Waits for an answer on a connection that was made, and learns from it if none comes.
@@ -121,15 +145,21 @@ impl Signs {
             // The probes tell these two apart.
             let probe = async {
                 tokio::time::sleep(wait).await;
+                while let Some(left) = self.asks_in().filter(|left| !left.is_zero()) {
+                    tokio::time::sleep(left).await;
+                }
+                self.asks_in()?;
                 let asked = boot_now();
-                (asked, self.ask_anew(endpoint).await)
+                Some((asked, self.ask_anew(endpoint).await))
             };
-            let (asked, found) = tokio::select! {
+            let found = tokio::select! {
                 answer = &mut call => {
                     return answer.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"));
                 }
                 found = probe => found,
             };
+            wait = self.lease() / 8;
+            let Some((asked, found)) = found else { continue };
             let address = self.url().and_then(|url| self.known.address(url));
             let silent = address.filter(|_| found == Answer::Silence);
             self.note(silent.map(|address| Sign {
@@ -142,10 +172,6 @@ impl Signs {
             if silent.is_some() && self.urls.len() > 1 {
                 return Err(Status::deadline_exceeded("the coordinator hangs"));
             }
-            // A sign is good for a lease. Ten thousand nodes that ask more often keep a coordinator that is merely slow
-            // from answering any of them. But it must be young enough, should this connection break, to last until there
-            // is another.
-            wait = (wait * 2).min(self.lease() / 8);
         }
     }
 
@@ -276,136 +302,4 @@ fn is_late(error: &tonic::transport::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn all_coordinators_must_be_gone_as_of_the_oldest_sign() {
-        let (sender, mut events) = mpsc::channel(8);
-        let mut signs = signs(&["http://a:1", "http://b:1"], sender);
-        let mut found = Vec::new();
-        for (current, gone) in
-            [(0, Some(5)), (1, None), (1, Some(9)), (0, None), (1, Some(11)), (0, Some(12))]
-        {
-            signs.current = Some(current);
-            let witness = Witness::Word(current.to_string());
-            signs.note(gone.map(|at| Sign { at: Millis(at), witness, coordinators: 2 })).await;
-            found.push(match events.try_recv() {
-                Ok(Event::CoordinatorGone { at }) => Some(at.0),
-                _ => None,
-            });
-        }
-        assert_eq!(found, [None, None, Some(5), None, None, Some(11)]);
-    }
-
-    fn signs(urls: &[&str], events: mpsc::Sender<Event>) -> Signs {
-        let dir = tempfile::tempdir().unwrap();
-        let known = Known::load(dir.path().to_owned(), "boot".to_owned());
-        let newest = Newest::load(dir.path().to_owned());
-        let urls = urls.iter().copied().map(str::to_owned).collect();
-        let config =
-            Config::new(urls, muster_core::types::NodeName::new("n1").unwrap(), dir.path().to_owned());
-        Signs::new(&config, known, newest, events)
-    }
-
-    fn reached(peer: SocketAddr) -> Reached {
-        Reached { peer: Some(peer), ..Reached::default() }
-    }
-
-    /// Which is asked, at which address, what it says, and whether nobody leads then.
-    type Answers<'a> = &'a [(usize, SocketAddr, NotLeader, bool)];
-
-    #[tokio::test]
-    async fn coordinators_that_do_not_lead_must_all_say_so_and_each_for_itself() {
-        let at: [SocketAddr; 3] = [1, 2, 3].map(|host| SocketAddr::from(([10, 0, 0, host], 7070)));
-        let says = |name: &str, accepted_at: SocketAddr, coordinators| NotLeader {
-            coordinator: name.to_owned(),
-            accepted_at: accepted_at.to_string(),
-            coordinators,
-            ..NotLeader::default()
-        };
-        let cases: [(&str, Answers<'_>); 4] = [
-            ("two of two", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("b", at[1], 2), true)]),
-            (
-                "two of three",
-                &[(0, at[0], says("a", at[0], 3), false), (1, at[1], says("b", at[1], 3), false)],
-            ),
-            ("one twice", &[(0, at[0], says("a", at[0], 2), false), (1, at[1], says("a", at[1], 2), false)]),
-            (
-                "behind a proxy",
-                &[(0, at[0], says("a", at[0], 2), false), (1, at[2], says("b", at[1], 2), false)],
-            ),
-        ];
-        for (case, answers) in cases {
-            let (sender, mut events) = mpsc::channel(8);
-            let mut signs = signs(&["http://a:1", "http://b:1"], sender);
-            for (index, peer, says, nobody) in answers {
-                signs.current = Some(*index);
-                let reached = reached(*peer);
-                signs.does_not_lead(Millis(7), &reached, says).await;
-                assert_eq!(events.try_recv().is_ok(), *nobody, "{case}");
-            }
-        }
-        // One that was named by another says nothing of those that were configured.
-        let (sender, mut events) = mpsc::channel(8);
-        let mut signs = signs(&["http://a:1"], sender);
-        signs.current = None;
-        let reached = reached(at[0]);
-        signs.does_not_lead(Millis(7), &reached, &says("a", at[0], 1)).await;
-        assert!(events.try_recv().is_err());
-    }
-
-    #[tokio::test]
-    async fn a_port_without_a_listener_refuses_and_one_with_a_silent_one_does_not() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let url = format!("http://{address}");
-        let endpoint = Endpoint::from_shared(url.clone()).unwrap();
-        let (sender, mut events) = mpsc::channel(8);
-        let mut signs = signs(&[&url], sender);
-        signs.lease = Millis(800);
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable, "something may stand between");
-        let joined = |accepted_at: &str| v1::JoinResponse {
-            accepted_at: accepted_at.to_owned(),
-            boot_id: "boot".to_owned(),
-            ..v1::JoinResponse::default()
-        };
-        let reached = reached(address);
-        signs.joined(&reached, &joined(&address.to_string())).await.unwrap();
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
-        drop(listener);
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
-        let (_, refused) = connect(&endpoint).await;
-        signs.refused(Millis(7), &refused).await;
-        assert!(matches!(events.try_recv(), Ok(Event::CoordinatorGone { at: Millis(7) })));
-        signs.joined(&reached, &joined("10.0.0.1:7070")).await.unwrap();
-        signs.refused(Millis(9), &refused).await;
-        assert!(events.try_recv().is_err(), "a tunnel's end refuses for its own reasons");
-    }
-
-    #[tokio::test]
-    async fn a_handshake_that_is_not_answered_is_silence() {
-        let dir = tempfile::tempdir().unwrap();
-        let authority = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        std::fs::write(dir.path().join("ca.crt"), authority.cert.pem()).unwrap();
-        let trust = Trust::from_file(&dir.path().join("ca.crt")).unwrap();
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let url = format!("https://{address}");
-        let endpoint = trust.endpoint(&url).unwrap();
-        let (sender, _events) = mpsc::channel(8);
-        let mut signs = signs(&[&url], sender);
-        signs.lease = Millis(800);
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable, "something may stand between");
-        let joined = v1::JoinResponse {
-            accepted_at: address.to_string(),
-            boot_id: "boot".to_owned(),
-            ..v1::JoinResponse::default()
-        };
-        signs.joined(&reached(address), &joined).await.unwrap();
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Silence);
-        // One that breaks is none.
-        std::thread::spawn(move || while listener.accept().is_ok() {});
-        assert_eq!(signs.ask_anew(&endpoint).await, Answer::Unreachable);
-    }
-}
+mod tests;
