@@ -36,16 +36,16 @@ fn ranks_get_the_torchrun_environment_in_order() {
 #[test]
 fn the_first_failure_is_reported_and_ends_the_gang() {
     let cluster = Cluster::start(Settings::default());
-    let script = "if [ $RANK = 3 ]; then echo cannot read shard 7 >&2; exit 9; fi; exec sleep 1234";
-    let mark = "sleep 1234";
-    let id = cluster.submit(&["--nnodes", "2", "--nproc-per-node", "2"], script);
+    let mark = format!("sleep 1234.{}", std::process::id());
+    let script = format!("if [ $RANK = 3 ]; then echo cannot read shard 7 >&2; exit 9; fi; exec {mark}");
+    let id = cluster.submit(&["--nnodes", "2", "--nproc-per-node", "2"], &script);
     let job = cluster.wait_for(&id, "FAILED");
     assert_eq!(job["reason"], "rank 3 on node n2 ended with exit code 9: cannot read shard 7");
     assert_eq!((&job["exit"]["rank"], &job["exit"]["code"]), (&3.into(), &9.into()));
     let explained = cluster.muster(&["explain", &id]).ok();
     assert!(explained.contains("cannot read shard 7") && explained.contains("--rank 3"), "{explained}");
     assert!(
-        processes_with(mark).iter().all(|(_, command)| !command.starts_with(mark)),
+        processes_with(&mark).iter().all(|(_, command)| !command.starts_with(&mark)),
         "siblings were stopped"
     );
 }
