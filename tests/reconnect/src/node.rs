@@ -37,8 +37,8 @@ pub struct Node {
 
 /// Who the node of this number is.
 ///
-/// All are on this machine, which the coordinator is asked about when it is gone, and share a directory for what it tells; but a node
-/// that gets a certificate by the token in the file `join` has its own.
+/// All are on this machine, which the coordinator is asked about when it is gone. What a node notes is in a directory of its own, and
+/// it gets a certificate by the token in the file `join`, if there is one.
 pub fn identity(index: usize, coordinator: &str, data_dir: &Path, join: Option<&Path>) -> Identity {
     let name = NodeName::new(format!("node-{index:05}")).expect("a valid name");
     let mut config =
@@ -46,8 +46,7 @@ pub fn identity(index: usize, coordinator: &str, data_dir: &Path, join: Option<&
     let [_, _, high, low] = u32::try_from(index).expect("few nodes").to_be_bytes();
     config.address = Some([10, 0, high, low].into());
     config.join_token_file = join.map(Path::to_owned);
-    let own = join.map(|_| data_dir.join("nodes").join(config.name.as_str()));
-    let data_dir = own.unwrap_or_else(|| data_dir.to_owned());
+    let data_dir = data_dir.join(config.name.as_str());
     std::fs::create_dir_all(&data_dir).expect("a directory can be made");
     Identity {
         incarnation: format!("incarnation-{index}"),
