@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_proto::v1::{self, job_service_client::JobServiceClient, node_service_client::NodeServiceClient};
+use muster_tests::binary;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tonic::transport::{Channel, Endpoint};
@@ -166,14 +167,9 @@ impl Drop for Coordinator {
     }
 }
 
-/// The binary beside this one.
-fn binary() -> PathBuf {
-    std::env::current_exe().expect("a program has a path").with_file_name("muster")
-}
-
 /// What a command of the command line prints.
 fn muster(args: &[&str]) -> String {
-    let ended = Command::new(binary()).args(args).output().expect("muster is built beside this program");
+    let ended = Command::new(binary("muster")).args(args).output().expect("muster can be started");
     assert!(ended.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ended.stderr));
     String::from_utf8_lossy(&ended.stdout).into_owned()
 }
@@ -185,7 +181,7 @@ fn tls_dir(dir: &Path) -> String {
 fn spawn(dir: &Path, life: u32, listen: &str, is_encrypted: bool) -> Child {
     let log = std::fs::File::create(dir.join(format!("log-{life}"))).expect("a log can be made");
     let data_dir = dir.join("data");
-    let mut command = Command::new(binary());
+    let mut command = Command::new(binary("muster"));
     command.args(["coordinator", "--exit-with-stdin", "--listen", listen, "--data-dir"]).arg(data_dir);
     if is_encrypted {
         command.args(["--tls-dir", &tls_dir(dir)]);
@@ -196,7 +192,7 @@ fn spawn(dir: &Path, life: u32, listen: &str, is_encrypted: bool) -> Child {
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()
-        .expect("muster is built beside this program")
+        .expect("muster can be started")
 }
 
 /// Of a process, or of this one as `self`.

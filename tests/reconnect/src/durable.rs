@@ -2,7 +2,7 @@
 //! what etcd alone puts for as many clients; how long a cluster is without a leader; and how soon a coordinator with a
 //! large store is back.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use muster_proto::v1::{
     self, cluster_service_client::ClusterServiceClient, job_service_client::JobServiceClient,
     worker_service_client::WorkerServiceClient,
 };
+use muster_tests::{Etcd, binary};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -19,6 +20,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 
+/// Room for every round: etcd takes 2 GiB by default.
+const QUOTA_BYTES: &str = "8589934592";
 /// Bytes of a put: as much as the record of a small job has.
 const VALUE_BYTES: usize = 600;
 /// Longest wait for anything.
@@ -69,33 +72,17 @@ impl Drop for Process {
 }
 
 fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("it is bound").port()
-}
-
-/// One member of etcd, as `cargo xtask setup --tools` brings it or as it is installed.
-fn etcd(dir: &Path) -> (Process, String) {
-    let brought = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.deps/etcd/usr/bin/etcd");
-    let program = if brought.is_file() { brought } else { PathBuf::from("etcd") };
-    let [client, peer] = [(); 2].map(|()| format!("http://127.0.0.1:{}", free_port()));
-    let mut command = Command::new(program);
-    command.args(["--name", "m0", "--data-dir"]).arg(dir.join("etcd"));
-    command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-    command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-    command.args(["--initial-cluster", &format!("m0={peer}"), "--quota-backend-bytes", "8589934592"]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    (Process(command.spawn().expect("there is an etcd")), client)
+    muster_tests::free_port().parse().expect("a port is a number")
 }
 
 /// A coordinator on a port of its own.
 fn coordinator(dir: &Path, name: &str, port: u16, store: &str) -> Process {
-    let binary = std::env::current_exe().expect("a program has a path").with_file_name("muster");
     let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join(format!("{name}.log")));
-    let mut command = Command::new(binary);
+    let mut command = Command::new(binary("muster"));
     command.args(["coordinator", "--exit-with-stdin", "--listen", &format!("127.0.0.1:{port}")]);
     command.args(["--store", store, "--data-dir"]).arg(dir.join(name)).env_remove("RUST_LOG");
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log.expect("a log can be made"));
-    Process(command.spawn().expect("muster is built beside this program"))
+    Process(command.spawn().expect("muster can be started"))
 }
 
 fn channel(port: u16) -> Channel {
@@ -259,9 +246,9 @@ async fn restart(options: &Options, dir: &Path, store: &str) -> Value {
 pub async fn bench(options: &Options) -> Value {
     let dir = tempfile::tempdir().expect("a directory can be made");
     let dir = dir.path();
-    let (_etcd, url) = etcd(dir);
-    let members = url.trim_start_matches("http://");
-    let store = |name: &str| format!("etcd://{members}/{name}");
+    let etcd = Etcd::start_with(1, &["--quota-backend-bytes", QUOTA_BYTES]).expect("there is an etcd");
+    let url = etcd.url();
+    let store = |name: &str| format!("{url}/{name}");
     let (redb_port, etcd_port) = (free_port(), free_port());
     let on_redb = coordinator(dir, "redb", redb_port, "redb");
     let on_etcd = coordinator(dir, "etcd-coordinator", etcd_port, &store("rate"));
@@ -270,7 +257,7 @@ pub async fn bench(options: &Options) -> Value {
     let (mut alone, mut redb, mut several) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..options.rounds {
         let line = (
-            puts(options, &url).await,
+            puts(options, &url.replace("etcd://", "http://")).await,
             submissions(options, redb_port).await,
             submissions(options, etcd_port).await,
         );

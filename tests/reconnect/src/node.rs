@@ -37,8 +37,8 @@ pub struct Node {
 
 /// Who the node of this number is.
 ///
-/// All are on this machine, which the coordinator is asked about when it is gone. What a node notes is in a directory of its own, and
-/// it gets a certificate by the token in the file `join`, if there is one.
+/// All say that they are on this boot of this machine, so that a loopback address is the coordinator's own. Each notes what it learns in
+/// a directory of its own in `data_dir`, and gets a certificate by the token in the file `join`, if there is one.
 pub fn identity(index: usize, coordinator: &str, data_dir: &Path, join: Option<&Path>) -> Identity {
     let name = NodeName::new(format!("node-{index:05}")).expect("a valid name");
     let mut config =
