@@ -18,7 +18,6 @@ const PROGRAMS: [&str; 6] = ["sh", "groupadd", "useradd", "install", "cat", "sle
 pub struct Buildah {
     dir: tempfile::TempDir,
     program: PathBuf,
-    libraries: PathBuf,
 }
 
 impl Buildah {
@@ -40,8 +39,7 @@ impl Buildah {
             "[storage]\ndriver = \"vfs\"\nrunroot = \"{place}/run\"\ngraphroot = \"{place}/graph\"\n"
         );
         std::fs::write(dir.path().join("storage.conf"), storage).unwrap();
-        let (program, libraries) = (tree.join("usr/bin/buildah"), tree.join("usr/lib/x86_64-linux-gnu"));
-        let buildah = Self { dir, program, libraries };
+        let buildah = Self { dir, program: tree.join("usr/bin/buildah") };
         let tried = buildah.run(&["--version"]);
         if tried.code == 0 { Ok(buildah) } else { Err(format!("buildah does not start: {}", tried.stderr)) }
     }
@@ -49,7 +47,6 @@ impl Buildah {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .env("LD_LIBRARY_PATH", &self.libraries)
             .env("HOME", self.dir.path().join("home"))
             .env("CONTAINERS_STORAGE_CONF", self.dir.path().join("storage.conf"))
             .env("BUILDAH_ISOLATION", "chroot")

@@ -80,9 +80,6 @@ impl Slurm {
     }
 
     fn environment(&self, command: &mut Command) {
-        let libraries = self.tree.join("usr/lib/x86_64-linux-gnu");
-        let own = libraries.join("slurm-wlm");
-        command.env("LD_LIBRARY_PATH", std::env::join_paths([own, libraries]).unwrap());
         command.env("SLURM_CONF", self.dir.path().join("slurm.conf"));
     }
 

@@ -1,65 +1,117 @@
-//! Packages of Debian's archive, unpacked without being installed.
+//! Packages of Debian's archive, unpacked without being installed. It needs no root, and neither a
+//! package index of this machine nor one that is up to date.
 
 use crate::deps::{Deps, remove};
-use crate::machine;
+use crate::{libraries, machine, minimal};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Brings packages and unpacks them; gives the folder that stands for the root of the system.
+/// Brings packages and unpacks them, without what they need; returns the folder that stands for the
+/// root of the system.
 pub fn unpacked(deps: &Deps, packages: &[&str]) -> Result<PathBuf> {
-    let work = deps.path("staging/apt");
-    // What earlier packages have left there is not to be taken for these.
-    remove(&work)?;
-    let tree = work.join("tree");
-    for archive in download(&work, packages)? {
-        let mut unpack = Command::new("dpkg");
-        quiet(unpack.arg("-x").arg(&archive).arg(&tree))
-            .with_context(|| format!("failed to unpack {}", archive.display()))?;
-    }
+    let packages: Vec<String> = packages.iter().map(|name| (*name).to_owned()).collect();
+    Apt::new(deps)?.with_index(|apt| apt.unpack(&packages))
+}
+
+/// Brings programs: their packages with all that these need beyond a minimal system, each program and
+/// library bound to the libraries that came with it. Returns the same folder.
+pub fn programs(deps: &Deps, packages: &[&str]) -> Result<PathBuf> {
+    let tree = Apt::new(deps)?.with_index(|apt| apt.unpack(&apt.closure(packages)?))?;
+    libraries::bind(deps, &tree)?;
     Ok(tree)
 }
 
-/// Has apt download the packages: with the system's lists, or with lists of our own where those are
-/// absent or too old. Needs no root and installs nothing.
-fn download(work: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
-    if machine::on_path(Path::new("apt-get")).is_none() {
-        bail!("there is no apt-get here");
-    }
-    let lists = work.join("lists");
-    fs::create_dir_all(lists.join("partial"))?;
-    fs::create_dir_all(work.join("cache/archives/partial"))?;
-    let apt = |private: bool, args: &[&str]| {
-        let mut apt = Command::new("apt-get");
-        apt.current_dir(work).args(["-qq", "-o", "APT::Sandbox::User="]);
-        if private {
-            apt.arg("-o").arg(format!("Dir::State::lists={}/", lists.display()));
-            apt.arg("-o").arg(format!("Dir::Cache={}/", work.join("cache").display()));
-        }
-        quiet(apt.args(args))
-    };
-    let download = [&["download"], packages].concat();
-    if apt(false, &download).is_err() {
-        apt(true, &["update"]).context("apt-get could not fetch its lists")?;
-        apt(true, &download).with_context(|| format!("apt-get has no {}", packages.join(", ")))?;
-    }
-    let entries = fs::read_dir(work)?.collect::<std::io::Result<Vec<_>>>()?;
-    let paths = entries.iter().map(fs::DirEntry::path);
-    let archives: Vec<_> = paths.filter(|path| path.extension().is_some_and(|ext| ext == "deb")).collect();
-    if archives.len() != packages.len() {
-        bail!("apt-get downloaded {} of {} packages", archives.len(), packages.len());
-    }
-    Ok(archives)
+/// apt-get, which downloads to a folder of its own.
+struct Apt {
+    work: PathBuf,
+    /// The package index that this set-up has fetched, where the machine's own will not do.
+    index: PathBuf,
 }
 
-/// Runs a command whose words matter only if it fails.
-fn quiet(command: &mut Command) -> Result<()> {
+impl Apt {
+    fn new(deps: &Deps) -> Result<Self> {
+        if machine::on_path(Path::new("apt-get")).is_none() {
+            bail!("there is no apt-get here");
+        }
+        let apt = Self { work: deps.path("staging/apt"), index: deps.path("staging/apt-index") };
+        apt.clear()?;
+        Ok(apt)
+    }
+
+    /// Empties the folder: what earlier packages have left there is not to be taken for these.
+    fn clear(&self) -> Result<()> {
+        remove(&self.work)?;
+        fs::create_dir_all(&self.work).context("failed to create a folder for packages")
+    }
+
+    /// Tries with the machine's package index, and with one fetched for this set-up where that is absent
+    /// or too old.
+    fn with_index<T>(&self, act: impl Fn(&Self) -> Result<T>) -> Result<T> {
+        if !self.index.is_dir() {
+            if let Ok(done) = act(self) {
+                return Ok(done);
+            }
+            self.clear()?;
+            fs::create_dir_all(self.index.join("lists/partial"))?;
+            fs::create_dir_all(self.index.join("cache/archives/partial"))?;
+            self.run(&["update"]).context("apt-get could not fetch its package index")?;
+        }
+        act(self)
+    }
+
+    /// Returns the packages and all that they need, less what a minimal system has: by apt's own
+    /// resolver, as if nothing were installed.
+    fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let nothing = self.work.join("nothing-is-installed");
+        fs::write(&nothing, "")?;
+        let status = format!("Dir::State::status={}", nothing.display());
+        let simulate = ["-o", &status, "--simulate", "--no-install-recommends", "install"];
+        let listed = self.run(&[&simulate, packages].concat())?;
+        let minimal = minimal::packages()?;
+        let names = listed.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
+        Ok(names.filter(|name| !minimal.contains(*name)).map(str::to_owned).collect())
+    }
+
+    fn unpack(&self, packages: &[String]) -> Result<PathBuf> {
+        let names: Vec<&str> = packages.iter().map(String::as_str).collect();
+        self.run(&[&["download"], &names[..]].concat())
+            .with_context(|| format!("apt-get has no {}", packages.join(", ")))?;
+        let entries = fs::read_dir(&self.work)?.collect::<std::io::Result<Vec<_>>>()?;
+        let paths = entries.iter().map(fs::DirEntry::path);
+        let archives: Vec<_> =
+            paths.filter(|path| path.extension().is_some_and(|ext| ext == "deb")).collect();
+        if archives.len() != packages.len() {
+            bail!("apt-get downloaded {} of {} packages", archives.len(), packages.len());
+        }
+        let tree = self.work.join("tree");
+        for archive in archives {
+            let mut unpack = Command::new("dpkg");
+            quiet(unpack.arg("-x").arg(&archive).arg(&tree))
+                .with_context(|| format!("failed to unpack {}", archive.display()))?;
+        }
+        Ok(tree)
+    }
+
+    fn run(&self, args: &[&str]) -> Result<String> {
+        let mut apt = Command::new("apt-get");
+        apt.current_dir(&self.work).env("LC_ALL", "C").args(["-qq", "-o", "APT::Sandbox::User="]);
+        if self.index.is_dir() {
+            apt.arg("-o").arg(format!("Dir::State::lists={}/", self.index.join("lists").display()));
+            apt.arg("-o").arg(format!("Dir::Cache={}/", self.index.join("cache").display()));
+        }
+        quiet(apt.args(args))
+    }
+}
+
+/// Runs a command whose words matter only if it fails; returns its output.
+fn quiet(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to start {name}"))?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
         bail!("{}", words.lines().last().unwrap_or("it failed without a word").trim());
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -1,12 +1,12 @@
-//! What the tests of deploy/kubernetes and deploy/docker call: kubectl, which renders, kubernetes-validate, which has the schemas,
-//! and buildah.
+//! What the tests of deploy/kubernetes call: kubectl, which renders, and kubernetes-validate, which has the
+//! schemas.
 
-use crate::apt;
 use crate::cargo;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
+use crate::optional::Optional;
 use crate::pypi::{self, Release};
-use crate::tools::{Optional, make_executable};
+use crate::tools::make_executable;
 use anyhow::{Context, Result};
 use std::fs;
 use std::process::Command;
@@ -29,11 +29,8 @@ const MEMBERS: [&str; 3] = [
 /// With the schemas of Kubernetes 1.25 to 1.37.
 const VALIDATE: &str = "kubernetes-validate==1.37.0";
 
-/// Debian's buildah, and the library that few machines have.
-const BUILDAH: [&str; 2] = ["buildah", "libgpgme11"];
-
-/// All of them.
-pub fn optional() -> [Optional; 3] {
+/// Both of them.
+pub fn optional() -> [Optional; 2] {
     let serves = "tests of the Kubernetes manifests";
     let kubectl = Part {
         name: "kubectl 1.32",
@@ -47,16 +44,9 @@ pub fn optional() -> [Optional; 3] {
         fingerprint: VALIDATE.into(),
         files: &["kubernetes-validate/kubernetes_validate/__main__.py"],
     };
-    let buildah = Part {
-        name: "buildah",
-        stamp: "buildah/.stamp",
-        fingerprint: BUILDAH.join(" "),
-        files: &["buildah/usr/bin/buildah"],
-    };
     [
-        Optional { part: kubectl, bring: bring_kubectl, serves },
-        Optional { part: validate, bring: bring_validate, serves },
-        Optional { part: buildah, bring: bring_buildah, serves: "tests of the container images" },
+        Optional { part: kubectl, bring: Box::new(bring_kubectl), serves },
+        Optional { part: validate, bring: Box::new(bring_validate), serves },
     ]
 }
 
@@ -83,9 +73,4 @@ fn bring_validate(deps: &Deps) -> Result<String> {
     cargo::run(pip.arg(&staged).arg(VALIDATE)).context("pip failed")?;
     deps.place(&staged, "kubernetes-validate")?;
     Ok("installed by pip".into())
-}
-
-fn bring_buildah(deps: &Deps) -> Result<String> {
-    deps.place(&apt::unpacked(deps, &BUILDAH)?, "buildah")?;
-    Ok("from Debian's packages".into())
 }

@@ -3,7 +3,10 @@
 //! It installs nothing outside the checkout and needs no root.
 
 mod apt;
+mod bare;
 mod bench;
+#[cfg(test)]
+mod brought_tests;
 mod cargo;
 mod containers;
 mod data;
@@ -12,9 +15,12 @@ mod deps;
 mod digits;
 mod fetch;
 mod fuzz;
+mod libraries;
 mod libtorch;
 mod machine;
+mod minimal;
 mod nightly;
+mod optional;
 mod pypi;
 mod python;
 mod setup;
@@ -62,6 +68,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
+    /// Run a command in a bare root: a minimal Debian with only what README asks for, and a clone of HEAD. As root
+    Bare(bare::Options),
     /// What takes longer than a test may: the fuzzer, a minute for each decoder, and half an hour of simulation
     Nightly,
     /// Set up a Python with torch as well (several GB) where a bench needs it, and run the benches; further arguments go to them
@@ -73,8 +81,8 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, etcd, ibstat,
-    /// kubectl, kubernetes-validate, buildah, libfaketime, Prometheus, Slurm
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, patchelf, etcd,
+    /// ibstat, kubectl, kubernetes-validate, buildah, libfaketime, Prometheus, Slurm
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)
@@ -99,6 +107,7 @@ fn main() -> ExitCode {
         Command::Test { quick, python } => test::run(quick, python),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Sim { args } => sim::run(&args),
+        Command::Bare(options) => bare::run(&options),
         Command::Nightly => nightly::run(),
         Command::Bench { args } => bench::run(&args),
     };

