@@ -79,8 +79,9 @@ fn what_is_brought_starts_in_an_empty_environment() {
 
 /// Compiles a library that needs another one, and a program that needs the first, into a tree.
 fn compile(tree: &Path) {
-    let folders = ["usr/bin", "usr/lib/one", "usr/lib/two"];
-    folders.iter().for_each(|folder| fs::create_dir_all(tree.join(folder)).unwrap());
+    for folder in ["usr/bin", "usr/lib/one", "usr/lib/two"] {
+        fs::create_dir_all(tree.join(folder)).unwrap();
+    }
     fs::write(tree.join("two.c"), "int two(void) { return 2; }").unwrap();
     fs::write(tree.join("one.c"), "int two(void); int one(void) { return two() - 1; }").unwrap();
     fs::write(tree.join("main.c"), "int one(void); int main(void) { return one() - 1; }").unwrap();
