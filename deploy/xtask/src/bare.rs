@@ -23,9 +23,9 @@ const USER_ID: u32 = 1000;
 const STAMP: &str = "made-of";
 /// Variables that tell programs how this machine reaches its registries, or how tests run; beginnings and
 /// ends of names.
-const KEPT_BEGINNINGS: [&str; 5] = ["SSL_CERT_", "PIP_", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_"];
-const KEPT_ENDS: [&str; 3] = ["_proxy", "_PROXY", "_CA_BUNDLE"];
-const KEPT: [&str; 4] = ["CI", "LANG", "TERM", "RUST_BACKTRACE"];
+const KEPT_BEGINNINGS: [&str; 4] = ["SSL_CERT_", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_"];
+const KEPT_ENDS: [&str; 6] = ["_proxy", "_PROXY", "_CA_BUNDLE", "_INDEX_URL", "_TRUSTED_HOST", "_TIMEOUT"];
+const KEPT: [&str; 5] = ["CI", "LANG", "TERM", "RUST_BACKTRACE", "PIP_CERT"];
 /// Files that do so, as far as they are there.
 const SETTINGS: [&str; 4] = ["/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs"];
 

@@ -15,7 +15,7 @@ exec chroot $CHANGE_USER "$ROOT" env -i "$@" HOME="$HOME_INSIDE" CMD="$CMD" \
     PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     bash -euo pipefail -c '
         cd "$HOME"
-        [ -d muster ] || git clone --quiet /checkout.bundle muster
+        [ -d muster ] || git -c advice.detachedHead=false clone --quiet /checkout.bundle muster
         cd muster
         git fetch --quiet /checkout.bundle HEAD
         git checkout --quiet --force --detach FETCH_HEAD
