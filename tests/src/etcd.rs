@@ -6,17 +6,17 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::tools::Outcome;
+use crate::tools::{Outcome, brought};
 use crate::{eventually, free_port};
 
 /// A program of etcd, from the directory that `MUSTER_ETCD_DIR` names (for another version), as `cargo xtask test` brings
 /// it, or as it is installed, if it is there.
 fn program(name: &str) -> Option<PathBuf> {
-    let brought = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../.deps/etcd/usr/bin/{name}"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = std::env::split_paths(&path).map(|dir| dir.join(name));
     let named = std::env::var_os("MUSTER_ETCD_DIR").map(|dir| PathBuf::from(dir).join(name));
-    named.into_iter().chain([brought]).chain(installed).find(|path| path.is_file())
+    let brought = brought(&format!("etcd/usr/bin/{name}"));
+    named.into_iter().chain(brought).chain(installed).find(|path| path.is_file())
 }
 
 /// Whether there is an etcd to test with.

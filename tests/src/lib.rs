@@ -30,7 +30,7 @@ pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use several::{FAST, Several};
 pub use slurm::Slurm;
 pub use tools::{
-    Outcome, binary, deployed, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors,
+    Outcome, binary, brought, deployed, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors,
     prometheus_path, python, skip, torch_python, torchrun_python, trainer,
 };
 

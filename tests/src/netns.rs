@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::is_running;
+use crate::tools::ip_path;
 
 static MADE: AtomicU32 = AtomicU32::new(0);
 
@@ -68,7 +69,7 @@ impl Netns {
 
     /// What a command is put behind to run on a host.
     pub fn prefix(&self, host: usize) -> Vec<String> {
-        ["ip", "netns", "exec", &self.host(host)].map(str::to_owned).to_vec()
+        [&ip_path().display().to_string(), "netns", "exec", &self.host(host)].map(str::to_owned).to_vec()
     }
 
     /// Cuts a host off.
@@ -110,7 +111,7 @@ impl Drop for Netns {
 
 /// Removes what tests left that were killed: their names have the ids of processes that are gone.
 fn remove_stale() {
-    let listed = Command::new("ip").args(["netns", "list"]).output();
+    let listed = Command::new(ip_path()).args(["netns", "list"]).output();
     let listed = listed.map(|output| output.stdout).unwrap_or_default();
     for line in String::from_utf8_lossy(&listed).lines() {
         let name = line.split(' ').next().unwrap_or_default();
@@ -127,7 +128,7 @@ pub fn address(host: usize) -> String {
 }
 
 fn ip(words: &str) -> bool {
-    let mut command = Command::new("ip");
+    let mut command = Command::new(ip_path());
     let status = command.args(words.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }

@@ -67,28 +67,35 @@ fn beside_test(name: &str) -> PathBuf {
     dir.join(name)
 }
 
-/// The real grpcurl that `cargo xtask test` brings, if it is there.
+/// Returns a file of what `cargo xtask test` brings, if it is there.
+pub fn brought(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps").join(name).canonicalize().ok()?;
+    path.is_file().then_some(path)
+}
+
+/// Returns the real grpcurl, if it was brought.
 pub fn grpcurl_path() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/bin/grpcurl");
-    path.is_file().then_some(path)
+    brought("bin/grpcurl")
 }
 
-/// libfaketime as `cargo xtask test` brings it, if it is there.
+/// Returns libfaketime, if it was brought.
 pub fn faketime_path() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/lib/libfaketimeMT.so.1");
-    path.is_file().then_some(path)
+    brought("lib/libfaketimeMT.so.1")
 }
 
-/// ibstat as `cargo xtask test` brings it, if it is there.
+/// Returns ibstat, if it was brought.
 pub fn ibstat_path() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/ibstat/usr/sbin/ibstat");
-    path.is_file().then_some(path)
+    brought("ibstat/usr/sbin/ibstat")
 }
 
-/// `prometheus` or `promtool` as `cargo xtask test` brings them, if they are there.
+/// Returns `prometheus` or `promtool`, if they were brought.
 pub fn prometheus_path(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/prometheus/usr/bin").join(name);
-    path.is_file().then_some(path)
+    brought(&format!("prometheus/usr/bin/{name}"))
+}
+
+/// Returns a command of iproute2, as it was brought or else as it is installed.
+pub fn ip_path() -> PathBuf {
+    brought("iproute2/usr/bin/ip").unwrap_or_else(|| "ip".into())
 }
 
 /// A file or folder of `deploy/`.

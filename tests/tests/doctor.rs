@@ -73,9 +73,8 @@ fn a_coordinator_that_is_not_there_and_a_clock_that_is_off_are_found() {
     let Some(faketime) = faketime_path() else {
         return skip("a clock that is off", "`cargo xtask setup` has brought no libfaketime");
     };
-    let library = faketime.canonicalize().unwrap();
     let before =
-        format!("export LD_PRELOAD={} FAKETIME=-3600 FAKETIME_DONT_FAKE_MONOTONIC=1", library.display());
+        format!("export LD_PRELOAD={} FAKETIME=-3600 FAKETIME_DONT_FAKE_MONOTONIC=1", faketime.display());
     let (_, grade, found) =
         ill(&doctor(&before, &flags)).into_iter().find(|(check, ..)| check == "clock").unwrap();
     assert_eq!(grade, "warning");

@@ -5,22 +5,31 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use muster_tests::{
-    Cluster, Daemon, Outcome, PATIENCE, Settings, binary, deployed, eventually, faketime_path, skip,
+    Cluster, Daemon, Outcome, PATIENCE, Settings, binary, brought, deployed, eventually, faketime_path, skip,
 };
 use nix::sys::signal::Signal;
 
 const UNITS: [&str; 2] = ["muster-coordinator.service", "muster-worker.service"];
 
-fn has(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
-    if !found {
-        skip(tool, "it is not installed here");
+/// Returns one of systemd's tools, as it was brought.
+fn tool(name: &str) -> Option<Command> {
+    let found = brought(&format!("systemd/usr/bin/{name}"));
+    if found.is_none() {
+        skip(name, "`cargo xtask setup --tools` has brought no systemd");
     }
-    found
+    let mut command = Command::new(found?);
+    // The units of systemd itself are with its tools: this machine may have none.
+    command.env("SYSTEMD_UNIT_PATH", brought_units());
+    Some(command)
+}
+
+fn brought_units() -> PathBuf {
+    let one = brought("systemd/usr/lib/systemd/system/basic.target").unwrap();
+    one.parent().unwrap().to_owned()
 }
 
 fn unit(name: &str) -> String {
@@ -34,16 +43,14 @@ fn is_expected(warning: &str) -> bool {
 
 #[test]
 fn units_are_valid() {
-    if !has("systemd-analyze") {
-        return;
-    }
+    let Some(mut analyze) = tool("systemd-analyze") else { return };
     let dir = tempfile::tempdir().unwrap();
     for name in UNITS {
         let text = unit(name).replace("/usr/bin/muster", binary("muster").to_str().unwrap());
         std::fs::write(dir.path().join(name), text).unwrap();
     }
     let paths = UNITS.map(|name| dir.path().join(name));
-    let verified = Outcome::of(Command::new("systemd-analyze").args(["verify", "--man=no"]).args(paths));
+    let verified = Outcome::of(analyze.args(["verify", "--man=no"]).args(paths));
     let wrong: Vec<&str> = verified.stderr.lines().filter(|line| !is_expected(line)).collect();
     assert!(wrong.is_empty() && verified.code == 0, "{verified:?}");
 }
@@ -51,11 +58,8 @@ fn units_are_valid() {
 /// A line that takes a protection away would be noticed here. systemd's measure is from 0 to 10.
 #[test]
 fn units_are_as_closed_as_they_can_be() {
-    if !has("systemd-analyze") {
-        return;
-    }
     for (name, exposure_max) in UNITS.into_iter().zip([15, 55]) {
-        let mut analyze = Command::new("systemd-analyze");
+        let Some(mut analyze) = tool("systemd-analyze") else { return };
         analyze.args(["security", "--offline=yes", "--no-pager", &format!("--threshold={exposure_max}")]);
         let judged = Outcome::of(analyze.arg(deployed("systemd").join(name)));
         if judged.stderr.contains("unrecognized option") {
@@ -67,15 +71,12 @@ fn units_are_as_closed_as_they_can_be() {
 
 #[test]
 fn users_and_directories_are_made_and_old_logs_go() {
-    if !has("systemd-sysusers") || !has("systemd-tmpfiles") {
-        return;
-    }
+    let Some(mut sysusers) = tool("systemd-sysusers") else { return };
     let root = tempfile::tempdir().unwrap();
     std::fs::create_dir(root.path().join("etc")).unwrap();
     let at_root = format!("--root={}", root.path().display());
     let conf = |name: &str| std::fs::canonicalize(deployed("systemd").join(name)).unwrap();
-    let made = Outcome::of(Command::new("systemd-sysusers").arg(&at_root).arg(conf("muster.sysusers.conf")));
-    made.ok();
+    Outcome::of(sysusers.arg(&at_root).arg(conf("muster.sysusers.conf"))).ok();
     let users = std::fs::read_to_string(root.path().join("etc/passwd")).unwrap();
     for name in UNITS {
         let text = unit(name);
@@ -84,7 +85,7 @@ fn users_and_directories_are_made_and_old_logs_go() {
     }
 
     let tmpfiles = |what: &str| {
-        let mut command = Command::new("systemd-tmpfiles");
+        let mut command = tool("systemd-tmpfiles").unwrap();
         command.args([what, &at_root]).arg(conf("muster.tmpfiles.conf"));
         command
     };
@@ -99,7 +100,7 @@ fn users_and_directories_are_made_and_old_logs_go() {
     };
     for (later, is_kept) in [("+20d", true), ("+40d", false)] {
         let mut clean = tmpfiles("--clean");
-        clean.env("LD_PRELOAD", faketime.canonicalize().unwrap()).env("FAKETIME", later);
+        clean.env("LD_PRELOAD", &faketime).env("FAKETIME", later);
         Outcome::of(&mut clean).ok();
         assert_eq!(log.exists(), is_kept, "{later}");
     }

@@ -16,11 +16,11 @@ pub fn unpacked(deps: &Deps, packages: &[&str]) -> Result<PathBuf> {
 }
 
 /// Brings programs: their packages with all that these need beyond a minimal system, each program and
-/// library bound to the libraries that came with it. Returns the same folder.
-pub fn programs(deps: &Deps, packages: &[&str]) -> Result<PathBuf> {
+/// library bound to the libraries that came with it. They lie in `folder` then.
+pub fn programs(deps: &Deps, packages: &[&str], folder: &str) -> Result<()> {
     let tree = Apt::new(deps)?.with_index(|apt| apt.unpack(&apt.closure(packages)?))?;
-    libraries::bind(deps, &tree)?;
-    Ok(tree)
+    libraries::bind(deps, &tree, &deps.path(folder))?;
+    deps.place(&tree, folder)
 }
 
 /// apt-get, which downloads to a folder of its own.
@@ -91,6 +91,7 @@ impl Apt {
             quiet(unpack.arg("-x").arg(&archive).arg(&tree))
                 .with_context(|| format!("failed to unpack {}", archive.display()))?;
         }
+        merge_usr(&tree)?;
         Ok(tree)
     }
 
@@ -103,6 +104,22 @@ impl Apt {
         }
         quiet(apt.args(args))
     }
+}
+
+/// Moves what lies in /bin, /sbin and /lib below /usr, where newer packages have it.
+fn merge_usr(tree: &Path) -> Result<()> {
+    for folder in ["bin", "sbin", "lib", "lib64"] {
+        let old = tree.join(folder);
+        if old.is_dir() {
+            let place = tree.join("usr").join(folder);
+            fs::create_dir_all(&place)?;
+            // Links are as good as copies: nothing of the old folder is left.
+            quiet(Command::new("cp").args(["-a", "--link", "--"]).args([&old.join("."), &place]))
+                .with_context(|| format!("failed to move {}", old.display()))?;
+            remove(&old)?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs a command whose words matter only if it fails; returns its output.

@@ -13,11 +13,13 @@ use std::process::{Command, Stdio};
 
 /// Everything that is brought and runs outside a build, and how it is asked whether it starts. What needs
 /// a configuration even for that is started by its tests.
-const PROGRAMS: [(&str, &[&[&str]]); 10] = [
+const PROGRAMS: [(&str, &[&[&str]]); 12] = [
     ("bin", &[&["buf", "--version"], &["grpcurl", "--version"], &["hadolint", "--version"]]),
     ("prometheus", &[&["usr/bin/prometheus", "--version"], &["usr/bin/promtool", "--version"]]),
     ("etcd", &[&["usr/bin/etcd", "--version"], &["usr/bin/etcdctl", "version"]]),
     ("ibstat", &[&["usr/sbin/ibstat", "-V"]]),
+    ("iproute2", &[&["usr/bin/ip", "-V"]]),
+    ("systemd", &[&["usr/bin/systemd-analyze", "--version"], &["usr/bin/systemd-tmpfiles", "--version"]]),
     ("slurm", &[&["usr/sbin/slurmctld-wlm", "-V"], &["usr/sbin/slurmd-wlm", "-V"]]),
     ("buildah", &[&["usr/bin/buildah", "--version"]]),
     ("debootstrap", &[&["usr/bin/wget", "--version"]]),
@@ -107,15 +109,21 @@ fn a_program_finds_the_libraries_that_came_with_it_and_one_that_did_not_come_is_
     let program = tree.join("usr/bin/main");
     let ends_well = |program: &Path| Command::new(program).env_clear().output().unwrap().status.success();
     assert!(!ends_well(&program), "nobody has told it where its libraries are");
-    bind(&deps, &tree).unwrap();
+    let place = deps.path("place");
+    bind(&deps, &tree, &place).unwrap();
     assert!(ends_well(&program));
 
+    fs::rename(&tree, &place).unwrap();
+    let copy = deps.path("copy");
+    fs::copy(place.join("usr/bin/main"), &copy).unwrap();
+    assert!(ends_well(&copy), "a copy of the program finds them by their place");
+
     let moved = deps.path("moved");
-    fs::rename(&tree, &moved).unwrap();
+    fs::rename(&place, &moved).unwrap();
     let program = moved.join("usr/bin/main");
     assert!(ends_well(&program), "it finds them wherever the tree is");
 
     fs::remove_file(moved.join("usr/lib/two/libtwo.so.2")).unwrap();
-    let words = bind(&deps, &moved).unwrap_err().to_string();
+    let words = bind(&deps, &moved, &place).unwrap_err().to_string();
     assert!(words.ends_with("usr/lib/one/libone.so.1 needs libtwo.so.2"), "{words}");
 }

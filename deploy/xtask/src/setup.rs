@@ -22,7 +22,7 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
     let parts = parts(wants);
     let is_missing = |(part, _): &&(Part, Bring)| !part.is_there(dir);
     let has_data = !wants.libtorch || has_data(dir, wants);
-    let optional = if wants.tools { optional::all() } else { Vec::new() };
+    let optional = if wants.tools { optional::all(dir) } else { Vec::new() };
     let has_optional = optional.iter().all(|optional| optional.part.is_there(dir));
     if has_data && has_optional && machine::is_checked(dir) && !parts.iter().any(|part| is_missing(&part)) {
         eprintln!("set-up: all is there");
@@ -51,7 +51,7 @@ pub fn run(dir: &Path, wants: &Wants) -> Result<()> {
 /// Brings programs of Debian that are not for the tests.
 pub fn bring_debian(dir: &Path, programs: &Debian) -> Result<()> {
     let patchelf = tools::PATCHELF;
-    let programs = programs.optional();
+    let programs = programs.optional(dir);
     if programs.part.is_there(dir) {
         return Ok(());
     }

@@ -19,6 +19,7 @@ pub struct Stage {
 
 /// Sets up, then runs every stage until one fails.
 pub fn run(quick: bool, python: bool) -> Result<()> {
+    machine::git()?;
     setup::run(&cargo::deps_dir(), &Wants { libtorch: !quick, tools: true, digits: false })?;
     // What it is for is skipped without it, and says so; the rest is worth having.
     if python && let Err(error) = python::bring() {
