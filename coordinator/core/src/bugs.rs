@@ -25,6 +25,7 @@ pub enum Bug {
     LeftoversForgotten,
     LateHelloCounts,
     WaitsByWallClock,
+    RoomForgottenWhileStarting,
     // In the node's core.
     OldGenerationLaunches,
     AdoptByPidAlone,
@@ -39,7 +40,7 @@ pub enum Bug {
 }
 
 /// Every bug.
-pub const ALL: [Bug; 26] = [
+pub const ALL: [Bug; 27] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -57,6 +58,7 @@ pub const ALL: [Bug; 26] = [
     Bug::LeftoversForgotten,
     Bug::LateHelloCounts,
     Bug::WaitsByWallClock,
+    Bug::RoomForgottenWhileStarting,
     Bug::OldGenerationLaunches,
     Bug::AdoptByPidAlone,
     Bug::NoSelfFence,

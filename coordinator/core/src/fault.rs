@@ -4,6 +4,7 @@
 use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::Effects;
+use crate::gang::counted;
 use crate::job::{JobState, Observed, Outcome, RootCause};
 use crate::types::{
     DesiredPhase, Generation, JobId, JobSpec, Millis, NodeName, Rank, RankExit, RankProgress,
@@ -61,7 +62,7 @@ impl Core {
             (Outcome::Restart, used) => format!("{why}; restart {} of {}", used + 1, job.spec.max_restarts),
             (Outcome::Move | Outcome::Cancel, _) => format!("{why}; starts again, no restart spent"),
             (Outcome::Fail, 0) => why,
-            (Outcome::Fail, used) => format!("{why}; after {used} restarts"),
+            (Outcome::Fail, used) => format!("{why}; after {}", counted(used as usize, "restart")),
         };
         job.exit = exit;
         let ran = now.since(gang.placed);

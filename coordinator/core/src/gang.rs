@@ -191,7 +191,7 @@ impl Core {
                 format!("running {} on {}", counted(ranks, "rank"), counted(nodes, "node"))
             };
             job.begin(now);
-            self.note_growable(id);
+            self.look_for_growth(now, id);
             fx.store_job(id);
         }
     }

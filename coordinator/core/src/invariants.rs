@@ -55,6 +55,7 @@ impl Core {
                 }
             }
         }
-        self.check_room()
+        self.check_room()?;
+        self.check_growth()
     }
 }

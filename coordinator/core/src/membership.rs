@@ -1,11 +1,13 @@
 //! Nodes are emptied and nodes come back: drains, daemons that leave, nodes whose ranks the kernel holds, and elastic
 //! gangs that grow. None of it spends a job's restarts.
 
+use std::collections::BTreeSet;
+
 use crate::bugs::{Bug, planted};
 use crate::core::{Core, Timer};
 use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
-use crate::job::JobState;
+use crate::job::{Job, JobState};
 use crate::node::{Drain, Node};
 use crate::schedule::{Plan, solve};
 use crate::types::{
@@ -174,21 +176,34 @@ impl Core {
         Some(assignment)
     }
 
-    /// An elastic job that runs on fewer nodes than it may is looked at when room appears.
+    /// Notes an elastic job that runs on fewer nodes than it may: it is looked at when room appears.
     pub(crate) fn note_growable(&mut self, id: &JobId) {
-        let Some(job) = self.jobs.get(id) else { return };
-        if job.state == JobState::Running && job.placements().len() < job.spec.max_nodes as usize {
+        if self.jobs.get(id).is_some_and(may_grow) {
             self.growable.insert(id.clone());
         }
     }
 
+    /// Looks at an elastic job that has just begun to run. Room that appeared while it started was no use
+    /// to it then, and nothing tells of it again.
+    pub(crate) fn look_for_growth(&mut self, now: Millis, id: &JobId) {
+        if planted(Bug::RoomForgottenWhileStarting) {
+            return self.note_growable(id);
+        }
+        if let Some(job) = self.jobs.get(id).filter(|job| may_grow(job)) {
+            let at = now.plus(self.config.grow_delay);
+            self.timers.insert((at, Timer::Grow(id.clone(), job.generation)));
+        }
+    }
+
     /// Room has appeared. Nodes often come back together, so it is looked at a little later, once for all.
+    /// Each look is at all nodes, so they are as far apart as passes over the queue.
     pub(crate) fn consider_growth(&mut self, now: Millis) {
-        for _ in 0..self.config.scan_max {
-            let Some(id) = self.growable.pop_first() else { return };
+        let mut at = now.plus(self.config.grow_delay);
+        let apart = self.rest_after_visits();
+        for id in std::mem::take(&mut self.growable) {
             if let Some(job) = self.jobs.get(&id) {
-                let at = now.plus(self.config.grow_delay);
                 self.timers.insert((at, Timer::Grow(id, job.generation)));
+                at = at.plus(apart);
             }
         }
     }
@@ -199,28 +214,63 @@ impl Core {
         if job.state != JobState::Running {
             return;
         }
+        let before = job.placements().len();
+        let more = self.nodes_to_be_had(job);
+        self.charge_visits(now);
+        if more > before {
+            let why = format!("{more} nodes can be had instead of {before}");
+            self.fault(now, id, Cause::Move(why), fx);
+        } else {
+            self.note_growable(id);
+        }
+    }
+
+    /// Returns on how many nodes a running job could run now, its own included.
+    fn nodes_to_be_had(&self, job: &Job) -> usize {
         let own: Vec<Node> = (job.placements().iter())
             .filter_map(|placement| {
                 let mut node = self.nodes.get(&placement.node)?.clone();
-                node.release(id, &job.spec, placement);
+                node.release(&job.id, &job.spec, placement);
                 Some(node)
             })
             .collect();
-        let others = self.nodes.values().filter(|node| !node.reserved.jobs.contains_key(id));
-        let before = job.placements().len();
-        let plan = solve(&job.spec, own.iter().chain(others));
-        self.charge_visits(now);
-        match plan {
-            Plan::Place(more) if more.len() > before => {
-                let why = format!("{} nodes can be had instead of {before}", more.len());
-                self.fault(now, id, Cause::Move(why), fx);
-            }
-            Plan::Place(_) | Plan::Wait(_) => self.note_growable(id),
+        let others = self.nodes.values().filter(|node| !node.reserved.jobs.contains_key(&job.id));
+        match solve(&job.spec, own.iter().chain(others)) {
+            Plan::Place(placements) => placements.len(),
+            Plan::Wait(_) => 0,
         }
+    }
+
+    /// Returns an elastic job that would stay small beside nodes that fit, although nothing will make it
+    /// be looked at.
+    pub(crate) fn check_growth(&self) -> Result<(), String> {
+        let looked_at: BTreeSet<&JobId> = self
+            .timers
+            .iter()
+            .filter_map(|(_, timer)| match timer {
+                Timer::Grow(id, generation) => {
+                    self.jobs.get(id).filter(|job| job.generation == *generation).map(|_| id)
+                }
+                _ => None,
+            })
+            .collect();
+        for job in self.jobs.values().filter(|job| may_grow(job) && !looked_at.contains(&job.id)) {
+            let before = job.placements().len();
+            let (noted, more) = (self.growable.contains(&job.id), self.nodes_to_be_had(job));
+            if !noted || more > before && !self.room.has_appeared() {
+                return Err(format!("{} stays on {before} nodes where {more} can be had", job.id));
+            }
+        }
+        Ok(())
     }
 }
 
-impl crate::job::Job {
+/// Returns whether an elastic job runs on fewer nodes than it may.
+fn may_grow(job: &Job) -> bool {
+    job.state == JobState::Running && job.placements().len() < job.spec.max_nodes as usize
+}
+
+impl Job {
     /// How a gang of this job is stopped.
     pub(crate) fn stop_mode(&self, gang: Option<&crate::job::Gang>) -> StopMode {
         let own = gang.and_then(|gang| gang.stop_grace);

@@ -43,6 +43,11 @@ impl Room {
         self.appeared = true;
         self.short.clear();
     }
+
+    /// Returns whether a pass over the jobs is due because of it.
+    pub fn has_appeared(&self) -> bool {
+        self.appeared
+    }
 }
 
 impl Core {
@@ -83,6 +88,11 @@ impl Core {
         let before = self.room.spent_ns;
         self.room.spent_ns += self.nodes.len() as u64 * VISIT_NS;
         self.rest(now, before);
+    }
+
+    /// Returns how long to rest after a look at all nodes.
+    pub(crate) fn rest_after_visits(&self) -> Millis {
+        Millis(self.nodes.len() as u64 * VISIT_NS * APART / 1_000_000)
     }
 
     /// Places one job if it fits; else says why not, and gives false.

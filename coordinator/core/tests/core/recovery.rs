@@ -37,6 +37,60 @@ fn an_elastic_job_goes_on_with_the_survivors_and_takes_the_lost_one_back() {
 }
 
 #[test]
+fn room_that_appears_while_an_elastic_job_starts_is_not_lost_to_it() {
+    let mut world = World::with_nodes(&["a"]);
+    world.node("a").frozen = true;
+    let job = world.submit(elastic(1, 4, 0));
+    for node in ["b", "c", "d"] {
+        world.connect(node);
+    }
+    world.pass(2_000);
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Starting, 1));
+    world.node("a").frozen = false;
+    world.settle();
+    world.pass(2_000);
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Running, 4));
+    assert_eq!(world.job(&job).restarts_used, 0);
+}
+
+#[test]
+fn nor_is_room_that_appears_while_a_coordinator_takes_up_an_elastic_job_that_starts() {
+    let mut world = World::with_nodes(&["a", "b"]);
+    world.disconnect("b");
+    world.pass(11_000);
+    world.node("a").frozen = true;
+    let job = world.submit(elastic(1, 2, 0));
+    world.restart_coordinator();
+    world.connect("a");
+    world.connect("b");
+    world.pass(2_000);
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Starting, 1));
+    world.node("a").frozen = false;
+    world.settle();
+    world.pass(2_000);
+    assert_eq!((world.state(&job), world.job(&job).world_size()), (JobState::Running, 2));
+}
+
+#[test]
+fn every_elastic_job_is_looked_at_when_room_appears_however_many_there_are() {
+    let mut world = World::default();
+    world.config.scan_max = 2;
+    world.restart_coordinator();
+    let names = ["a", "b", "c", "d"];
+    for node in names {
+        world.connect(node);
+    }
+    let jobs: Vec<String> = names.iter().map(|_| world.submit(elastic(1, 2, 0))).collect();
+    world.pass(2_000);
+    for node in ["e", "f", "g", "h"] {
+        world.connect(node);
+    }
+    world.pass(4_000);
+    let sizes: Vec<u32> = jobs.iter().map(|job| world.job(job).world_size()).collect();
+    assert_eq!(sizes, [2, 2, 2, 2]);
+}
+
+#[test]
 fn growth_does_not_take_what_others_wait_for() {
     let mut world = World::with_nodes(&["a"]);
     let job = world.submit(elastic(1, 2, 0));
