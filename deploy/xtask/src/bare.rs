@@ -100,9 +100,11 @@ fn make(home: &Path, root: &Path, codename: &str) -> Result<()> {
     let path = [tree.join("usr/bin")].into_iter().chain(std::env::split_paths(&path));
     let log = home.join("debootstrap.log");
     let output = fs::File::create(&log).context("failed to create the log of debootstrap")?;
+    let (mirror, components) = archive(codename)?;
     let mut debootstrap = Command::new(tree.join("usr/sbin/debootstrap"));
-    debootstrap.args(["--variant=minbase", &format!("--include={PACKAGES}"), codename]).arg(root);
-    debootstrap.arg(mirror(codename)?).env("PATH", std::env::join_paths(path)?);
+    debootstrap.args(["--variant=minbase", &format!("--include={PACKAGES}")]);
+    debootstrap.arg(format!("--components={components}")).arg(codename).arg(root).arg(mirror);
+    debootstrap.env("PATH", std::env::join_paths(path)?);
     debootstrap.env("DEBOOTSTRAP_DIR", tree.join("usr/share/debootstrap"));
     debootstrap.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
     if let Err(error) = cargo::run(&mut debootstrap) {
@@ -146,7 +148,10 @@ fn settings(root: &Path) -> Result<()> {
     for path in SETTINGS.iter().map(Path::new).filter(|path| path.exists()) {
         let place = root.join(path.strip_prefix("/")?);
         remove(&place)?;
-        copy(path, &place)?;
+        // A link that leads nowhere is no use to anybody, here or there.
+        if let Err(error) = copy(path, &place) {
+            eprintln!("bare: not all of {} was copied: {error:#}", path.display());
+        }
     }
     let proxies = Command::new("apt-config").args(["dump", "Acquire"]).output().context("no apt-config")?;
     let lines = String::from_utf8_lossy(&proxies.stdout);
@@ -200,18 +205,47 @@ fn codename() -> Result<String> {
     Ok(name.context("this system has no code name")?.trim_matches('"').to_owned())
 }
 
-/// Returns the archive from which this machine gets its packages.
-fn mirror(codename: &str) -> Result<String> {
-    let format = "$(CODENAME) $(COMPONENT) $(REPO_URI)";
+/// Returns the archive from which this machine gets its packages, and the parts of it.
+fn archive(codename: &str) -> Result<(String, String)> {
+    let format = "$(CODENAME) $(REPO_URI) $(COMPONENT)";
     let mut apt = Command::new("apt-get");
     apt.args(["indextargets", "--format", format, "Created-By: Packages"]);
     let output = apt.output().context("failed to start apt-get")?;
-    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
-    let wanted = format!("{codename} main ");
-    let found = listed.lines().find_map(|line| line.strip_prefix(&wanted));
-    Ok(found.with_context(|| format!("apt's sources name no archive of {codename}"))?.to_owned())
+    let found = archive_of(codename, &String::from_utf8_lossy(&output.stdout));
+    found.with_context(|| format!("apt's sources name no archive of {codename}"))
+}
+
+/// Reads lines of a code name, an archive and a part of it; the first archive that has `main` counts.
+fn archive_of(codename: &str, listed: &str) -> Option<(String, String)> {
+    let fields = listed.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let ours: Vec<(&str, &str)> = fields
+        .filter_map(|fields| match fields[..] {
+            [name, archive, component] if name == codename => Some((archive, component)),
+            _ => None,
+        })
+        .collect();
+    let mirror = ours.iter().find(|(_, component)| *component == "main")?.0;
+    let parts: Vec<&str> =
+        ours.iter().filter(|(archive, _)| *archive == mirror).map(|(_, component)| *component).collect();
+    Some((mirror.to_owned(), parts.join(",")))
 }
 
 fn chroot(root: &Path, words: &[&str]) -> Result<()> {
     cargo::run(Command::new("chroot").arg(root).args(words).stdin(Stdio::null()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_of_this_system_is_taken_with_all_its_parts() {
+        let listed = "noble-security http://b/ main\n\
+                      noble http://a/ universe\n\
+                      noble http://a/ main\n\
+                      noble http://c/ main\n";
+        let found = archive_of("noble", listed);
+        assert_eq!(found, Some(("http://a/".to_owned(), "universe,main".to_owned())));
+        assert_eq!(archive_of("bookworm", listed), None);
+    }
 }
