@@ -147,14 +147,15 @@ fn check_points(points: &[Point]) {
     assert!(points.len() <= 512);
     for point in points {
         assert!(point.rank.0 < limits::WORLD_SIZE_MAX && point.generation.0 > 0 && point.seq > 0);
-        assert!(point.values.len() <= 64 && point.values.values().all(|value| value.is_finite()));
+        assert!(point.values.len() <= 64);
         assert_eq!(convert::millis_from_timestamp(&view::point(point).time.unwrap_or_default()), point.time);
     }
     let series = Series::read(std::path::PathBuf::new());
     for _ in 0..2 {
         assert_eq!(series.append(points.to_vec()), points.last().map(|point| point.seq));
         let kept: Vec<Point> = series.after(0, 1000).into_iter().map(|(_, point)| (*point).clone()).collect();
-        assert_eq!(kept, points);
+        // As text, for NaN equals nothing.
+        assert_eq!(format!("{kept:?}"), format!("{points:?}"));
     }
     if let Some(last) = points.last() {
         let newest = points.iter().map(|point| point.step).max();

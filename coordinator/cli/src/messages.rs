@@ -88,6 +88,14 @@ mod tests {
     }
 
     #[test]
+    fn values_that_are_not_finite_are_strings_as_in_proto3() {
+        let values = [("a", f64::NAN), ("b", f64::INFINITY), ("c", f64::NEG_INFINITY)];
+        let values = values.map(|(name, value)| (name.to_owned(), value)).into();
+        let line = line("Point", &v1::Point { values, ..v1::Point::default() }).unwrap();
+        assert_eq!(line, r#"{"values":{"a":"NaN","b":"Infinity","c":"-Infinity"}}"#);
+    }
+
+    #[test]
     fn an_unknown_field_names_the_nearest() {
         let error = |text: &str| spec(text).unwrap_err().to_string();
         assert_eq!(error(r#"{"minNode":2}"#), "there is no field minNode; did you mean minNodes?");

@@ -54,29 +54,49 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
     Ok(())
 }
 
-/// A point as a dot of the curve of one value.
+/// The largest value that is drawn as it is: the height of a drawing, too, must be a number.
+const HEIGHT_MAX: f32 = f32::MAX / 4.0;
+
+/// Returns a point as a dot of the curve of one value. The dot of NaN or of an infinity is not finite.
 pub(crate) fn dot(point: &v1::Point, key: &str) -> Option<(f32, f32)> {
     let value = *point.values.get(key)?;
-    Some((point.step? as f32, value as f32))
+    let height = value as f32;
+    let height = if value.is_finite() { height.clamp(-HEIGHT_MAX, HEIGHT_MAX) } else { height };
+    Some((point.step? as f32, height))
 }
 
-/// The curve with its axes' ends and last value.
+/// Returns the curve with its axes' ends and last value. Where a value is not finite the curve has a gap, and how many
+/// there are is said.
 pub(crate) fn draw(curve: &[(f32, f32)], key: &str) -> String {
     let (Some(first), Some(last)) = (curve.first(), curve.last()) else { return String::new() };
-    let (mut low, mut high) =
-        curve.iter().fold((f32::MAX, f32::MIN), |(l, h), (_, y)| (l.min(*y), h.max(*y)));
+    let last_line = format!("{key}: {} at step {}\n", last.1, last.0);
+    let missing = curve.iter().filter(|(_, y)| !y.is_finite()).count();
+    let gaps = match missing {
+        0 => String::new(),
+        1 => "1 value is NaN or infinite: a gap in the curve\n".to_owned(),
+        many => format!("{many} values are NaN or infinite: gaps in the curve\n"),
+    };
+    if missing == curve.len() {
+        return format!("{last_line}{gaps}");
+    }
+    let finite = curve.iter().map(|(_, y)| *y).filter(|y| y.is_finite());
+    let (mut low, mut high) = finite.fold((f32::MAX, f32::MIN), |(l, h), y| (l.min(y), h.max(y)));
     if (high - low).abs() < f32::EPSILON {
         // A flat curve needs some height to be drawn in.
         (low, high) = (low - 0.5, high + 0.5);
     }
     // The width of the axis must not be nothing either.
     let end = if last.0 > first.0 { last.0 } else { first.0 + 1.0 };
-    let lines = Shape::Lines(curve);
+    let pieces = curve.split(|(_, y)| !y.is_finite()).filter(|piece| !piece.is_empty());
+    // A line needs two ends: a value alone is a dot.
+    let shapes: Vec<Shape<'_>> = pieces
+        .map(|piece| if piece.len() == 1 { Shape::Points(piece) } else { Shape::Lines(piece) })
+        .collect();
     let mut chart = Chart::new_with_y_range(DOTS.0, DOTS.1, first.0, end, low, high);
-    let chart = chart.lineplot(&lines);
+    let chart = shapes.iter().fold(&mut chart, |chart, shape| chart.lineplot(shape));
     chart.axis();
     chart.figures();
-    format!("{chart}\n{key}: {} at step {}\n", last.1, last.0)
+    format!("{chart}\n{last_line}{gaps}")
 }
 
 #[cfg(test)]
@@ -90,6 +110,29 @@ mod tests {
         assert!(drawing.lines().count() > 10 && drawing.contains("2.0"), "{drawing}");
         for odd in [vec![], vec![(1.0, 1.0)], vec![(1.0, 1.0), (1.0, 2.0)], vec![(1.0, 0.0), (9.0, 0.0)]] {
             draw(&odd, "loss");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_a_gap_that_is_counted() {
+        let gap = |x: f32| if (40.0..60.0).contains(&x) { f32::NAN } else { x };
+        let curve: Vec<(f32, f32)> = (0..100).map(|i| (i as f32, gap(i as f32))).collect();
+        let drawing = draw(&curve, "loss");
+        assert!(drawing.contains("20 values are NaN or infinite: gaps in the curve"), "{drawing}");
+        assert!(drawing.contains("loss: 99 at step 99"), "{drawing}");
+        let whole = draw(&(0..100).map(|i| (i as f32, i as f32)).collect::<Vec<_>>(), "loss");
+        let dots = |drawing: &str| drawing.chars().filter(|c| ('\u{2801}'..='\u{28ff}').contains(c)).count();
+        assert!(dots(&drawing) < dots(&whole), "the gap is empty: {drawing}");
+        let value = |value: f64| {
+            let values = [("loss".to_owned(), value)].into();
+            dot(&v1::Point { step: Some(1), values, ..v1::Point::default() }, "loss").unwrap()
+        };
+        let odd = [value(1e300), value(-1e300), value(f64::NAN), value(f64::INFINITY), value(1.0)];
+        assert!(draw(&odd, "loss").contains("2 values are NaN"), "what is too large is no gap");
+        for last in [f64::NAN, f64::NEG_INFINITY] {
+            let text = draw(&[value(last)], "loss");
+            let said = format!("loss: {last} at step 1\n1 value is NaN or infinite: a gap in the curve\n");
+            assert_eq!(text, said);
         }
     }
 }

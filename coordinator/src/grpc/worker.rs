@@ -307,8 +307,7 @@ pub(crate) fn checked_points(batch: v1::PointBatch, now: Millis) -> Result<(JobI
             seq: point.seq,
             step: point.step.unwrap_or(0),
             time: point.time.as_ref().map_or(now, convert::millis_from_timestamp),
-            // JSON, in which they are stored, has no infinities.
-            values: point.values.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+            values: point.values,
         };
         let follows = points.last().is_none_or(|last| {
             (last.generation, last.rank) == (point.generation, point.rank) && last.seq < point.seq

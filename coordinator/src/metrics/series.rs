@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use muster_core::types::{Generation, Millis, Rank};
+use muster_core::types::{Generation, Millis, Rank, value};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::warn;
@@ -36,6 +36,7 @@ pub(crate) struct Point {
     /// Unix time.
     pub time: Millis,
     /// Values by name.
+    #[serde(with = "value")]
     pub values: BTreeMap<String, f64>,
 }
 
@@ -258,6 +259,22 @@ mod tests {
         let path = dir.path().join("metrics/job.jsonl");
         let end = Series::read_end(&path).latest(Generation(1));
         assert_eq!(end, Latest { step: Some(30), loss: Some(1.0) });
+    }
+
+    #[test]
+    fn values_that_are_not_finite_survive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("job.jsonl");
+        let series = Series::read(path.clone());
+        let losses = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
+        series.append((1..).zip(losses).map(|(seq, loss)| point(1, 0, seq, loss)).collect());
+        let end = Series::read_end(&path);
+        for series in [series, Series::read(path)] {
+            let kept: Vec<f64> = series.after(0, 9).iter().map(|(_, point)| point.values["loss"]).collect();
+            assert_eq!(format!("{kept:?}"), format!("{losses:?}"));
+            assert!(series.latest(Generation(1)).loss.is_some_and(f64::is_nan));
+        }
+        assert!(end.latest(Generation(1)).loss.is_some_and(f64::is_nan));
     }
 
     #[test]

@@ -23,7 +23,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Sends metrics to the worker as JSON lines: `{"step":1,"time":1760000000.5,"values":{"loss":2.3}}`.
 ///
-/// `time` is in seconds since 1970. A value that is not finite is sent as `null`, JSON having no NaN.
+/// `time` is in seconds since 1970. JSON has no numbers for NaN and the infinities: they are sent as the strings `"NaN"`,
+/// `"Infinity"` and `"-Infinity"`.
 #[derive(Debug)]
 pub struct Telemetry {
     sender: Option<Sender>,
@@ -93,10 +94,21 @@ impl Drop for Telemetry {
 }
 
 fn line(step: u64, time: f64, values: &[(&str, f64)]) -> String {
-    let values: BTreeMap<&str, f64> = values.iter().copied().collect();
+    let values: BTreeMap<&str, serde_json::Value> =
+        values.iter().map(|(name, value)| (*name, number(*value))).collect();
     let mut line = serde_json::json!({ "step": step, "time": time, "values": values }).to_string();
     line.push('\n');
     line
+}
+
+fn number(value: f64) -> serde_json::Value {
+    if value.is_nan() {
+        "NaN".into()
+    } else if value.is_infinite() {
+        if value > 0.0 { "Infinity" } else { "-Infinity" }.into()
+    } else {
+        value.into()
+    }
 }
 
 #[expect(clippy::disallowed_methods, reason = "a rank is its own driver: its points carry its clock")]
@@ -154,7 +166,10 @@ mod tests {
     fn a_line_is_the_documented_json() {
         let json = line(3, 1.5, &[("loss", 2.25), ("accuracy", 0.5)]);
         assert_eq!(json, "{\"step\":3,\"time\":1.5,\"values\":{\"accuracy\":0.5,\"loss\":2.25}}\n");
-        assert!(line(0, 0.0, &[("loss", f64::NAN)]).contains("\"loss\":null"));
+        let table = [(f64::NAN, "NaN"), (f64::INFINITY, "Infinity"), (f64::NEG_INFINITY, "-Infinity")];
+        for (value, text) in table {
+            assert!(line(0, 0.0, &[("loss", value)]).contains(&format!("\"loss\":\"{text}\"")));
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::Millis;
+use muster_core::types::{Millis, value};
 use serde::{Deserialize, Serialize};
 
 use super::parse::Reported;
@@ -29,12 +29,11 @@ pub(crate) fn path_in(log_dir: &Path) -> PathBuf {
 #[serde(untagged)]
 pub(super) enum Line {
     /// So many points could not be written; they have numbers all the same.
-    Dropped {
-        dropped: u64,
-    },
+    Dropped { dropped: u64 },
     Point {
         step: u64,
         time: Millis,
+        #[serde(with = "value")]
         values: BTreeMap<String, f64>,
     },
 }

@@ -51,7 +51,7 @@ pub(crate) struct SubmitArgs {
     #[arg(long, value_name = "DIR")]
     pub tensorboard_dir: Option<String>,
     /// Regular expression that finds metrics in lines of standard output, such as
-    /// `step (?P<step>[0-9]+).* loss (?P<loss>[0-9.eE+-]+)`.
+    /// `step (?P<step>[0-9]+).* loss (?P<loss>\S+)`.
     #[arg(long, value_name = "REGEX")]
     pub metric_pattern: Option<String>,
     /// User of the nodes as whom the ranks run, where their daemons run as root. Default: the token's, else the nodes'.

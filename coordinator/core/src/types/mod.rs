@@ -9,6 +9,7 @@ mod resources;
 mod spec;
 mod stop;
 pub mod surroundings;
+pub mod value;
 
 pub use assignment::{
     Assignment, DesiredPhase, GangReport, NodePlacement, ObservedPhase, RankExit, RankProgress,
@@ -23,6 +24,7 @@ pub use resources::Resources;
 pub use spec::{JobSpec, RESERVED_ENV, RUN_LABEL, RUN_RANK_LABEL, SpecError, limits};
 pub use stop::{CoordinatorLoss, StopMode, StopSignal};
 pub use surroundings::Surroundings;
+pub use value::Value;
 
 use serde::{Deserialize, Serialize};
 

@@ -36,7 +36,7 @@ pub struct MetricPattern {
 pub struct Matched {
     /// None if the pattern has no group for it.
     pub step: Option<u64>,
-    /// Those that are finite numbers, by the names of their groups.
+    /// Those that are numbers, NaN and the infinities among them, by the names of their groups.
     pub values: BTreeMap<String, f64>,
 }
 
@@ -53,7 +53,7 @@ impl MetricPattern {
         let named: Vec<_> = named.filter_map(|(index, name)| Some((index, name?.to_owned()))).collect();
         let (steps, values): (Vec<_>, Vec<_>) = named.into_iter().partition(|(_, name)| name == STEP);
         if values.is_empty() {
-            let example = "loss (?P<loss>[0-9.eE+-]+)";
+            let example = r"loss (?P<loss>\S+)";
             return Err(format!("names no value; put a named group around each number, such as {example}"));
         }
         if values.len() > VALUES_MAX {
@@ -73,9 +73,7 @@ impl MetricPattern {
             None => None,
         };
         let number = |group: usize| found.get(group)?.as_str().parse::<f64>().ok();
-        let value = |(group, name): &(usize, String)| {
-            Some((name.clone(), number(*group).filter(|value| value.is_finite())?))
-        };
+        let value = |(group, name): &(usize, String)| Some((name.clone(), number(*group)?));
         Some(Matched { step, values: self.values.iter().filter_map(value).collect() })
     }
 }
@@ -137,7 +135,7 @@ mod tests {
         let table: [Case; 9] = [
             (full, "step 7: loss 0.25", Some((Some(7), &[("loss", 0.25)]))),
             (full, "[10:01] step 8, loss=2e-1, lr 1e-4", Some((Some(8), &[("loss", 0.2), ("lr", 1e-4)]))),
-            (full, "step 9: loss nan, lr inf", Some((Some(9), &[]))),
+            (full, "step 9: loss none, lr Infinity", Some((Some(9), &[("lr", f64::INFINITY)]))),
             (full, "step 9: loss 1,5", Some((Some(9), &[("loss", 1.0)]))),
             (full, "step 99999999999999999999: loss 1", None),
             (full, "epoch 1", None),
@@ -152,5 +150,8 @@ mod tests {
             });
             assert_eq!(MetricPattern::new(pattern).unwrap().read(line), expected, "{line}");
         }
+        let found = MetricPattern::new(full).unwrap().read("step 9: loss nan, lr -inf").unwrap();
+        assert!(found.step == Some(9) && found.values["loss"].is_nan());
+        assert_eq!(found.values["lr"], f64::NEG_INFINITY);
     }
 }

@@ -181,10 +181,7 @@ impl EventFile {
             }
             let fresh = || Reported { step, time: time(seconds), values: BTreeMap::new() };
             let point = self.pending.get_or_insert_with(fresh);
-            // A step whose value is no number is told all the same, as one in a line is.
-            if value.is_finite() {
-                point.values.insert(name, value);
-            }
+            point.values.insert(name, value);
         }
     }
 

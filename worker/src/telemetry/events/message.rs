@@ -65,7 +65,7 @@ pub(crate) struct Scalars {
     pub step: u64,
     /// Unix time in seconds, as the program has it.
     pub time: f64,
-    /// By tag, in their order. Not always finite.
+    /// By tag, in their order. They may be NaN or infinite.
     pub values: Vec<(String, f64)>,
 }
 

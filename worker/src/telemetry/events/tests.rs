@@ -83,7 +83,7 @@ fn scalars_of_one_step_are_one_point_in_whatever_pieces_they_come() {
     .concat();
     let expected = [
         r#"1 {"loss": 0.5, "lr": 0.1}"#,
-        "2 {}",
+        r#"2 {"loss": NaN}"#,
         r#"3 {"loss": 0.25}"#,
         r#"3 {"loss": 0.125}"#,
         r#"4 {"loss": 0.0}"#,
