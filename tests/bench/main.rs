@@ -1,13 +1,15 @@
 //! `cargo xtask bench`: the training program beside the same in Python under torchrun, on the same libtorch,
 //! in one run, in turn. Prints JSON lines, then a table of ratios of medians. `cargo xtask bench recovery` measures
 //! how long faults take to heal instead, `cargo xtask bench launch` how soon ranks run, `cargo xtask bench init` how soon they
-//! have met, and `cargo xtask bench store` the store at which they do.
+//! have met, `cargo xtask bench store` the store at which they do, and `cargo xtask bench observers` what looking at a job
+//! costs it.
 
 #![expect(clippy::unwrap_used, reason = "a bench fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
 mod init;
 mod launch;
+mod observers;
 mod recovery;
 mod store;
 mod subject;
@@ -48,13 +50,15 @@ fn main() {
         Some("store") => store::run(root),
         Some("init") => init::run(root),
         Some("launch") => launch::run(root),
+        Some("observers") => observers::run(&args[1..]),
         // A rank of that bench.
         Some("stamp") => launch::stamp(Path::new(&args[1])),
+        // A rank of `observers`.
+        Some("flood") => observers::rank(args[1].parse().unwrap(), Path::new(&args[2])),
         Some(other) => {
             panic!(
-                "there is no bench {other}; there are `agents`, `durable`, `init`, `launch`, `recovery`, `reconnect`, `store` \
-                 and, without a name, \
-                 training"
+                "there is no bench {other}; there are `agents`, `durable`, `init`, `launch`, `observers`, `recovery`, \
+                 `reconnect`, `store` and, without a name, training"
             )
         }
     }

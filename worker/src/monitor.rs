@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use muster_core::health::{Finding, Severity};
-use muster_core::types::{GangId, GangReport, ObservedPhase, RankExit};
+use muster_core::types::{GangId, GangReport, Millis, ObservedPhase, RankExit};
 use muster_core::{Inventory, PortState};
-use muster_monitor::{Catalogue, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Page};
+use muster_monitor::{Catalogue, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Page};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -27,6 +27,7 @@ struct Counts {
     session_connected: IntGauge,
     sessions: IntCounter,
     renewals: IntCounter,
+    renewal_seconds: Histogram,
     gangs: IntGauge,
     ranks: IntGauge,
     generations: IntCounter,
@@ -40,6 +41,8 @@ struct Counts {
     findings: IntGaugeVec,
 }
 
+/// Up to the usual lease.
+const RENEWAL_SECONDS: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const EXITS: [&str; 4] = ["ok", "code", "signal", "out_of_memory"];
 
 impl Monitor {
@@ -56,6 +59,11 @@ impl Monitor {
             renewals: all.counter(
                 "muster_worker_lease_renewals_total",
                 "Heartbeats that the coordinator has acknowledged, the opening of a session included.",
+            ),
+            renewal_seconds: all.histogram(
+                "muster_worker_lease_renewal_seconds",
+                "Time from sending a heartbeat until this daemon has taken note of its acknowledgement.",
+                &RENEWAL_SECONDS,
             ),
             gangs: all.gauge("muster_worker_gangs", "Gangs of which something is held, ended ones until all is told."),
             ranks: all.gauge("muster_worker_ranks_running", "Ranks that run on this node."),
@@ -131,9 +139,10 @@ impl Monitor {
         self.0.session_connected.set(i64::from(connected));
     }
 
-    /// A lease was granted or renewed.
-    pub fn renewed(&self) {
+    /// A lease was granted or renewed, so long after that was asked for.
+    pub fn renewed(&self, after: Millis) {
         self.0.renewals.inc();
+        self.0.renewal_seconds.observe(after.0 as f64 / 1000.0);
     }
 
     /// A gang is to be prepared.
@@ -207,7 +216,7 @@ impl Monitor {
 
 #[cfg(test)]
 mod tests {
-    use muster_core::types::{Generation, JobId, Millis, Rank};
+    use muster_core::types::{Generation, JobId, Rank};
     use muster_core::{Device, FabricPort};
 
     use super::*;

@@ -11,6 +11,7 @@ use std::process::Command;
 pub fn run(args: &[OsString]) -> Result<()> {
     match args.first().and_then(|name| name.to_str()) {
         Some("reconnect") => return load(args),
+        Some("observers") => return observers(args),
         Some("durable") => {
             setup::run(&cargo::deps_dir(), &Wants { libtorch: false, tools: true, digits: false })?;
             return load(args);
@@ -27,6 +28,14 @@ pub fn run(args: &[OsString]) -> Result<()> {
     let packages = ["muster-cli", "muster-trainer", "muster-tests", "muster-tcpstore"];
     let packages = packages.map(|package| ["--package", package]).concat();
     let build = [&["cargo", "build", "--release", "--bins", "--examples"][..], &packages].concat();
+    cargo::run(&mut cargo::command(&build)).context("failed to build")?;
+    let bench = cargo::debug_dir().with_file_name("release").join("bench");
+    cargo::become_command(&mut Command::new(bench), args)
+}
+
+/// Real daemons, whose ranks are the bench program itself.
+fn observers(args: &[OsString]) -> Result<()> {
+    let build = ["cargo", "build", "--release", "--package", "muster-cli", "--package", "muster-tests"];
     cargo::run(&mut cargo::command(&build)).context("failed to build")?;
     let bench = cargo::debug_dir().with_file_name("release").join("bench");
     cargo::become_command(&mut Command::new(bench), args)

@@ -4,6 +4,7 @@ use muster_core::types::GangId;
 use muster_worker_core::Input;
 
 use super::Daemon;
+use crate::clock::boot_now;
 
 impl Daemon {
     /// Before the core hears of it.
@@ -15,7 +16,7 @@ impl Daemon {
             }
             Input::Gone(gang) | Input::Failed(gang, _) => self.live.remove(gang),
             Input::Fenced(_) => self.monitor.fenced(),
-            Input::Renewed { .. } => self.monitor.renewed(),
+            Input::Renewed { sent, .. } => self.monitor.renewed(boot_now().since(*sent)),
             _ => {}
         }
     }
