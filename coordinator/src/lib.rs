@@ -14,6 +14,7 @@ mod error;
 #[doc(hidden)]
 pub mod fuzz;
 mod grpc;
+mod intake;
 mod lag;
 mod late;
 mod links;

@@ -60,6 +60,7 @@ pub(crate) struct Counts {
     pub sessions_opened: IntCounter,
     pub slow_streams: IntCounterVec,
     pub points: IntCounter,
+    pub points_put_off: IntCounter,
     pub commit_seconds: Histogram,
     pub store_errors: IntCounterVec,
     store_writable: IntGauge,
@@ -120,6 +121,10 @@ impl Monitor {
                 &["stream"],
             ),
             points: all.counter("muster_points_received_total", "Points that nodes have sent, repetitions included."),
+            points_put_off: all.counter(
+                "muster_points_put_off_total",
+                "Times that a node was asked to send points again, because too many waited to be written.",
+            ),
             commit_seconds: all.histogram(
                 "muster_store_commit_seconds",
                 "Time that the store took to make a group of decisions durable.",

@@ -17,7 +17,6 @@ use muster_proto::v1::session_response::Message as Down;
 use muster_worker_core::{Core, Effect, Input};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
@@ -31,12 +30,10 @@ use crate::shim::{Command, Context, Shim, find};
 use crate::telemetry::Outbox;
 use crate::{Config, Error, data_dir, devices};
 use machine::Watched;
-use sending::{observed, room_from};
+use sending::{observed, room_from, send_points};
 
 /// Observations and messages that may wait for the daemon; senders wait beyond it.
 const INBOX_MAX: usize = 1024;
-/// Points are sent in batches, at most this often.
-const POINTS_INTERVAL: Duration = Duration::from_millis(50);
 /// Time that killed ranks get to be gone when the daemon ends. One that the kernel does not let go of (a dead
 /// file server, a hung driver) must not keep the daemon; its shim says so after 10 s.
 const KILLED_MAX: Duration = Duration::from_secs(11);
@@ -105,7 +102,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         leaving: None,
         last_coordinator: None,
         hellos: 0,
-        points_at: None,
         watched,
         monitor,
         identity,
@@ -118,6 +114,8 @@ struct Link {
     coordinator: String,
     queues: Queues,
     subscriptions: Subscriptions,
+    /// What sends points.
+    _points: AbortOnDropHandle<()>,
 }
 
 struct Daemon {
@@ -142,8 +140,6 @@ struct Daemon {
     leaving: Option<String>,
     /// With whom the last session was.
     last_coordinator: Option<String>,
-    /// When points are to be sent, if any wait.
-    points_at: Option<Instant>,
     watched: Watched,
     monitor: Monitor,
     identity: Identity,
@@ -253,18 +249,15 @@ impl Daemon {
     async fn turn(&mut self, session: &mut mpsc::Receiver<Event>) {
         self.release();
         let send_at = self.send_at();
-        let bulk = self.link.as_ref().map(|link| link.queues.bulk.clone());
-        let outbox = self.outbox.clone();
+        let control = self.link.as_ref().map(|link| link.queues.control.clone());
         tokio::select! {
             Some(observation) = self.observed.recv() => self.step(observation),
             Some(event) = session.recv() => self.on_session(event),
             // Only a coordinator that reads makes room; one that does not holds up nothing else here.
-            room = room_from(send_at, bulk) => if let Some(message) = self.next_message() {
+            room = room_from(send_at, control) => if let Some(message) = self.next_message() {
                 room.send(request(message));
             },
             () = until(self.core.next_deadline()) => self.step(Input::Tick),
-            // The next turn looks at it.
-            () = outbox.added(), if send_at.is_none() => {}
             Some(seen) = self.watched.seen.recv() => self.watched.take(seen),
             Some(_) = self.released.join_next() => {}
         }
@@ -280,7 +273,8 @@ impl Daemon {
                 let leaving = reason.map(|reason| v1::Leaving { reason });
                 self.hellos += 1;
                 let (node_name, number) = (name.to_string(), self.hellos);
-                hello.send(v1::Hello { node_name, incarnation, gangs, leaving, number }).ok();
+                let resends_points = true;
+                hello.send(v1::Hello { node_name, incarnation, gangs, leaving, number, resends_points }).ok();
                 self.unsent.clear();
                 self.leaving = None;
                 // What the last session did not get acknowledged goes first: the coordinator passes over what is
@@ -291,7 +285,13 @@ impl Daemon {
                     self.outbox.rewind_to_start();
                 }
                 self.last_coordinator = Some(coordinator.clone());
-                self.link = Some(Link { coordinator, queues, subscriptions: Subscriptions::default() });
+                let points = send_points(self.outbox.clone(), queues.points.clone(), self.monitor.clone());
+                self.link = Some(Link {
+                    coordinator,
+                    queues,
+                    subscriptions: Subscriptions::default(),
+                    _points: AbortOnDropHandle::new(tokio::spawn(points)),
+                });
             }
             Event::Closed => {
                 self.link = None;
@@ -329,7 +329,12 @@ impl Daemon {
             Down::PointAck(ack) => {
                 if let Ok(job) = JobId::new(ack.job_id) {
                     let gang = GangId { job, generation: Generation(ack.generation) };
-                    self.outbox.acknowledge(&gang, Rank(ack.rank), ack.seq);
+                    let rank = Rank(ack.rank);
+                    if ack.again {
+                        self.outbox.again(&gang, rank);
+                    } else {
+                        self.outbox.acknowledge(&gang, rank, ack.seq);
+                    }
                 }
             }
             Down::LogSubscribe(wanted) => {

@@ -48,8 +48,10 @@ const NAME_HELD_MAX: Duration = Duration::from_secs(30);
 const UNACKNOWLEDGED_MAX: usize = 64;
 /// Heartbeats on their way up: more that wait say nothing new.
 const URGENT_MAX: usize = 8;
-/// Reports and points on their way up. Few, so that a report does not wait behind many points.
-const BULK_MAX: usize = 16;
+/// Reports on their way up.
+const CONTROL_MAX: usize = 16;
+/// Batches of points on their way up; the others wait in files.
+const POINTS_MAX: usize = 2;
 /// Pieces of log on their way up, at most 64 KiB each.
 const LOGS_MAX: usize = 32;
 /// Largest message, as the coordinator's.
@@ -90,8 +92,10 @@ pub enum Event {
 /// The ends into which the daemon puts what goes up.
 #[derive(Debug)]
 pub struct Queues {
-    /// Reports and points.
-    pub bulk: mpsc::Sender<v1::SessionRequest>,
+    /// Reports, and whatever else the coordinator decides by.
+    pub control: mpsc::Sender<v1::SessionRequest>,
+    /// Points, which go after those.
+    pub points: mpsc::Sender<v1::SessionRequest>,
     /// Output, which goes after everything else.
     pub logs: mpsc::Sender<v1::SessionRequest>,
 }
@@ -230,11 +234,12 @@ async fn once(
     signs.lease = lease;
 
     let (urgent, urgent_queue) = mpsc::channel(URGENT_MAX);
-    let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
+    let (control, control_queue) = mpsc::channel(CONTROL_MAX);
+    let (points, points_queue) = mpsc::channel(POINTS_MAX);
     let (logs, logs_queue) = mpsc::channel(LOGS_MAX);
     let ends = || Failure::Session(Status::cancelled("the daemon ends"));
     let (reply, hello) = oneshot::channel();
-    let (coordinator, queues) = (url.to_owned(), Queues { bulk, logs });
+    let (coordinator, queues) = (url.to_owned(), Queues { control, points, logs });
     let open = Event::Open { coordinator, inventory, hello: reply, queues };
     events.send(open).await.map_err(|_| ends())?;
     let hello = hello.await.map_err(|_| ends())?;
@@ -243,7 +248,8 @@ async fn once(
     let hello_sent = boot_now();
     let renewing = client.clone();
     let session = async {
-        let stream = client.session(Prioritised([urgent_queue, bulk_queue, logs_queue]));
+        let queues = [urgent_queue, control_queue, points_queue, logs_queue];
+        let stream = client.session(Prioritised(queues));
         let stream = signs.watch(endpoint, stream).await??.into_inner();
         // Whoever opens the session grants the lease. Ranks never run without one.
         events

@@ -111,6 +111,7 @@ pub(super) fn session() -> Vec<Vec<u8>> {
         gangs: vec![report()],
         leaving: Some(v1::Leaving { reason: "shutdown".into() }),
         number: 1,
+        resends_points: true,
     };
     let phase = |phase: v1::ObservedPhase| Up::Gang(v1::GangReport { phase: phase.into(), ..report() });
     let points = |generation, time| {
@@ -122,7 +123,7 @@ pub(super) fn session() -> Vec<Vec<u8>> {
             values: [("loss".to_owned(), 2.5), ("lr".to_owned(), 0.1)].into(),
             seq,
         };
-        Up::Points(v1::PointBatch { job_id: job_id(), points: (1..4).map(point).collect() })
+        Up::Points(v1::PointBatch { job_id: job_id(), points: (1..4).map(point).collect(), resumes: true })
     };
     let late = Some(timestamp_to_wire(Millis(u64::MAX)));
     let chunk =

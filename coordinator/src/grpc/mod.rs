@@ -21,6 +21,7 @@ use tonic::{Code, Request, Status};
 use crate::access::Identity;
 use crate::authority::Authority;
 use crate::driver::{Handle, RequestError};
+use crate::intake::Intake;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::office::Office;
@@ -45,6 +46,7 @@ pub(crate) struct Api {
     pub office: Office,
     pub metrics: Metrics,
     pub monitor: Monitor,
+    pub intake: Intake,
     pub lease: Duration,
     pub heartbeat: Duration,
     /// Where connections are encrypted.
@@ -60,7 +62,8 @@ impl Api {
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
         let life = config.node_certificate_life;
         let authority = config.tls_dir.as_deref().map(|dir| Authority::new(dir, life));
-        Self { office, metrics, monitor, lease, heartbeat, authority, streams, arrivals }
+        let intake = Intake::new();
+        Self { office, metrics, monitor, intake, lease, heartbeat, authority, streams, arrivals }
     }
 
     /// The driver of the present time of leading.

@@ -1,8 +1,9 @@
 //! WatchJob, WatchNodes and StreamMetrics: a task each, fed by the driver's changes, held to its client's pace.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use muster_core::types::Rank;
+use muster_core::types::{JobId, Rank};
 use muster_core::{Job, Node};
 use muster_proto::{convert, v1};
 use tokio::sync::broadcast::{self, error::RecvError};
@@ -17,6 +18,9 @@ use crate::view;
 
 /// Points taken out of a series at a time.
 const POINTS_AT_ONCE: usize = 256;
+
+/// Time for the points of a job that has ended to be written.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 
 /// A client that lets thousands of changes pile up is told, rather than given a stream with holes.
 fn too_slow(monitor: &Monitor, stream: &str) -> Status {
@@ -107,6 +111,9 @@ impl Api {
         tokio::spawn(async move {
             let _permit = permit;
             let (mut after, mut ended) = (request.after_index, job.state.is_terminal() || !request.follow);
+            if job.state.is_terminal() {
+                self.points_settled(&job.id).await;
+            }
             loop {
                 // Marked seen before the points are taken, so that none that comes meanwhile is missed.
                 grown.borrow_and_update();
@@ -129,15 +136,25 @@ impl Api {
                 }
                 tokio::select! {
                     changed = grown.changed() => if changed.is_err() { return },
-                    // A node sends a rank's points before it reports the rank's exit: once the job has ended,
-                    // the series is whole, and one more look takes the rest.
-                    () = job_ended(&mut changes) => ended = true,
+                    // A node sends a rank's points before it reports the rank's exit, unless they are very many: once
+                    // those that have come are written, the series is whole, and one more look takes the rest.
+                    () = job_ended(&mut changes) => {
+                        self.points_settled(&job.id).await;
+                        ended = true;
+                    }
                     () = over.cancelled() => return drop(sender.send(Err(stopping())).await),
                     () = sender.closed() => return,
                 }
             }
         });
         Ok(Stream::new(receiver))
+    }
+}
+
+impl Api {
+    /// Waits until the points of a job that have come are written, for as long as a disk may take.
+    async fn points_settled(&self, job: &JobId) {
+        tokio::time::timeout(SETTLE_MAX, self.intake.settled(job)).await.ok();
     }
 }
 

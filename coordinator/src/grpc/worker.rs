@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use super::{Api, Stream, caller};
 use crate::access::Identity;
 use crate::driver::{Handle, Hello};
+use crate::intake::{Batch, Inlet, Taken};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
 use crate::office::Reign;
@@ -116,6 +117,7 @@ impl WorkerService for Api {
         let Some(Message::Hello(hello)) = first.and_then(|first| first.message) else {
             return Err(invalid(field_error("message", "of a session must be hello first")));
         };
+        let resends_points = hello.resends_points;
         let hello = checked_hello(hello).map_err(invalid)?;
         let node = hello.node.clone();
         identity.check_node(&node)?;
@@ -124,7 +126,10 @@ impl WorkerService for Api {
         let reign = self.office.reign()?;
         let link = reign.driver.open_session(hello, sender).await?;
         drop(turn);
-        tokio::spawn(self.clone().listen(reign, node, link, incoming, identity));
+        let (inlet, batches) = self.intake.open(resends_points);
+        // It ends when the session has, and everything that the session brought is written.
+        tokio::spawn(self.clone().keep_points(reign.driver.clone(), link.clone(), batches));
+        tokio::spawn(self.clone().listen(reign, node, link, incoming, identity, inlet));
         Ok(Response::new(Stream::new(receiver)))
     }
 }
@@ -138,6 +143,7 @@ impl Api {
         link: Arc<Link>,
         mut incoming: Streaming<v1::SessionRequest>,
         identity: Identity,
+        mut inlet: Inlet,
     ) {
         let session = link.session;
         let clock = reign.driver.clock();
@@ -163,7 +169,7 @@ impl Api {
                 None => break "the node closed it".to_owned(),
             };
             let goodbye = matches!(message, Some(Message::Goodbye(_)));
-            if let Err(status) = self.hear(&reign.driver, &node, &link, message).await {
+            if let Err(status) = self.hear(&reign.driver, &node, &link, &mut inlet, message).await {
                 warn!(%node, %session, error = status.message(), "session refused");
                 let message = status.message().to_owned();
                 link.close(status);
@@ -184,6 +190,7 @@ impl Api {
         driver: &Handle,
         node: &NodeName,
         link: &Link,
+        inlet: &mut Inlet,
         message: Option<Message>,
     ) -> Result<(), Status> {
         let (name, session) = (node.clone(), link.session);
@@ -195,7 +202,7 @@ impl Api {
                 let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
                 driver.tell(Input::Report { node: name, session, report }).await?;
             }
-            Some(Message::Points(batch)) => self.take_points(driver, link, batch).await?,
+            Some(Message::Points(batch)) => self.take_points(driver, link, inlet, batch).await?,
             Some(Message::Log(data)) => {
                 let kept = link.route_log(data);
                 if !kept {
@@ -224,17 +231,55 @@ impl Api {
         Ok(())
     }
 
-    async fn take_points(&self, driver: &Handle, link: &Link, batch: v1::PointBatch) -> Result<(), Status> {
+    /// Hands points on to whoever writes them. Never waits for a disk.
+    async fn take_points(
+        &self,
+        driver: &Handle,
+        link: &Link,
+        inlet: &mut Inlet,
+        batch: v1::PointBatch,
+    ) -> Result<(), Status> {
+        let resumes = batch.resumes;
         let (job, points) = checked_points(batch, driver.clock().now()).map_err(invalid)?;
         let Some(last) = points.last() else { return Ok(()) };
         self.monitor.points.inc_by(points.len() as u64);
-        let mut ack = v1::PointAck {
+        let ack = v1::PointAck {
             job_id: job.to_string(),
             generation: last.generation.0,
             rank: last.rank.0,
-            seq: last.seq,
+            seq: 0,
+            again: true,
         };
-        let series = self.metrics.series_of_known(driver, &job).await?;
+        if inlet.take(job, points, resumes).await? == Taken::PutOff {
+            self.monitor.points_put_off.inc();
+            link.send(v1::session_response::Message::PointAck(ack));
+        }
+        Ok(())
+    }
+
+    /// Writes the points of one session, and acknowledges them.
+    async fn keep_points(self, driver: Handle, link: Arc<Link>, mut batches: mpsc::Receiver<Batch>) {
+        while let Some(batch) = batches.recv().await {
+            let Some(_turn) = self.intake.turn().await else { return };
+            if let Err(status) = self.keep(&driver, &link, batch).await {
+                // The node opens another session, and sends again what was not acknowledged.
+                warn!(session = %link.session, error = status.message(), "points are not kept");
+                return link.close(status);
+            }
+        }
+    }
+
+    async fn keep(&self, driver: &Handle, link: &Link, mut batch: Batch) -> Result<(), Status> {
+        let points = std::mem::take(&mut batch.points);
+        let Some(last) = points.last() else { return Ok(()) };
+        let mut ack = v1::PointAck {
+            job_id: batch.job.to_string(),
+            generation: last.generation.0,
+            rank: last.rank.0,
+            seq: last.seq,
+            again: false,
+        };
+        let series = self.metrics.series_of_known(driver, &batch.job).await?;
         // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
         if let Some(series) = series {
             let known = tokio::task::spawn_blocking(move || series.append(points))
@@ -242,6 +287,7 @@ impl Api {
                 .map_err(|error| Status::internal(format!("failed to keep points: {error}")))?;
             ack.seq = ack.seq.max(known.unwrap_or(0));
         }
+        drop(batch);
         link.send(v1::session_response::Message::PointAck(ack));
         Ok(())
     }

@@ -98,9 +98,8 @@ impl Node {
                 self.hellos += 1;
                 let gangs = self.core.reports().iter().map(convert::gang_report_to_wire).collect();
                 let (node_name, incarnation) = (self.name.to_string(), self.incarnation.clone());
-                hello
-                    .send(v1::Hello { node_name, incarnation, gangs, leaving: None, number: self.hellos })
-                    .ok();
+                let number = self.hellos;
+                hello.send(v1::Hello { node_name, incarnation, gangs, number, ..v1::Hello::default() }).ok();
                 self.link = Some(queues);
             }
             Event::Heard(message) => match *message {
@@ -180,7 +179,7 @@ impl Node {
     async fn send(&self, report: &GangReport) {
         if let Some(link) = &self.link {
             // A session that ends meanwhile says it again at the start of the next.
-            link.bulk.send(request(Up::Gang(convert::gang_report_to_wire(report)))).await.ok();
+            link.control.send(request(Up::Gang(convert::gang_report_to_wire(report)))).await.ok();
         }
     }
 }

@@ -40,7 +40,7 @@ impl Daemon {
     pub(super) async fn say_goodbye(&mut self, session: &mut mpsc::Receiver<Event>) {
         let Some(link) = self.link.take() else { return };
         let goodbye = v1::Goodbye { reason: "the daemon was stopped".to_owned() };
-        link.queues.bulk.send(request(Up::Goodbye(goodbye))).await.ok();
+        link.queues.control.send(request(Up::Goodbye(goodbye))).await.ok();
         // The coordinator ends the stream once it has heard it.
         while !matches!(session.recv().await, Some(Event::Closed) | None) {}
     }

@@ -12,6 +12,7 @@ impl Daemon {
         match input {
             Input::Exited(gang, exit) => {
                 self.live.end(gang, exit.rank);
+                self.outbox.exited(gang, exit.rank);
                 self.monitor.exited(exit);
             }
             Input::Gone(gang) | Input::Failed(gang, _) => self.live.remove(gang),

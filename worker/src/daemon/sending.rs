@@ -1,7 +1,9 @@
-//! What goes up, and in which order: reports before points, but the last points of a rank ahead of the report that
-//! it has ended, so that the coordinator has the whole curve when it ends the job.
+//! What goes up: reports at once, and points beside them. The news that a rank has ended waits for the rank's last points for
+//! a moment only, so that the curve of an ordinary job is whole when the coordinator ends the job.
 
-use muster_core::types::{GangId, Rank};
+use std::time::Duration;
+
+use muster_core::types::GangId;
 use muster_proto::convert;
 use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
@@ -9,66 +11,65 @@ use muster_worker_core::Core;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Daemon, POINTS_INTERVAL};
+use super::Daemon;
+use crate::monitor::Monitor;
+use crate::session::request;
+use crate::telemetry::Outbox;
 
 /// Bytes of standard error that all exits of one Hello may carry together; a message holds 4 MiB.
 const HELLO_TAILS_BYTES_MAX: usize = 1 << 20;
+/// Points are sent in batches: the first of them waits so long for others.
+const POINTS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What can be sent now.
 enum Next {
     Leaving,
     Report(GangId),
     Health,
-    PointsOf(GangId, Rank),
-    Points,
+}
+
+/// Sends points until the session ends. A task of its own: it waits for files and for the coordinator, and the daemon for
+/// neither.
+pub(super) async fn send_points(outbox: Outbox, queue: mpsc::Sender<v1::SessionRequest>, monitor: Monitor) {
+    loop {
+        outbox.ready().await;
+        outbox.collect(POINTS_INTERVAL).await;
+        while outbox.can_send() {
+            // First the room, so that whatever is taken out is sent.
+            let Ok(room) = queue.reserve().await else { return };
+            if let Some(batch) = outbox.next_batch().await {
+                monitor.points_sent(batch.points.len());
+                room.send(request(Up::Points(batch)));
+            }
+        }
+    }
 }
 
 impl Daemon {
-    /// When something is to be sent, if anything is. Points wait for others; what goes before them goes at once.
+    /// When something is to be sent, if anything is.
     pub(super) fn send_at(&mut self) -> Option<Instant> {
-        match self.next() {
-            None => {
-                self.points_at = None;
-                None
-            }
-            Some(Next::Points) => {
-                Some(*self.points_at.get_or_insert_with(|| Instant::now() + POINTS_INTERVAL))
-            }
-            Some(_) => Some(Instant::now()),
+        let now = Instant::now();
+        if self.next(now).is_some() {
+            return Some(now);
         }
+        self.unsent.iter().filter_map(|gang| self.outbox.awaited_until(gang)).min()
     }
 
-    fn next(&mut self) -> Option<Next> {
+    fn next(&mut self, now: Instant) -> Option<Next> {
         if self.leaving.is_some() {
             return Some(Next::Leaving);
         }
         self.unsent.retain(|gang| self.core.report(gang).is_some());
-        for gang in &self.unsent {
-            let exits = self.core.report(gang).map(|report| report.exits).unwrap_or_default();
-            let mut owed = exits.iter().filter(|exit| self.outbox.has_unsent_of(gang, exit.rank)).peekable();
-            if owed.peek().is_none() {
-                return Some(Next::Report(gang.clone()));
-            }
-            // Those that fill their window wait until the coordinator has taken some.
-            if let Some(exit) = owed.find(|exit| self.outbox.can_send_of(gang, exit.rank)) {
-                return Some(Next::PointsOf(gang.clone(), exit.rank));
-            }
+        let is_due = |gang: &&GangId| self.outbox.awaited_until(gang).is_none_or(|until| until <= now);
+        if let Some(gang) = self.unsent.iter().find(is_due) {
+            return Some(Next::Report(gang.clone()));
         }
-        if self.watched.is_due() {
-            return Some(Next::Health);
-        }
-        self.outbox.can_send().then_some(Next::Points)
+        self.watched.is_due().then_some(Next::Health)
     }
 
-    fn points(&self, batch: Option<v1::PointBatch>) -> Option<Up> {
-        let batch = batch?;
-        self.monitor.points_sent(batch.points.len());
-        Some(Up::Points(batch))
-    }
-
-    /// What is to be sent. None if it turned out that no points were there.
+    /// What is to be sent, if it still is.
     pub(super) fn next_message(&mut self) -> Option<Up> {
-        match self.next()? {
+        match self.next(Instant::now())? {
             Next::Leaving => self.leaving.take().map(|reason| Up::Leaving(v1::Leaving { reason })),
             Next::Report(gang) => {
                 self.unsent.remove(&gang);
@@ -76,8 +77,6 @@ impl Daemon {
                 Some(Up::Gang(convert::gang_report_to_wire(&report)))
             }
             Next::Health => self.watched.message().map(Up::Health),
-            Next::PointsOf(gang, rank) => self.points(self.outbox.next_batch_of(&gang, rank)),
-            Next::Points => self.points(self.outbox.next_batch()),
         }
     }
 }

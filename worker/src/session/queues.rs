@@ -6,8 +6,9 @@ use std::task::{Context, Poll};
 use muster_proto::v1;
 use tokio::sync::mpsc;
 
-/// Queues as one stream, the more urgent first: no log holds up a report, and nothing a heartbeat.
-pub(super) struct Prioritised(pub [mpsc::Receiver<v1::SessionRequest>; 3]);
+/// Queues as one stream, the more urgent first: no log holds up a point, no point a report, and nothing a
+/// heartbeat.
+pub(super) struct Prioritised(pub [mpsc::Receiver<v1::SessionRequest>; 4]);
 
 impl tokio_stream::Stream for Prioritised {
     type Item = v1::SessionRequest;
@@ -32,20 +33,21 @@ mod tests {
     use tokio_stream::StreamExt;
 
     #[tokio::test]
-    async fn a_heartbeat_passes_reports_and_a_report_passes_logs() {
-        let [urgent, bulk, logs] = [(); 3].map(|()| mpsc::channel(4));
-        let mut stream = Prioritised([urgent.1, bulk.1, logs.1]);
+    async fn a_heartbeat_passes_reports_they_pass_points_and_those_pass_logs() {
+        let queues = [(); 4].map(|()| mpsc::channel(4));
+        let (senders, receivers): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
+        let mut stream = Prioritised(receivers.try_into().unwrap());
         let beat = |seq| request(Up::Heartbeat(v1::Heartbeat { seq }));
-        for seq in [30, 31] {
-            logs.0.try_send(beat(seq)).unwrap();
+        for (queue, sender) in senders.iter().enumerate().rev() {
+            let queue = queue as u64 + 1;
+            sender.try_send(beat(10 * queue)).unwrap();
+            sender.try_send(beat(10 * queue + 1)).unwrap();
         }
-        bulk.0.try_send(beat(20)).unwrap();
-        urgent.0.try_send(beat(10)).unwrap();
-        drop((urgent.0, bulk.0, logs.0));
+        drop(senders);
         let mut seqs = Vec::new();
         while let Some(Some(Up::Heartbeat(beat))) = stream.next().await.map(|request| request.message) {
             seqs.push(beat.seq);
         }
-        assert_eq!(seqs, [10, 20, 30, 31]);
+        assert_eq!(seqs, [10, 11, 20, 21, 30, 31, 40, 41]);
     }
 }

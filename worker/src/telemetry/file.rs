@@ -16,8 +16,9 @@ use crate::clock::unix_now;
 /// Bytes of one rank's points on disk: ten million of them. Beyond it they are dropped, so that a rank that
 /// reports nonsense does not fill the disk.
 const FILE_BYTES_MAX: u64 = 1 << 30;
-/// Bytes read at once; a line is far shorter.
-const READ_BYTES_MAX: usize = 256 << 10;
+/// Bytes read at once: little more than the next batch takes, for what was read of a rank waits in memory. The longest line
+/// that a rank may write is half of it.
+const READ_BYTES_MAX: usize = 128 << 10;
 
 /// Where a rank's points are.
 pub(crate) fn path_in(log_dir: &Path) -> PathBuf {

@@ -1,29 +1,39 @@
 //! Points on their way to the coordinator: read from the ranks' files, sent in batches, and read again from where
 //! they were not acknowledged when a session breaks. Nothing is kept here but places in the files.
+//!
+//! What is sent and not acknowledged is bounded over all ranks, so that no point fills the stream on which heartbeats and
+//! reports go. No file is read while the lock is held: the daemon looks in here, too.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use muster_core::types::{Assignment, GangId, Rank};
 use muster_proto::convert::timestamp_to_wire;
 use muster_proto::v1;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tracing::warn;
 
-use super::file::{self, Line, Position};
+use super::file::{self, Line, Look, Position};
 use crate::launch::prepare::log_dir;
 
-/// Points of one rank that were sent and not acknowledged. Beyond it the rest waits in the file.
-const WINDOW_MAX: usize = 4096;
+/// Bytes of points, of all ranks together, that were sent and not acknowledged: about 2,500 points of one value. The rest
+/// waits in the files. A heartbeat behind so much passes within a quarter of a second at 10 Mbit/s.
+const WINDOW_BYTES_MAX: usize = 256 << 10;
 /// Points in one message, as the API allows.
 const BATCH_MAX: usize = 512;
-/// Bytes in one message: with the longest names a batch would else be larger than any message may be (4 MiB),
-/// and be refused each time it is sent again.
-const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Bytes in one message: a quarter of the window, so that several ranks share it.
+const BATCH_BYTES_MAX: usize = 64 << 10;
 /// Ranks of ended gangs whose last points still wait; beyond it the oldest are given up.
 const ENDED_MAX: usize = 1024;
+/// Time for which the news of a rank's end waits for the rank's last points. Those of a program that reports each step
+/// are acknowledged sooner, and its curve is whole when its job ends; those of one that floods follow.
+const EXIT_WAIT_MAX: Duration = Duration::from_millis(250);
+/// Time until points are sent again for which the coordinator had no room.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
 
 /// Every rank's points.
 #[derive(Clone, Debug, Default)]
@@ -32,7 +42,10 @@ pub(crate) struct Outbox(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     state: Mutex<State>,
+    /// There may be something to send.
     added: Notify,
+    /// It must not wait for more.
+    hurried: Notify,
 }
 
 type Key = (GangId, Rank);
@@ -42,6 +55,8 @@ struct State {
     ranks: BTreeMap<Key, Waiting>,
     /// Whose points were sent last; the next after it is served next, so that none holds up the others.
     served: Option<Key>,
+    /// Nothing is sent before.
+    paused_until: Option<Instant>,
 }
 
 /// The points of one rank.
@@ -52,16 +67,49 @@ struct Waiting {
     kept: Position,
     /// Before the first that the open session has not been given.
     next: Position,
-    /// The places after those that it was given and has not acknowledged.
-    window: VecDeque<Position>,
+    /// The places after those that it was given and has not acknowledged, each with the bytes of its point.
+    window: VecDeque<(Position, usize)>,
     /// Lines that were read and not sent yet.
     read: VecDeque<(Position, Option<Line>)>,
     /// The highest number that the coordinator keeps: one that was sent by an earlier daemon is not sent again.
     known: u64,
     /// There may be more in the file.
     more: bool,
+    /// The file is being read, from there on.
+    reading: Option<Position>,
+    /// The next batch begins with what the coordinator had no room for.
+    resumes: bool,
+    /// When this daemon heard of the rank's end.
+    exited: Option<Instant>,
     /// The gang is forgotten; the entry goes with its last point.
     ended: bool,
+}
+
+/// What comes next.
+enum Next {
+    Batch(v1::PointBatch),
+    /// A file must be read first.
+    Read(Reading),
+    Nothing,
+}
+
+/// A look at the file of one rank.
+#[derive(Clone, Debug)]
+struct Reading {
+    key: Key,
+    path: PathBuf,
+    from: Position,
+}
+
+impl Reading {
+    /// Reads on. Blocks on the disk.
+    fn look(&self) -> Look {
+        file::read(&self.path, self.from).unwrap_or_else(|error| {
+            let (gang, rank) = &self.key;
+            warn!(%gang, %rank, path = %self.path.display(), %error, "failed to read points");
+            Look::default()
+        })
+    }
 }
 
 impl Outbox {
@@ -91,52 +139,112 @@ impl Outbox {
         self.0.added.notify_one();
     }
 
-    /// Returns once points were added since the last call.
-    pub async fn added(&self) {
-        self.0.added.notified().await;
+    /// The rank has ended: its last points go first, and at once.
+    pub fn exited(&self, gang: &GangId, rank: Rank) {
+        if let Some(waiting) = self.state().ranks.get_mut(&(gang.clone(), rank)) {
+            waiting.exited = Some(Instant::now());
+        }
+        self.0.hurried.notify_one();
+    }
+
+    /// Until when the news of the ends of the gang's ranks should wait for their last points; none if it need not.
+    pub fn awaited_until(&self, gang: &GangId) -> Option<Instant> {
+        let state = self.state();
+        let of_gang = state.ranks.range((gang.clone(), Rank(0))..).take_while(|((g, _), _)| g == gang);
+        let owing = of_gang.filter(|(_, waiting)| waiting.owes());
+        let until = owing.filter_map(|(_, waiting)| Some(waiting.exited? + EXIT_WAIT_MAX)).max();
+        until.filter(|until| *until > Instant::now())
+    }
+
+    /// Returns once something can be sent.
+    pub async fn ready(&self) {
+        loop {
+            let paused_until = self.state().paused_until.filter(|until| *until > Instant::now());
+            match paused_until {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None if self.can_send() => return,
+                None => self.0.added.notified().await,
+            }
+        }
+    }
+
+    /// Waits so long for more, unless what is there must not wait.
+    pub async fn collect(&self, time: Duration) {
+        tokio::time::timeout(time, self.0.hurried.notified()).await.ok();
     }
 
     /// Whether points could be sent now.
     pub fn can_send(&self) -> bool {
-        self.state().ranks.values().any(Waiting::can_send)
+        let state = self.state();
+        state.has_room() && state.ranks.values().any(Waiting::can_send)
     }
 
-    /// Whether one rank's could.
-    pub fn can_send_of(&self, gang: &GangId, rank: Rank) -> bool {
-        self.state().ranks.get(&(gang.clone(), rank)).is_some_and(Waiting::can_send)
+    /// The next points to send, if any wait; each rank in turn, and those that have ended before the others.
+    pub async fn next_batch(&self) -> Option<v1::PointBatch> {
+        loop {
+            match self.next() {
+                Next::Batch(batch) => return Some(batch),
+                Next::Read(reading) => {
+                    let looks = reading.clone();
+                    let look = tokio::task::spawn_blocking(move || looks.look()).await;
+                    self.looked(&reading, look.unwrap_or_default());
+                }
+                Next::Nothing => return None,
+            }
+        }
     }
 
-    /// Whether one rank has points that the open session has not been given.
-    pub fn has_unsent_of(&self, gang: &GangId, rank: Rank) -> bool {
-        self.state().ranks.get(&(gang.clone(), rank)).is_some_and(Waiting::has_unsent)
-    }
-
-    /// The next points to send, if any wait; each rank in turn.
-    pub fn next_batch(&self) -> Option<v1::PointBatch> {
+    fn next(&self) -> Next {
         let mut state = self.state();
-        let served = state.served.take();
-        let waits = |(_, waiting): &(&Key, &Waiting)| waiting.can_send();
-        let after = (served.as_ref().map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
-        let mut in_turn = state.ranks.range::<Key, _>(after).chain(&state.ranks);
-        let next = in_turn.find(waits).map(|(key, _)| key.clone());
-        state.served = next.clone().or(served);
-        let key = next?;
-        take_batch(&mut state, &key)
+        if !state.has_room() {
+            return Next::Nothing;
+        }
+        while let Some(key) = state.in_turn() {
+            state.served = Some(key.clone());
+            let Some(waiting) = state.ranks.get_mut(&key) else { break };
+            if waiting.read.is_empty() {
+                // Set again by what comes meanwhile.
+                (waiting.more, waiting.reading) = (false, Some(waiting.next));
+                let (path, from) = (waiting.path.clone(), waiting.next);
+                return Next::Read(Reading { key, path, from });
+            }
+            let points = waiting.take_batch(&key);
+            let resumes = !points.is_empty() && std::mem::take(&mut waiting.resumes);
+            if waiting.is_done() {
+                state.ranks.remove(&key);
+            }
+            if !points.is_empty() {
+                return Next::Batch(v1::PointBatch { job_id: key.0.job.to_string(), points, resumes });
+            }
+        }
+        Next::Nothing
     }
 
-    /// The next points of one rank, if any wait.
-    pub fn next_batch_of(&self, gang: &GangId, rank: Rank) -> Option<v1::PointBatch> {
-        take_batch(&mut self.state(), &(gang.clone(), rank))
+    fn looked(&self, reading: &Reading, look: Look) {
+        let mut state = self.state();
+        if let Some(waiting) = state.ranks.get_mut(&reading.key) {
+            let from = waiting.reading.take();
+            // Else it is to be read from another place.
+            if from == Some(waiting.next) && waiting.read.is_empty() {
+                waiting.more |= look.more;
+                waiting.read = look.lines;
+            }
+            if waiting.is_done() {
+                state.ranks.remove(&reading.key);
+            }
+        }
     }
 
     /// A new session: what the old one did not acknowledge is sent again.
     pub fn rewind(&self) {
-        for waiting in self.state().ranks.values_mut() {
-            waiting.more = true;
-            waiting.next = waiting.kept;
-            waiting.window.clear();
-            waiting.read.clear();
+        let mut state = self.state();
+        state.paused_until = None;
+        for waiting in state.ranks.values_mut() {
+            waiting.rewind();
+            // Whoever read for the old session is gone.
+            (waiting.reading, waiting.resumes) = (None, false);
         }
+        drop(state);
         self.0.added.notify_one();
     }
 
@@ -148,20 +256,34 @@ impl Outbox {
         self.rewind();
     }
 
+    /// The coordinator had no room for what comes after the last that it has acknowledged: it is sent again, later.
+    pub fn again(&self, gang: &GangId, rank: Rank) {
+        let mut state = self.state();
+        if let Some(waiting) = state.ranks.get_mut(&(gang.clone(), rank)) {
+            waiting.rewind();
+            waiting.resumes = true;
+            state.paused_until = Some(Instant::now() + AGAIN_AFTER);
+        }
+        drop(state);
+        self.0.added.notify_one();
+    }
+
     /// The coordinator has everything up to `seq`.
     pub fn acknowledge(&self, gang: &GangId, rank: Rank, seq: u64) {
         let mut state = self.state();
         let key = (gang.clone(), rank);
         if let Some(waiting) = state.ranks.get_mut(&key) {
             waiting.known = waiting.known.max(seq);
-            let known = waiting.window.partition_point(|place| place.seq <= seq);
-            if let Some(last) = waiting.window.drain(..known).next_back() {
+            let known = waiting.window.partition_point(|(place, _)| place.seq <= seq);
+            if let Some((last, _)) = waiting.window.drain(..known).next_back() {
                 waiting.kept = last;
             }
             if waiting.is_done() {
                 state.ranks.remove(&key);
             }
         }
+        drop(state);
+        self.0.added.notify_one();
     }
 
     /// No rank of the gang will add anything. Gives how many ended ranks, of whichever gang, were given up for it.
@@ -189,7 +311,7 @@ impl Outbox {
 
     /// Whether every point is acknowledged.
     pub fn is_empty(&self) -> bool {
-        self.state().ranks.values().all(|waiting| !waiting.has_unsent() && waiting.window.is_empty())
+        !self.state().ranks.values().any(Waiting::owes)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -198,13 +320,20 @@ impl Outbox {
     }
 }
 
-fn take_batch(state: &mut State, key: &Key) -> Option<v1::PointBatch> {
-    let waiting = state.ranks.get_mut(key).filter(|waiting| waiting.can_send())?;
-    let points = waiting.take_batch(key);
-    if waiting.is_done() {
-        state.ranks.remove(key);
+impl State {
+    /// Whether the open session may be given more.
+    fn has_room(&self) -> bool {
+        let on_their_way = self.ranks.values().flat_map(|waiting| &waiting.window);
+        on_their_way.map(|(_, bytes)| bytes).sum::<usize>() < WINDOW_BYTES_MAX
     }
-    (!points.is_empty()).then(|| v1::PointBatch { job_id: key.0.job.to_string(), points })
+
+    /// Whose points come next.
+    fn in_turn(&self) -> Option<Key> {
+        let after = (self.served.as_ref().map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let in_turn = || self.ranks.range::<Key, _>(after).chain(&self.ranks).filter(|(_, w)| w.can_send());
+        let ended = in_turn().find(|(_, waiting)| waiting.exited.is_some());
+        ended.or_else(|| in_turn().next()).map(|(key, _)| key.clone())
+    }
 }
 
 /// What a point takes at most, roughly, on the wire.
@@ -214,28 +343,32 @@ fn bytes(point: &v1::Point) -> usize {
 
 impl Waiting {
     fn has_unsent(&self) -> bool {
-        self.more || !self.read.is_empty()
+        self.more || self.reading.is_some() || !self.read.is_empty()
     }
 
     fn can_send(&self) -> bool {
-        self.has_unsent() && self.window.len() < WINDOW_MAX
+        (self.more || !self.read.is_empty()) && self.reading.is_none()
+    }
+
+    /// Whether the coordinator lacks any of its points.
+    fn owes(&self) -> bool {
+        self.has_unsent() || !self.window.is_empty()
     }
 
     fn is_done(&self) -> bool {
-        self.ended && !self.has_unsent() && self.window.is_empty()
+        self.ended && !self.owes()
     }
 
-    /// The next points that the open session has not been given. May be none although more follow: one look at the
-    /// file is short.
+    /// Goes back to the first that is not acknowledged.
+    fn rewind(&mut self) {
+        self.more = true;
+        self.next = self.kept;
+        self.window.clear();
+        self.read.clear();
+    }
+
+    /// The next points that the open session has not been given, of those that were read. May be none.
     fn take_batch(&mut self, (gang, rank): &Key) -> Vec<v1::Point> {
-        if self.read.is_empty() {
-            let looked = file::read(&self.path, self.next);
-            let look = looked.unwrap_or_else(|error| {
-                warn!(%gang, %rank, path = %self.path.display(), %error, "failed to read points");
-                file::Look::default()
-            });
-            (self.more, self.read) = (look.more, look.lines);
-        }
         let mut room = BATCH_BYTES_MAX;
         let mut batch = Vec::new();
         while let Some((after, line)) = self.read.pop_front() {
@@ -250,15 +383,16 @@ impl Waiting {
                     values,
                     seq: after.seq,
                 };
-                room = room.saturating_sub(bytes(&point));
+                let size = bytes(&point);
+                room = room.saturating_sub(size);
                 batch.push(point);
-                self.window.push_back(after);
+                self.window.push_back((after, size));
             } else if self.window.is_empty() {
                 self.kept = after;
             }
             self.next = after;
-            // The largest point takes a hundredth of the room: beyond it by one does no harm.
-            if room == 0 || batch.len() >= BATCH_MAX || self.window.len() >= WINDOW_MAX {
+            // The largest point takes a sixth of the room: beyond it by one does no harm.
+            if room == 0 || batch.len() >= BATCH_MAX {
                 break;
             }
         }
@@ -267,124 +401,4 @@ impl Waiting {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::telemetry::file::Writer;
-    use crate::telemetry::parse::Reported;
-    use muster_core::types::{Generation, JobId, Millis};
-    use prost::Message;
-
-    /// An outbox for two ranks, and the files from which it sends.
-    struct World {
-        outbox: Outbox,
-        files: [Writer; 2],
-        dir: tempfile::TempDir,
-    }
-
-    fn gang() -> GangId {
-        GangId { job: JobId::new("j").unwrap(), generation: Generation(1) }
-    }
-
-    impl World {
-        fn new() -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            let file = |rank: u32| {
-                let log_dir = log_dir(dir.path(), &gang(), rank);
-                std::fs::create_dir_all(&log_dir).unwrap();
-                Writer::open(&log_dir).unwrap()
-            };
-            let files = [file(0), file(1)];
-            Self { outbox: outbox(dir.path()), files, dir }
-        }
-
-        fn add(&mut self, rank: u32, count: u64, values: &BTreeMap<String, f64>) {
-            for step in 0..count {
-                let reported = Reported { step, time: Some(Millis(1)), values: values.clone() };
-                self.files[rank as usize].add(reported).unwrap();
-            }
-            self.outbox.add(&gang(), &[Rank(rank)]);
-        }
-
-        /// What is given to the session until nothing more can be.
-        fn sent(&self) -> Vec<u64> {
-            sent(&self.outbox)
-        }
-    }
-
-    fn outbox(dir: &Path) -> Outbox {
-        let outbox = Outbox::default();
-        let mut state = outbox.state();
-        for rank in 0..2 {
-            let path = file::path_in(&log_dir(dir, &gang(), rank));
-            state.ranks.insert((gang(), Rank(rank)), Waiting { path, more: true, ..Waiting::default() });
-        }
-        drop(state);
-        outbox
-    }
-
-    fn sent(outbox: &Outbox) -> Vec<u64> {
-        let mut seqs = Vec::new();
-        while outbox.can_send() {
-            seqs.extend(
-                outbox.next_batch().into_iter().flat_map(|batch| batch.points).map(|point| point.seq),
-            );
-        }
-        seqs
-    }
-
-    #[test]
-    fn what_is_not_acknowledged_is_sent_again_and_nothing_else() {
-        let mut world = World::new();
-        world.add(0, 4, &BTreeMap::new());
-        assert_eq!(world.sent(), [1, 2, 3, 4]);
-        assert!(world.sent().is_empty());
-        world.outbox.acknowledge(&gang(), Rank(0), 2);
-        world.outbox.rewind();
-        assert_eq!(world.sent(), [3, 4]);
-        world.outbox.rewind_to_start();
-        assert_eq!(world.sent(), [1, 2, 3, 4], "another coordinator may lack what this one has");
-        world.outbox.end(&gang());
-        assert!(world.outbox.holds(&gang()), "the last points outlive their gang");
-        world.outbox.acknowledge(&gang(), Rank(0), 4);
-        assert!(world.outbox.is_empty() && !world.outbox.holds(&gang()));
-    }
-
-    #[test]
-    fn a_new_daemon_skips_what_the_coordinator_keeps() {
-        let mut world = World::new();
-        world.add(0, 20_000, &BTreeMap::new());
-        let first = world.sent();
-        assert_eq!(first, (1..=WINDOW_MAX as u64).collect::<Vec<_>>(), "no more than may wait");
-        let next = outbox(world.dir.path());
-        assert_eq!(next.next_batch().unwrap().points.len(), BATCH_MAX);
-        next.acknowledge(&gang(), Rank(0), 19_990);
-        assert_eq!(sent(&next), (19_991..=20_000).collect::<Vec<_>>());
-        next.acknowledge(&gang(), Rank(0), 20_000);
-        assert!(next.is_empty());
-    }
-
-    #[test]
-    fn a_batch_of_the_largest_points_fits_a_message() {
-        let mut world = World::new();
-        let values: BTreeMap<String, f64> = (0..64).map(|i| (format!("{i:0>128}"), 1.0)).collect();
-        world.add(0, 1000, &values);
-        let mut last = 0;
-        while world.outbox.can_send() {
-            let Some(batch) = world.outbox.next_batch() else { continue };
-            assert!(batch.encoded_len() < 3 << 20, "{} bytes", batch.encoded_len());
-            assert_eq!(batch.points[0].seq, last + 1, "no gap between batches");
-            last = batch.points.last().unwrap().seq;
-        }
-        assert_eq!(last, 1000);
-    }
-
-    #[test]
-    fn a_rank_that_floods_does_not_hold_up_the_others() {
-        let mut world = World::new();
-        world.add(0, 3 * BATCH_MAX as u64, &BTreeMap::new());
-        world.add(1, 1, &BTreeMap::new());
-        let batches = std::iter::from_fn(|| world.outbox.next_batch());
-        let ranks: Vec<_> = batches.map(|batch| batch.points[0].rank).collect();
-        assert_eq!(ranks, [Some(0), Some(1), Some(0), Some(0)]);
-    }
-}
+mod tests;

@@ -182,6 +182,7 @@ impl Coordinator {
                             generation: last.generation,
                             rank: last.rank(),
                             seq,
+                            again: false,
                         })
                     }),
                     Up::Goodbye(_) => {
