@@ -3,8 +3,9 @@
 pub(crate) mod layer;
 pub(crate) mod rules;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Bound;
 
 use http::{HeaderMap, header};
 use muster_core::access::{Digest, Role, Token};
@@ -27,14 +28,24 @@ const BEARER_BYTES_MAX: usize = 512;
 /// By what callers are judged. All of it is stored.
 #[derive(Debug, Default)]
 pub(crate) struct Tokens {
-    by_name: HashMap<TokenName, Token>,
+    by_name: BTreeMap<TokenName, Token>,
     barred: BTreeMap<NodeName, Millis>,
 }
 
 impl Tokens {
     pub fn of(core: &Core) -> Self {
-        let by_name = core.tokens().iter().map(|(name, token)| (name.clone(), token.clone())).collect();
-        Self { by_name, barred: core.barred().clone() }
+        Self { by_name: core.tokens().clone(), barred: core.barred().clone() }
+    }
+
+    /// Returns the tokens by name, after `after`.
+    pub fn after(&self, after: Option<&TokenName>) -> impl Iterator<Item = &Token> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.by_name.range::<TokenName, _>((from, Bound::Unbounded)).map(|(_, token)| token)
+    }
+
+    /// Returns when the node was shut out, if it was.
+    pub fn barred_at(&self, node: &NodeName) -> Option<Millis> {
+        self.barred.get(node).copied()
     }
 
     /// Takes over a change, once it is stored.
@@ -266,7 +277,7 @@ mod tests {
     #[test]
     fn only_a_whole_and_living_token_says_who_calls() {
         let now = Millis(1000);
-        let by_name = HashMap::from([
+        let by_name = BTreeMap::from([
             token("a", Role::Viewer, None),
             token("old", Role::Admin, Some(now)),
             token("join", Role::Node, None),

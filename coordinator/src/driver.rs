@@ -1,5 +1,5 @@
 //! The one task that owns the core. It feeds inputs in, makes writes durable in groups, and only then lets
-//! anything leave: messages to nodes, replies, events, and what readers saw.
+//! anything leave: messages to nodes, replies, and what readers and watchers see.
 //!
 //! While one group is being written, steps go on and the next group fills. A store that cannot be written for
 //! now (a full disk) turns the coordinator read-only: heartbeats are heard, training goes on, submissions
@@ -7,17 +7,19 @@
 
 mod durable;
 mod handle;
+mod publish;
 mod send;
 mod show;
 #[cfg(test)]
 mod tests;
-mod watch;
 
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use muster_core::types::{Millis, NodeName, Session};
-use muster_core::{Core, Effects, Event, Input, Job, Join, Node, NodeState, Refusal, Reply, ToNode, Write};
+use muster_core::types::{JobId, Millis, NodeName, Session};
+use muster_core::{Core, Effects, Input, Job, Join, Node, Reply, ToNode, Write};
 use muster_proto::v1;
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot, watch as channel};
@@ -30,11 +32,11 @@ use crate::clock::Clock;
 use crate::links::{Link, Links};
 use crate::metrics::Metrics;
 use crate::monitor::{Monitor, Tally};
+use crate::published::Published;
 use crate::{Error, persist};
 use durable::finished;
-use handle::{Answer, Command, JobWatch, Later, NodeWatch};
+use handle::{Answer, Command};
 pub(crate) use handle::{Handle, Hello, RequestError};
-use watch::Watchers;
 
 /// Commands that may wait for the driver; senders wait beyond it.
 pub(crate) const INBOX_MAX: usize = 4096;
@@ -50,14 +52,12 @@ enum Deferred {
     Send(NodeName, Session, ToNode),
     Reply(oneshot::Sender<Answer>, Answer),
     JobChanged(Arc<Job>),
+    /// Readers see it, and nobody is told.
+    JobDetail(Arc<Job>),
     NodeChanged(Arc<Node>),
-    JobDeleted(muster_core::types::JobId),
+    JobDeleted(JobId),
     TokensChanged(Write),
     NodeForgotten(NodeName),
-    Run(Later),
-    /// A watcher sees what came before it as one state, and every change that comes after.
-    WatchJob(Result<Box<Job>, Refusal>, JobWatch),
-    WatchNodes(Vec<Node>, NodeWatch),
 }
 
 /// Writes, and what waits for them.
@@ -105,7 +105,14 @@ pub(crate) struct Driver {
     inbox: mpsc::Receiver<(Millis, Command)>,
     links: Links,
     metrics: Metrics,
-    watchers: Watchers,
+    /// What readers see.
+    published: Published,
+    /// Whether readers are shown what was known when the time of leading ended.
+    showing: Arc<AtomicBool>,
+    /// Jobs of whose gangs readers do not see all that is known.
+    details: BTreeSet<JobId>,
+    /// When those are published, at the earliest.
+    details_due: Millis,
     monitor: Monitor,
     tally: Tally,
 }
@@ -129,7 +136,17 @@ pub(crate) fn start(
     let links = Links::default();
     let (degraded, trouble) = channel::channel(None);
     let tokens = Arc::new(RwLock::new(Tokens::of(&core)));
-    let handle = Handle { inbox: sender, links: links.clone(), clock, trouble, tokens: tokens.clone() };
+    let (published, showing) = (Published::of(&core), Arc::new(AtomicBool::new(false)));
+    let handle = Handle {
+        inbox: sender,
+        links: links.clone(),
+        clock,
+        trouble,
+        tokens: tokens.clone(),
+        published: published.clone(),
+        leads: leads.clone(),
+        showing: showing.clone(),
+    };
     let tally = Tally::new(monitor.clone(), &core);
     let mut driver = Driver {
         core,
@@ -146,17 +163,15 @@ pub(crate) fn start(
         inbox,
         links,
         metrics,
-        watchers: Watchers::default(),
+        published,
+        showing,
+        details: BTreeSet::new(),
+        details_due: Millis(0),
         monitor,
         tally,
     };
     driver.take(effects, None);
     Ok((handle, driver))
-}
-
-/// Identity of a cluster, as the API shows it.
-pub(crate) fn cluster_id(core: &Core) -> String {
-    format!("{:016x}", core.meta().seed)
 }
 
 impl Driver {
@@ -165,9 +180,9 @@ impl Driver {
         self.fence.0
     }
 
-    /// Identity of the cluster.
+    /// Identity of the cluster, as the API shows it.
     pub fn cluster_id(&self) -> String {
-        cluster_id(&self.core)
+        format!("{:016x}", self.core.meta().seed)
     }
 
     /// Runs until `stop`, and then finishes what is to be written; or until `over`, or until it sees by itself that another
@@ -192,10 +207,15 @@ impl Driver {
                 return Ok(End::Deposed);
             }
             self.flush();
+            #[cfg(debug_assertions)]
+            self.check_published();
             let room = self.filling.deferred.len() < DEFERRED_MAX;
             let due = if room { self.core.next_deadline() } else { None };
-            let idle =
-                due.map_or(wake_max, |at| Duration::from_millis(at.since(self.clock.now()).0).min(wake_max));
+            let idle = [due, self.details_due()]
+                .into_iter()
+                .flatten()
+                .min()
+                .map_or(wake_max, |at| Duration::from_millis(at.since(self.clock.now()).0).min(wake_max));
             let input = tokio::select! {
                 biased;
                 () = over.cancelled() => return Ok(End::Deposed),
@@ -237,6 +257,7 @@ impl Driver {
                 }
                 None => {}
             }
+            self.publish_details(now);
         }
         self.drain().await.map(|()| End::Stopped)
     }
@@ -254,22 +275,8 @@ impl Driver {
             Command::FromNode(input) => self.step(*input, None),
             Command::Heartbeat { node, session, seq } => self.heartbeat(node, session, seq),
             Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
-            Command::Read(look) => {
-                let later = look(&self.core);
-                if self.degraded.borrow().is_some() {
-                    later();
-                } else {
-                    self.filling.deferred.push(Deferred::Run(later));
-                }
-            }
-            Command::WatchJob { id, reply } => {
-                let job = self.core.job(&id).cloned();
-                self.filling.deferred.push(Deferred::WatchJob(job.map(Box::new), reply));
-            }
-            Command::WatchNodes { reply } => {
-                let nodes = self.core.nodes_after(None).cloned().collect();
-                self.filling.deferred.push(Deferred::WatchNodes(nodes, reply));
-            }
+            #[cfg(test)]
+            Command::Busy(work) => work(),
         }
     }
 
@@ -335,41 +342,18 @@ impl Driver {
         {
             panic!("the core's state is broken: {broken}");
         }
-        let mut forgotten = Vec::new();
-        let deferred = &mut self.filling.deferred;
         for write in &effects.writes {
             persist::encode(&mut self.filling.batch, write);
-            match write {
-                Write::DeleteNode(name) => forgotten.push(Deferred::NodeForgotten(name.clone())),
-                // Before the reply: whoever was told that a token is revoked can rely on it.
-                Write::Token(_) | Write::DeleteToken(_) | Write::Barred(_) | Write::DeleteBarred(_) => {
-                    deferred.push(Deferred::TokensChanged(write.clone()));
-                }
-                Write::Meta(_) | Write::Job(_) | Write::DeleteJob(_) | Write::Node(_) => {}
-            }
         }
+        // Before the reply: who was told that a token is revoked can rely on it, and who has submitted a job finds it.
+        self.publish(&effects.writes, std::mem::take(&mut effects.events));
+        let deferred = &mut self.filling.deferred;
         deferred.extend(
             effects.sends.into_iter().map(|(node, session, what)| Deferred::Send(node, session, what)),
         );
         if let (Some(reply), Some(answer)) = (reply, effects.reply.take()) {
             deferred.push(Deferred::Reply(reply, answer.map_err(RequestError::from)));
         }
-        for event in effects.events {
-            match event {
-                Event::Job(id) => {
-                    if let Ok(job) = self.core.job(id.as_str()) {
-                        deferred.push(Deferred::JobChanged(Arc::new(job.clone())));
-                    }
-                }
-                Event::Node(name) => {
-                    if let Ok(node) = self.core.node(name.as_str()) {
-                        deferred.push(Deferred::NodeChanged(Arc::new(node.clone())));
-                    }
-                }
-                Event::JobDeleted(id) => deferred.push(Deferred::JobDeleted(id)),
-            }
-        }
-        deferred.extend(forgotten);
     }
 
     fn carry_out(&mut self, deferred: Vec<Deferred>) {
@@ -377,35 +361,21 @@ impl Driver {
             match effect {
                 Deferred::Send(node, session, what) => self.send(&node, session, what),
                 Deferred::Reply(reply, answer) => drop(reply.send(answer)),
-                Deferred::JobChanged(job) => {
-                    info!(job_id = %job.id, state = ?job.state, generation = job.generation.0, reason = %job.reason, "job");
-                    self.tally.job(&job);
-                    self.watchers.job_changed(&job);
-                }
-                Deferred::NodeChanged(node) => {
-                    if node.state == NodeState::Lost {
-                        warn!(node = %node.name, "node lost: its lease ended");
-                    }
-                    self.tally.node(&node);
-                    self.watchers.node_changed(&node);
-                }
+                Deferred::JobChanged(job) => self.job_changed(&job),
+                Deferred::JobDetail(job) => self.published.write().put_job(&job),
+                Deferred::NodeChanged(node) => self.node_changed(&node),
                 Deferred::JobDeleted(id) => {
+                    self.published.write().delete_job(&id);
                     self.tally.job_deleted(&id);
                     self.metrics.delete(&id);
                 }
                 Deferred::TokensChanged(change) => {
                     self.tokens.write().unwrap_or_else(PoisonError::into_inner).apply(&change);
                 }
-                Deferred::NodeForgotten(name) => self.tally.node_forgotten(&name),
-                Deferred::Run(later) => later(),
-                Deferred::WatchJob(job, reply) => {
-                    let watched = job.map(|job| {
-                        let changes = self.watchers.job(&job);
-                        (*job, changes)
-                    });
-                    drop(reply.send(watched));
+                Deferred::NodeForgotten(name) => {
+                    self.published.write().forget_node(&name);
+                    self.tally.node_forgotten(&name);
                 }
-                Deferred::WatchNodes(nodes, reply) => drop(reply.send((nodes, self.watchers.nodes()))),
             }
         }
     }

@@ -22,6 +22,7 @@ mod metrics;
 mod monitor;
 mod office;
 mod persist;
+mod published;
 mod seen;
 mod server;
 mod several;

@@ -75,8 +75,7 @@ impl Metrics {
         if let Some(series) = self.loaded(job) {
             return Ok(Some(series));
         }
-        let id = job.to_string();
-        let known = driver.read(move |core| core.job(&id).is_ok()).await?;
+        let known = driver.read(|state| state.has_job(job))?;
         Ok(if known { Some(self.series(job).await) } else { None })
     }
 

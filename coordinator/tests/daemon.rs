@@ -38,7 +38,9 @@ impl Coordinator {
     async fn start(data_dir: &Path) -> Self {
         let address = free_address();
         let stop = CancellationToken::new();
-        let config = Config { listen: address, ..Config::new(data_dir.to_owned()) };
+        // Scripted nodes send no heartbeats, and a busy machine takes its time.
+        let lease = Duration::from_mins(5);
+        let config = Config { listen: address, lease, ..Config::new(data_dir.to_owned()) };
         let task = tokio::spawn(muster_coordinator::run(config, stop.clone()));
         let coordinator = Self { address, stop, task };
         coordinator.channel().await;

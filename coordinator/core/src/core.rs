@@ -203,7 +203,6 @@ impl Core {
             Input::Submit { request_id, spec } => {
                 fx.reply = Some(self.submit(now, request_id, *spec, &mut fx).map(Reply::from));
             }
-            Input::PlanJob(spec) => fx.reply = Some(Ok(Reply::Plan(self.plan(&spec)))),
             Input::Cancel { job, reason, signal } => {
                 fx.reply = Some(self.cancel(now, &job, &reason, signal, &mut fx).map(Reply::from));
             }

@@ -1,5 +1,5 @@
 //! What a step asks of the driver, in the order in which it must be carried out: writes are durable before
-//! anything is sent, replied or shown.
+//! anything is shown, sent or replied, and who has a reply sees what it speaks of.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,6 @@ use crate::access::{Barred, Token};
 use crate::core::Meta;
 use crate::job::Job;
 use crate::node::Node;
-use crate::schedule::Plan;
 use crate::types::{Assignment, JobId, NodeName, Session, TokenName};
 
 /// Everything one step asks for.
@@ -23,7 +22,7 @@ pub struct Effects {
     /// leases are not stored. A heartbeat of a session that is over must not be, or the node would trust in a lease
     /// that has ended here.
     pub renewed: bool,
-    /// Then shown to whoever watches.
+    /// Shown to readers and watchers, once the writes are durable and before anything else leaves.
     pub events: BTreeSet<Event>,
     pub(crate) stored_jobs: BTreeSet<JobId>,
     pub(crate) stored_nodes: BTreeSet<NodeName>,
@@ -42,6 +41,11 @@ impl Effects {
     /// Something about the job that is not stored has changed.
     pub(crate) fn show_job(&mut self, id: &JobId) {
         self.events.insert(Event::Job(id.clone()));
+    }
+
+    /// What nodes add to the record of a running gang has changed.
+    pub(crate) fn show_job_detail(&mut self, id: &JobId) {
+        self.events.insert(Event::JobDetail(id.clone()));
     }
 
     /// The node's record must be written again.
@@ -95,6 +99,8 @@ pub enum ToNode {
 pub enum Event {
     /// The job changed.
     Job(JobId),
+    /// What nodes add to the record of the job's running gang has changed: readers see it, and no watcher is told.
+    JobDetail(JobId),
     /// The node changed.
     Node(NodeName),
     /// The job is gone; what is kept beside the state (metrics) goes with it.
@@ -108,8 +114,6 @@ pub enum Reply {
     Job(Box<Job>),
     /// The node as it is once the writes are durable.
     Node(Box<Node>),
-    /// Where a job would go.
-    Plan(Plan),
     /// A session was opened.
     Session(Session),
     /// The token as it is, or was when it was revoked.

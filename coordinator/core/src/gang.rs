@@ -137,14 +137,21 @@ impl Core {
         let preparing = gang.desired == DesiredPhase::Prepared;
         let quiet_before = gang.quiet.len();
         gang.set_quiet(group_rank, &report.quiet);
+        let mut detailed = false;
         if !report.processes.is_empty() {
-            gang.processes.insert(group_rank, report.processes.clone());
+            let before = gang.processes.insert(group_rank, report.processes.clone());
+            detailed |= before.as_ref() != Some(&report.processes);
         }
         if let Some(surroundings) = &report.surroundings {
-            gang.surroundings.insert(group_rank, surroundings.clone());
+            let before = gang.surroundings.insert(group_rank, surroundings.clone());
+            detailed |= before.as_ref() != Some(surroundings);
         }
         if group_rank == 0 {
+            detailed |= gang.rendezvous != report.rendezvous;
             gang.rendezvous.clone_from(&report.rendezvous);
+        }
+        if detailed {
+            fx.show_job_detail(id);
         }
         let told = !report.exits.is_empty() || report.error.is_some() || gang.quiet.len() > quiet_before;
         if !gang.observe(group_rank, seen) && !told {

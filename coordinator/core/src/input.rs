@@ -18,8 +18,6 @@ pub enum Input {
         /// The checked spec.
         spec: Box<JobSpec>,
     },
-    /// A user asks where a job would go.
-    PlanJob(Box<JobSpec>),
     /// A user stops a job.
     Cancel {
         /// The job's id as given.

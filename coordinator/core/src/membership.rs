@@ -130,6 +130,7 @@ impl Core {
         }
         if room {
             self.room.appear();
+            fx.show_node(name);
         }
         let left = reports.iter().filter(|report| report.phase < ObservedPhase::Stopped);
         for report in left.filter(|_| !planted(Bug::LeftoversForgotten)) {
@@ -147,6 +148,7 @@ impl Core {
             }
             if let Some(node) = self.nodes.get_mut(name) {
                 node.hold_leftover(&report.gang, &spec, &placement);
+                fx.show_node(name);
             }
             if report.phase == ObservedPhase::Killed {
                 self.drain_stuck(now, name, &report.gang, fx);

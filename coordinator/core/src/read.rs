@@ -1,10 +1,9 @@
-//! Looking at the state: what handlers show, without changing anything.
+//! Looking at the state, without changing anything.
 
 use crate::core::{Core, Meta};
 use crate::effects::Refusal;
-use crate::inventory::Inventory;
 use crate::job::Job;
-use crate::node::{Node, NodeState, Reserved};
+use crate::node::Node;
 use crate::types::{JobId, NodeName};
 
 impl Core {
@@ -32,16 +31,6 @@ impl Core {
         self.nodes.range::<NodeName, _>((from, Bound::Unbounded)).map(|(_, node)| node)
     }
 
-    /// How many jobs have ended, of those that are kept.
-    pub fn jobs_ended(&self) -> usize {
-        self.ended.len()
-    }
-
-    /// How many jobs wait for nodes.
-    pub fn jobs_queued(&self) -> usize {
-        self.queue.len()
-    }
-
     /// How many jobs are known.
     pub fn jobs_total(&self) -> usize {
         self.jobs.len()
@@ -50,10 +39,5 @@ impl Core {
     /// Counters and identity.
     pub fn meta(&self) -> Meta {
         self.meta
-    }
-
-    /// The state, inventory and reservations of every node, for totals; callers ask rarely.
-    pub fn inventories(&self) -> impl Iterator<Item = (&NodeState, &Inventory, &Reserved)> {
-        self.nodes.values().map(|node| (&node.state, &*node.inventory, &node.reserved))
     }
 }

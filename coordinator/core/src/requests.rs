@@ -1,9 +1,8 @@
-//! What users ask for: submissions, plans and cordons. Cancelling is part of a gang's life, in `gang.rs`.
+//! What users ask for: submissions and cordons. Cancelling is part of a gang's life, in `gang.rs`.
 
 use crate::core::Core;
 use crate::effects::{Effects, Refusal, Reply};
 use crate::job::{Job, JobState};
-use crate::schedule::{Plan, solve};
 use crate::types::{Generation, JobId, JobSpec, Millis, RequestId};
 
 impl Core {
@@ -76,10 +75,6 @@ impl Core {
                 return id;
             }
         }
-    }
-
-    pub(crate) fn plan(&self, spec: &JobSpec) -> Plan {
-        solve(spec, self.nodes.values())
     }
 
     pub(crate) fn set_cordon(

@@ -82,7 +82,6 @@ impl Driver {
                 Deferred::Reply(reply, _) => {
                     reply.send(Err(RequestError::StoreUnavailable(why.to_owned()))).ok();
                 }
-                Deferred::Run(later) => later(),
                 effect => kept.push(effect),
             }
         }

@@ -1,21 +1,23 @@
-//! How the handlers reach the driver: commands into its inbox, and their answers.
+//! How the handlers reach the driver: commands into its inbox, and their answers. What only looks never goes there.
 
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
-use muster_core::{Core, Input, Job, Join, Node, Refusal, Reply};
+use muster_core::{Input, Job, Join, Node, Refusal, Reply};
 use muster_proto::v1;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
 
+use super::Leads;
 use crate::access::Tokens;
 use crate::clock::Clock;
 use crate::links::{Link, Links};
+use crate::published::{Changes, Published, State};
 
 /// What a request comes back with.
 pub(crate) type Answer = Result<Reply, RequestError>;
-pub(super) type Later = Box<dyn FnOnce() + Send>;
-type ReadFn = Box<dyn FnOnce(&Core) -> Later + Send>;
 
 /// Why a request has no reply.
 #[derive(Debug, thiserror::Error)]
@@ -58,21 +60,13 @@ pub(super) enum Command {
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
         reply: oneshot::Sender<Result<Arc<Link>, RequestError>>,
     },
-    Read(ReadFn),
-    WatchJob {
-        id: String,
-        reply: JobWatch,
-    },
-    WatchNodes {
-        reply: NodeWatch,
-    },
+    /// Takes the driver's time, as much work would.
+    #[cfg(test)]
+    Busy(Box<dyn FnOnce() + Send>),
 }
 
-pub(super) type JobWatch = oneshot::Sender<Result<(Job, broadcast::Receiver<Arc<Job>>), Refusal>>;
-pub(super) type NodeWatch = oneshot::Sender<(Vec<Node>, broadcast::Receiver<Arc<Node>>)>;
-
 /// How handlers reach the driver.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Handle {
     /// With the time at which each was heard.
     pub(super) inbox: mpsc::Sender<(Millis, Command)>,
@@ -82,6 +76,17 @@ pub(crate) struct Handle {
     pub(super) trouble: watch::Receiver<Option<String>>,
     /// By what callers are judged: a look costs no turn of the driver.
     pub(super) tokens: Arc<RwLock<Tokens>>,
+    /// What readers see.
+    pub(super) published: Published,
+    pub(super) leads: Leads,
+    /// Whether what was known when the time of leading ended is shown.
+    pub(super) showing: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
 }
 
 impl Handle {
@@ -118,31 +123,32 @@ impl Handle {
         self.ask(|reply| Command::OpenSession { hello, sender, reply }).await?
     }
 
-    /// Looks at the state. What is seen is durable by the time this returns.
-    pub async fn read<T: Send + 'static>(
-        &self,
-        look: impl FnOnce(&Core) -> T + Send + 'static,
-    ) -> Result<T, RequestError> {
-        self.ask(|reply| {
-            Command::Read(Box::new(move |core| {
-                let seen = look(core);
-                Box::new(move || {
-                    reply.send(seen).ok();
-                })
-            }))
-        })
-        .await
+    /// Looks at the published state, for a short time: all of it is durable.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> Result<T, RequestError> {
+        let seen = look(&self.published.read());
+        self.confirm()?;
+        Ok(seen)
     }
 
-    /// The job now, and each of its later states.
-    pub async fn watch_job(&self, id: &str) -> Result<(Job, broadcast::Receiver<Arc<Job>>), RequestError> {
-        let id = id.to_owned();
-        Ok(self.ask(|reply| Command::WatchJob { id, reply }).await??)
+    /// Returns the job now, and each of its later states.
+    pub fn watch_job(&self, id: &str) -> Result<(Arc<Job>, Changes<Job>), RequestError> {
+        let watched = self.published.write().watch_job(id)?;
+        self.confirm()?;
+        Ok(watched)
     }
 
-    /// Every node now, and each one that changes.
-    pub async fn watch_nodes(&self) -> Result<(Vec<Node>, broadcast::Receiver<Arc<Node>>), RequestError> {
-        self.ask(|reply| Command::WatchNodes { reply }).await
+    /// Returns every node now, and each one that changes.
+    pub fn watch_nodes(&self) -> Result<(Vec<Arc<Node>>, Changes<Node>), RequestError> {
+        let watched = self.published.write().watch_nodes();
+        self.confirm()?;
+        Ok(watched)
+    }
+
+    /// Checks that what was seen just now was the present: nobody else can have led until then. What is shown after the time
+    /// of leading is marked as old instead.
+    pub fn confirm(&self) -> Result<(), RequestError> {
+        let is_present = (self.leads)() || self.showing.load(Ordering::Acquire);
+        if is_present { Ok(()) } else { Err(RequestError::Stopping) }
     }
 
     pub fn links(&self) -> &Links {

@@ -1,5 +1,7 @@
 //! What a coordinator knew when its time of leading ended, for as long as nobody knows better.
 
+use std::sync::atomic::Ordering;
+
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Command, RequestError};
@@ -9,6 +11,7 @@ impl Driver {
     /// Goes on to show what was known when the time of leading ended, until it is told to stop.
     pub async fn show(mut self, stop: CancellationToken) {
         self.degraded.send_replace(Some("this coordinator no longer leads".to_owned()));
+        self.showing.store(true, Ordering::Release);
         // What is not stored has not happened; whoever waits for it is told to ask again.
         (self.filling, self.writing) = (Group::default(), None);
         while let Some(command) = tokio::select! {
@@ -16,7 +19,6 @@ impl Driver {
             () = stop.cancelled() => None,
         } {
             match command.1 {
-                Command::Read(look) => look(&self.core)(),
                 Command::Request { reply, .. } => {
                     let why = "this coordinator no longer leads, and no other one does; try again".to_owned();
                     reply.send(Err(RequestError::StoreUnavailable(why))).ok();
@@ -24,9 +26,9 @@ impl Driver {
                 Command::Join { .. }
                 | Command::FromNode(_)
                 | Command::Heartbeat { .. }
-                | Command::OpenSession { .. }
-                | Command::WatchJob { .. }
-                | Command::WatchNodes { .. } => {}
+                | Command::OpenSession { .. } => {}
+                #[cfg(test)]
+                Command::Busy(_) => {}
             }
         }
     }

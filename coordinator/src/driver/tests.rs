@@ -1,13 +1,15 @@
-//! The driver's own promises: what is heard in time counts, however long it waits.
+//! The driver's own promises: what is heard in time counts, however long it waits, and readers neither wait nor see what
+//! could still be lost.
 
 use std::time::Duration;
 
-use muster_core::types::{Incarnation, Millis, NodeName};
+use muster_core::types::{Incarnation, JobSpec, Millis, NodeName};
 use muster_core::{Inventory, Join, NodeState};
 use muster_store::MemoryStore;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::published::State;
 
 const LEASE: Millis = Millis(1_000);
 
@@ -30,35 +32,128 @@ async fn arrive(handle: &Handle, name: &str) -> (NodeName, Session) {
     (node, handle.open_session(hello, sender).await.unwrap().session)
 }
 
-/// Each piece of work is too short to be taken for a pause of the process; together they outlast a lease.
-#[tokio::test(flavor = "multi_thread")]
-async fn no_lease_ends_while_its_heartbeat_waits() {
-    let dir = tempfile::tempdir().unwrap();
+type Running = tokio::task::JoinHandle<Result<End, Error>>;
+
+fn run(store: Box<dyn Store>) -> (Handle, CancellationToken, Running) {
     let config = muster_core::Config { lease: LEASE, ..muster_core::Config::default() };
-    let metrics = Metrics::new(dir.path().to_owned());
-    let store = Box::new(MemoryStore::default());
+    // No test has points, so no directory is made.
+    let metrics = Metrics::new("/nowhere".into());
     let (handle, mut driver) =
         start(store, config, metrics, Monitor::new(), Clock::start(), Arc::new(|| true)).unwrap();
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let running = tokio::spawn(async move { driver.run(&stopped, &CancellationToken::new()).await });
+    (handle, stop, running)
+}
+
+fn submission() -> Input {
+    let spec = JobSpec::new(vec!["train".to_owned()]).check().unwrap();
+    Input::Submit { request_id: None, spec: Box::new(spec) }
+}
+
+async fn submit(handle: &Handle) -> JobId {
+    match handle.request(submission()).await.unwrap() {
+        Reply::Job(job) => job.id,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_a_reply_reads_what_it_wrote() {
+    let (handle, stop, running) = run(Box::new(MemoryStore::default()));
+    for count in 1..=200 {
+        let id = submit(&handle).await;
+        let seen = handle.read(|state| (state.has_job(&id), state.jobs_total())).unwrap();
+        assert_eq!(seen, (true, count));
+    }
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_waits_neither_for_the_driver_nor_for_who_waits_there() {
+    let (handle, stop, running) = run(Box::new(MemoryStore::default()));
+    let id = submit(&handle).await;
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let work = Command::Busy(Box::new(move || {
+        held.recv().ok();
+    }));
+    handle.inbox.send((handle.clock.now(), work)).await.unwrap();
+    // It holds one in its hands, and as many wait as may.
+    while handle.inbox_depth() > 0 {
+        tokio::task::yield_now().await;
+    }
+    while handle.inbox.try_send((handle.clock.now(), Command::Busy(Box::new(|| ())))).is_ok() {}
+    assert_eq!(handle.inbox_depth(), INBOX_MAX);
+    assert!(handle.read(|state| state.has_job(&id)).unwrap());
+    assert_eq!(handle.watch_job(id.as_str()).unwrap().0.id, id);
+    drop(release);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
+
+/// A store whose disk is full until it is not.
+struct Full(MemoryStore, Arc<AtomicBool>);
+
+impl Store for Full {
+    fn campaign(&mut self) -> Result<Fence, StoreError> {
+        self.0.campaign()
+    }
+
+    fn load(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.0.load()
+    }
+
+    fn commit(&mut self, fence: Fence, batch: &Batch) -> Result<(), StoreError> {
+        if self.1.load(std::sync::atomic::Ordering::Acquire) {
+            return Err(StoreError::Retryable("the disk is full".to_owned()));
+        }
+        self.0.commit(fence, batch)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_see_nothing_that_could_still_be_lost() {
+    let is_full = Arc::new(AtomicBool::new(false));
+    let (handle, stop, running) = run(Box::new(Full(MemoryStore::default(), is_full.clone())));
+    let id = submit(&handle).await;
+    is_full.store(true, std::sync::atomic::Ordering::Release);
+    let refused = handle.request(submission()).await.unwrap_err();
+    assert!(matches!(refused, RequestError::StoreUnavailable(_)), "{refused}");
+    assert!(handle.trouble().is_some());
+    let seen: Vec<JobId> =
+        handle.read(|state| state.jobs_before(u64::MAX).map(|job| job.id.clone()).collect()).unwrap();
+    assert_eq!(seen, [id]);
+    is_full.store(false, std::sync::atomic::Ordering::Release);
+    // It was decided, and is shown once it is written.
+    while handle.read(State::jobs_total).unwrap() < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
+
+/// Each piece of work is too short to be taken for a pause of the process; together they outlast a lease.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_lease_ends_while_its_heartbeat_waits() {
+    let (handle, stop, running) = run(Box::new(MemoryStore::default()));
     let (first, first_session) = arrive(&handle, "first").await;
     let (second, second_session) = arrive(&handle, "second").await;
 
     let heard = handle.clock.now();
-    let busy = |_: &Core| -> Later {
-        std::thread::sleep(Duration::from_millis(LEASE.0 / 20));
-        Box::new(|| ())
-    };
-    let mut all: Vec<Command> = (0..25).map(|_| Command::Read(Box::new(busy))).collect();
+    let busy = |_| Command::Busy(Box::new(|| std::thread::sleep(Duration::from_millis(LEASE.0 / 20))));
+    let mut all: Vec<Command> = (0..25).map(busy).collect();
     // The first heartbeat is a step of the core, and would end the lease of the second node.
     all.push(Command::Heartbeat { node: first, session: first_session, seq: 1 });
     all.push(Command::Heartbeat { node: second, session: second_session, seq: 1 });
     for command in all {
         handle.inbox.send((heard, command)).await.unwrap();
     }
-    let states = handle.read(|core| core.nodes_after(None).map(|node| node.state).collect::<Vec<_>>());
-    assert_eq!(states.await.unwrap(), [NodeState::Ready, NodeState::Ready]);
+    // Refused once everything before it has been published.
+    let nobody = Input::SetCordon { node: "nobody".to_owned(), cordon: None };
+    handle.request(nobody).await.unwrap_err();
+    let states = handle.read(|state| state.nodes_after(None).map(|node| node.state).collect::<Vec<_>>());
+    assert_eq!(states.unwrap(), [NodeState::Ready, NodeState::Ready]);
     stop.cancel();
     assert_eq!(running.await.unwrap().unwrap(), End::Stopped);
 }

@@ -1,12 +1,16 @@
 //! JobService.
 
-use muster_core::types::RequestId;
-use muster_core::{Input, Job, Plan, Reply};
+use std::sync::Arc;
+
+use muster_core::types::{Generation, RequestId};
+use muster_core::{Input, Job, Node, Plan, Reply, solve};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, job_service_server::JobService};
 use tonic::{Request, Response, Status};
 
 use super::{Api, Stream, caller, unexpected_reply};
+use crate::driver::RequestError;
+use crate::metrics::Latest;
 use crate::view;
 
 /// Jobs on a page if the caller does not say.
@@ -15,6 +19,8 @@ const PAGE_DEFAULT: u32 = 100;
 const PAGE_MAX: u32 = 1000;
 /// Bytes of one response, below the 4 MiB that gRPC clients take; a page ends early rather than exceed it.
 pub(super) const PAGE_BYTES_MAX: usize = 3 << 20;
+/// Records that are looked at and shown between two turns of others: a page is cut while it is built.
+pub(super) const SHOWN_AT_ONCE: usize = 128;
 /// Longest reason of a cancel or cordon.
 pub(super) const REASON_BYTES_MAX: usize = 1024;
 
@@ -71,9 +77,7 @@ pub(crate) fn checked_reason(reason: String) -> Result<String, Status> {
 fn job_reply(reply: Reply) -> Result<Box<Job>, Status> {
     match reply {
         Reply::Job(job) => Ok(job),
-        Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
-            Err(unexpected_reply())
-        }
+        Reply::Node(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => Err(unexpected_reply()),
     }
 }
 
@@ -96,14 +100,14 @@ impl JobService for Api {
         request: Request<v1::PlanJobRequest>,
     ) -> Result<Response<v1::PlanJobResponse>, Status> {
         let spec = checked_spec(request.into_inner().spec)?;
-        let (placement, reason) = match self.driver()?.request(Input::PlanJob(spec)).await? {
-            Reply::Plan(Plan::Place(nodes)) => {
-                (nodes.iter().map(convert::placement_to_wire).collect(), String::new())
-            }
-            Reply::Plan(Plan::Wait(reason)) => (Vec::new(), reason),
-            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
-                return Err(unexpected_reply());
-            }
+        let nodes: Vec<Arc<Node>> =
+            self.driver()?.read(|state| state.nodes_after(None).cloned().collect())?;
+        // Ten thousand nodes are looked at for milliseconds.
+        let plan = tokio::task::spawn_blocking(move || solve(&spec, nodes.iter().map(|node| &**node)));
+        let plan = plan.await.map_err(|error| Status::internal(format!("failed to plan: {error}")))?;
+        let (placement, reason) = match plan {
+            Plan::Place(nodes) => (nodes.iter().map(convert::placement_to_wire).collect(), String::new()),
+            Plan::Wait(reason) => (Vec::new(), reason),
         };
         Ok(Response::new(v1::PlanJobResponse { placement, reason }))
     }
@@ -112,7 +116,7 @@ impl JobService for Api {
         &self,
         request: Request<v1::GetJobRequest>,
     ) -> Result<Response<v1::GetJobResponse>, Status> {
-        let job = self.find_job(request.into_inner().job_id).await?;
+        let job = self.find_job(&request.into_inner().job_id)?;
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::GetJobResponse { job }))
     }
@@ -121,7 +125,7 @@ impl JobService for Api {
         &self,
         request: Request<v1::GetJobEnvironmentRequest>,
     ) -> Result<Response<v1::GetJobEnvironmentResponse>, Status> {
-        let job = self.find_job(request.into_inner().job_id).await?;
+        let job = self.find_job(&request.into_inner().job_id)?;
         Ok(Response::new(view::environments(&job)))
     }
 
@@ -132,33 +136,7 @@ impl JobService for Api {
         let request = request.into_inner();
         let (before, size) = checked_page(&request)?;
         let states: Vec<v1::JobState> = request.states().collect();
-        let jobs: Vec<(u64, Job)> = self
-            .driver()?
-            .read(move |core| {
-                let wanted =
-                    |job: &&Job| states.is_empty() || states.iter().any(|s| view::job_state(job.state) == *s);
-                core.jobs_before(before)
-                    .filter(wanted)
-                    .take(size + 1)
-                    .map(|job| (job.order, job.clone()))
-                    .collect()
-            })
-            .await?;
-        let (mut page, mut bytes, mut last) = (Vec::new(), 0, 0);
-        let found = jobs.len();
-        let ids = jobs.iter().take(size).map(|(_, job)| (job.id.clone(), job.generation));
-        let latest = self.metrics.latest(ids.collect()).await;
-        for ((order, job), latest) in jobs.into_iter().zip(latest) {
-            let shown = view::job(&job, latest);
-            bytes += prost::Message::encoded_len(&shown);
-            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
-                break;
-            }
-            page.push(shown);
-            last = order;
-        }
-        let next_page_token = if page.len() < found { last.to_string() } else { String::new() };
-        Ok(Response::new(v1::ListJobsResponse { jobs: page, next_page_token }))
+        self.fill_page(before, size, &states).await.map(Response::new)
     }
 
     async fn cancel_job(
@@ -180,7 +158,7 @@ impl JobService for Api {
         &self,
         request: Request<v1::WatchJobRequest>,
     ) -> Result<Response<Self::WatchJobStream>, Status> {
-        self.clone().stream_job(request.into_inner().job_id).await.map(Response::new)
+        self.clone().stream_job(&request.into_inner().job_id).map(Response::new)
     }
 
     type StreamMetricsStream = Stream<v1::StreamMetricsResponse>;
@@ -198,13 +176,58 @@ impl JobService for Api {
         &self,
         request: Request<v1::StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
-        self.clone().stream_output(request.into_inner()).await.map(Response::new)
+        self.clone().stream_output(request.into_inner()).map(Response::new)
     }
 }
 
 impl Api {
-    pub(super) async fn find_job(&self, id: String) -> Result<Job, Status> {
-        let found = self.driver()?.read(move |core| core.job(&id).cloned()).await?;
-        Ok(found.map_err(crate::driver::RequestError::from)?)
+    pub(super) fn find_job(&self, id: &str) -> Result<Arc<Job>, Status> {
+        let found = self.driver()?.read(|state| state.job(id).cloned())?;
+        Ok(found.map_err(RequestError::from)?)
+    }
+
+    /// Adds the jobs before the one of order `before` to a page, until it is full.
+    async fn fill_page(
+        &self,
+        mut before: u64,
+        size: usize,
+        states: &[v1::JobState],
+    ) -> Result<v1::ListJobsResponse, Status> {
+        let driver = self.driver()?;
+        let (mut page, mut bytes, mut last): (Vec<v1::Job>, usize, u64) = (Vec::new(), 0, before);
+        loop {
+            let some = driver.read(|state| {
+                state.jobs_before(before).take(SHOWN_AT_ONCE).cloned().collect::<Vec<Arc<Job>>>()
+            })?;
+            let Some(oldest) = some.last() else { break };
+            before = oldest.order;
+            let is_wanted =
+                |job: &Arc<Job>| states.is_empty() || states.contains(&view::job_state(job.state));
+            let wanted: Vec<Arc<Job>> = some.into_iter().filter(is_wanted).collect();
+            let latest = self.latest(&wanted).await;
+            for (job, latest) in wanted.into_iter().zip(latest) {
+                let shown = view::job(&job, latest);
+                bytes += prost::Message::encoded_len(&shown);
+                if page.len() >= size || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
+                    let next_page_token = last.to_string();
+                    return Ok(v1::ListJobsResponse { jobs: page, next_page_token });
+                }
+                page.push(shown);
+                last = job.order;
+            }
+            // A filter may pass over a hundred thousand jobs, and others have their turn meanwhile.
+            tokio::task::yield_now().await;
+        }
+        Ok(v1::ListJobsResponse { jobs: page, next_page_token: String::new() })
+    }
+
+    /// Returns the newest values of some jobs. One that has never started has none, and costs no look at a file.
+    async fn latest(&self, jobs: &[Arc<Job>]) -> Vec<Latest> {
+        let started = |job: &&Arc<Job>| job.generation > Generation(0);
+        let asked: Vec<_> = jobs.iter().filter(started).map(|job| (job.id.clone(), job.generation)).collect();
+        let found = if asked.is_empty() { Vec::new() } else { self.metrics.latest(asked).await };
+        let mut found = found.into_iter();
+        let one = |job| if started(&job) { found.next() } else { None };
+        jobs.iter().map(one).map(Option::unwrap_or_default).collect()
     }
 }

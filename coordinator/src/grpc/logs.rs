@@ -28,12 +28,12 @@ pub(crate) struct Source {
 }
 
 impl Api {
-    pub(super) async fn stream_output(
+    pub(super) fn stream_output(
         self,
         request: v1::StreamLogsRequest,
     ) -> Result<Stream<v1::StreamLogsResponse>, Status> {
         let permit = self.stream_permit()?;
-        let job = self.find_job(request.job_id.clone()).await?;
+        let job = self.find_job(&request.job_id)?;
         let generation = request.generation.map_or(job.generation, Generation);
         let sources = sources(&job, generation, &request)?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);

@@ -1,12 +1,14 @@
 //! NodeService.
 
+use std::sync::Arc;
+
 use muster_core::types::{Millis, NodeName, limits};
 use muster_core::{Input, Node, Reply};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, node_service_server::NodeService};
 use tonic::{Request, Response, Status};
 
-use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX};
+use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX, SHOWN_AT_ONCE};
 use super::{Api, Stream, unexpected_reply};
 use crate::view;
 
@@ -19,25 +21,28 @@ impl NodeService for Api {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        let (after, size) = checked_page(request.into_inner())?;
-        let mut nodes: Vec<Node> = self
-            .driver()?
-            .read(move |core| core.nodes_after(after.as_ref()).take(size + 1).cloned().collect())
-            .await?;
-        let more = nodes.len() > size;
-        nodes.truncate(size);
-        let (mut page, mut bytes) = (Vec::with_capacity(nodes.len()), 0);
-        for node in &nodes {
-            let shown = view::node(node);
-            bytes += prost::Message::encoded_len(&shown);
-            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
-                break;
+        let (mut after, size) = checked_page(request.into_inner())?;
+        let driver = self.driver()?;
+        let (mut page, mut bytes) = (Vec::new(), 0);
+        loop {
+            let some = driver.read(|state| {
+                state.nodes_after(after.as_ref()).take(SHOWN_AT_ONCE).cloned().collect::<Vec<Arc<Node>>>()
+            })?;
+            let Some(last) = some.last() else { break };
+            after = Some(last.name.clone());
+            for node in some {
+                let shown = view::node(&node);
+                bytes += prost::Message::encoded_len(&shown);
+                if page.len() >= size || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
+                    let next_page_token = page.last().map(|last: &v1::Node| last.name.clone());
+                    let next_page_token = next_page_token.unwrap_or_default();
+                    return Ok(Response::new(v1::ListNodesResponse { nodes: page, next_page_token }));
+                }
+                page.push(shown);
             }
-            page.push(shown);
+            tokio::task::yield_now().await;
         }
-        let more = more || page.len() < nodes.len();
-        let last = page.last().filter(|_| more).map(|node| node.name.clone());
-        Ok(Response::new(v1::ListNodesResponse { nodes: page, next_page_token: last.unwrap_or_default() }))
+        Ok(Response::new(v1::ListNodesResponse { nodes: page, next_page_token: String::new() }))
     }
 
     async fn get_node(
@@ -45,7 +50,7 @@ impl NodeService for Api {
         request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::GetNodeResponse>, Status> {
         let name = request.into_inner().node_name;
-        let found = self.driver()?.read(move |core| core.node(&name).cloned()).await?;
+        let found = self.driver()?.read(|state| state.node(&name).cloned())?;
         let node = found.map_err(crate::driver::RequestError::from)?;
         Ok(Response::new(v1::GetNodeResponse { node: Some(view::node(&node)) }))
     }
@@ -56,7 +61,7 @@ impl NodeService for Api {
         &self,
         _request: Request<v1::WatchNodesRequest>,
     ) -> Result<Response<Self::WatchNodesStream>, Status> {
-        self.clone().stream_nodes().await.map(Response::new)
+        self.clone().stream_nodes().map(Response::new)
     }
 
     async fn cordon_node(
@@ -123,9 +128,7 @@ impl Api {
     async fn change(&self, input: Input) -> Result<v1::Node, Status> {
         match self.driver()?.request(input).await? {
             Reply::Node(node) => Ok(view::node(&node)),
-            Reply::Job(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => {
-                Err(unexpected_reply())
-            }
+            Reply::Job(_) | Reply::Session(_) | Reply::Token(_) | Reply::Barred(_) => Err(unexpected_reply()),
         }
     }
 }

@@ -35,14 +35,13 @@ fn stopping() -> Status {
 }
 
 impl Api {
-    pub(super) async fn stream_job(self, job_id: String) -> Result<Stream<v1::WatchJobResponse>, Status> {
+    pub(super) fn stream_job(self, job_id: &str) -> Result<Stream<v1::WatchJobResponse>, Status> {
         let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
-        let (job, mut changes) = driver.watch_job(&job_id).await?;
+        let (mut job, mut changes) = driver.watch_job(job_id)?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
             let _permit = permit;
-            let mut job = Arc::new(job);
             loop {
                 let latest = self.metrics.series(&job.id).await.latest(job.generation);
                 let response = v1::WatchJobResponse { job: Some(view::job(&job, latest)) };
@@ -66,16 +65,16 @@ impl Api {
         Ok(Stream::new(receiver))
     }
 
-    pub(super) async fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
+    pub(super) fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
         let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
-        let (nodes, mut changes) = driver.watch_nodes().await?;
+        let (nodes, mut changes) = driver.watch_nodes()?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         let response = |node: &Node| Ok(v1::WatchNodesResponse { node: Some(view::node(node)) });
         tokio::spawn(async move {
             let _permit = permit;
-            for node in &nodes {
-                if sender.send(response(node)).await.is_err() {
+            for node in nodes {
+                if sender.send(response(&node)).await.is_err() {
                     return;
                 }
             }
@@ -104,7 +103,7 @@ impl Api {
     ) -> Result<Stream<v1::StreamMetricsResponse>, Status> {
         let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
-        let (job, mut changes) = driver.watch_job(&request.job_id).await?;
+        let (job, mut changes) = driver.watch_job(&request.job_id)?;
         let series = self.metrics.series(&job.id).await;
         let mut grown = series.watch();
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);

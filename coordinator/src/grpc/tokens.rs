@@ -107,13 +107,9 @@ impl TokenService for Api {
         let after = (!page_token.is_empty()).then(|| TokenName::new(page_token)).transpose();
         let after = after.map_err(invalid)?;
         let size = if page_size == 0 { PAGE_MAX } else { page_size.min(PAGE_MAX) } as usize;
-        let mut tokens: Vec<Token> = self
-            .driver()?
-            .read(move |core| {
-                let later = |token: &&Token| after.as_ref().is_none_or(|after| token.name > *after);
-                core.tokens().values().filter(later).take(size + 1).cloned().collect()
-            })
-            .await?;
+        let driver = self.driver()?;
+        let mut tokens: Vec<Token> = driver.tokens().after(after.as_ref()).take(size + 1).cloned().collect();
+        driver.confirm()?;
         let more = tokens.len() > size;
         tokens.truncate(size);
         let last = tokens.last().filter(|_| more).map(|token| token.name.to_string());
@@ -137,7 +133,7 @@ impl TokenService for Api {
         let driver = self.driver()?;
         match driver.request(Input::BarNode(node.clone())).await? {
             Reply::Barred(_) => {}
-            Reply::Job(_) | Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Token(_) => {
+            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) | Reply::Token(_) => {
                 return Err(unexpected_reply());
             }
         }
@@ -155,9 +151,7 @@ impl Api {
     pub(super) async fn token(&self, input: Input) -> Result<Token, Status> {
         match self.driver()?.request(input).await? {
             Reply::Token(token) => Ok(*token),
-            Reply::Job(_) | Reply::Node(_) | Reply::Plan(_) | Reply::Session(_) | Reply::Barred(_) => {
-                Err(unexpected_reply())
-            }
+            Reply::Job(_) | Reply::Node(_) | Reply::Session(_) | Reply::Barred(_) => Err(unexpected_reply()),
         }
     }
 }

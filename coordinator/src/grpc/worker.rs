@@ -80,8 +80,8 @@ impl WorkerService for Api {
         let driver = self.driver()?;
         let now = driver.clock().now();
         // A certificate tells the second in which it was issued, and must be told from those that were revoked.
-        let barred = node.clone();
-        let barred = driver.read(move |core| core.barred().get(&barred).copied()).await?;
+        let barred = driver.tokens().barred_at(&node);
+        driver.confirm()?;
         if barred.is_some_and(|at| now.0 / 1000 <= at.0 / 1000) {
             let message = format!("node {node} was shut out just now; try again in a second");
             return Err(convert::unavailable("JUST_SHUT_OUT", message, Duration::from_secs(1)));

@@ -192,7 +192,7 @@ impl Process {
             .iter()
             .filter_map(|event| match event {
                 Event::Job(id) => self.core.job(id.as_str()).ok().cloned(),
-                Event::Node(_) | Event::JobDeleted(_) => None,
+                Event::JobDetail(_) | Event::Node(_) | Event::JobDeleted(_) => None,
             })
             .collect();
         let acted = !effects.events.is_empty();

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use muster_core::types::rendezvous::{RendezvousClient, RendezvousHost, RendezvousWait};
 use muster_core::types::{Millis, Rank, RankProgress, RendezvousReport};
-use muster_core::{JobState, Rendezvous};
+use muster_core::{Event, Input, JobState, Rendezvous};
 
 use crate::world::{World, name, spec};
 
@@ -133,4 +133,20 @@ fn a_hang_says_who_is_missing() {
     let reason = &world.job(&job).reason;
     assert!(reason.contains("; rank 3 on node b has not come to the ranks' store; their stacks"), "{reason}");
     assert_eq!(world.job(&job).rendezvous(), None, "they are told to end");
+}
+
+#[test]
+fn what_a_node_adds_is_shown_to_readers_once() {
+    let (mut world, job) = gang([A, B]);
+    let node = name("a");
+    let session = world.nodes[&node].session.unwrap();
+    let gang = world.job(&job).gang_id();
+    let mut report = world.nodes[&node].gangs[&gang].1.clone();
+    report.processes = vec![300, 301];
+    for expected in [true, false] {
+        let report = Box::new(report.clone());
+        let effects = world.core.step(world.now, Input::Report { node: node.clone(), session, report });
+        assert_eq!(effects.events.contains(&Event::JobDetail(gang.job.clone())), expected);
+        assert!(effects.writes.is_empty(), "what nodes observe is not stored");
+    }
 }
