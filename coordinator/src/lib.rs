@@ -5,6 +5,7 @@
 
 mod access;
 mod agents;
+mod answers;
 mod authority;
 mod clock;
 mod driver;

@@ -27,6 +27,7 @@ use tower_http::trace::TraceLayer;
 use tracing::{info, warn};
 
 use crate::access::layer::{Door, Guard};
+use crate::answers::CountAnswers;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -41,7 +42,7 @@ const MESSAGE_BYTES_MAX: usize = 4 << 20;
 const CALL_MAX: Duration = Duration::from_secs(30);
 /// Calls waiting for an answer at once: one for each connection that there may be, for ten thousand nodes that come back
 /// ask at once, and whoever is refused then comes again on a new connection. Above it new ones are refused at once instead of
-/// queueing without bound; open streams do not count, they have bounds of their own.
+/// queueing without bound. Readers have half of them at most (`answers.rs`), so that nodes always find some.
 const CALLS_MAX: usize = edge::CONNECTIONS_MAX;
 /// Streams on one connection.
 const CONNECTION_STREAMS_MAX: u32 = 1024;
@@ -119,7 +120,8 @@ where
         None => Door::Trusted,
     };
     let (watched_office, watched_monitor) = (office.clone(), monitor.clone());
-    let ways = Ways { routes, office, monitor, calls: GlobalConcurrencyLimitLayer::new(CALLS_MAX) };
+    let (answers, calls) = (CountAnswers::new(), GlobalConcurrencyLimitLayer::new(CALLS_MAX));
+    let ways = Ways { routes, office, monitor, answers, calls };
     let asked = config.socket.clone().filter(|_| socket.is_some());
     let watched = watch_lag(asked, config.lease, watched_office, watched_monitor);
     let socket = serve_socket(socket, ways.clone(), shutdown.clone());
@@ -147,6 +149,7 @@ struct Ways {
     routes: Routes,
     office: Office,
     monitor: Monitor,
+    answers: CountAnswers,
     calls: GlobalConcurrencyLimitLayer,
 }
 
@@ -157,7 +160,7 @@ impl Ways {
         I: Stream<Item = io::Result<C>>,
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
-        let Self { routes, office, monitor, calls } = self;
+        let Self { routes, office, monitor, answers, calls } = self;
         let guard = Guard { door, office: office.clone() };
         // From the outside in.
         let layers = ServiceBuilder::new()
@@ -171,6 +174,8 @@ impl Ways {
             .map_response(move |response| marked_stale(response, &office))
             // Before a place is taken: who may not call takes none from those who may.
             .layer(guard)
+            // Behind it, for it goes by who calls; readers have a share of the places and of what may be unread.
+            .layer(answers)
             // Refuses at once, with RESOURCE_EXHAUSTED, when the limit below is reached …
             .load_shed()
             // … which counts calls over all connections together.

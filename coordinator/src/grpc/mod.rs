@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use muster_core::Refusal;
 use muster_proto::convert;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 
@@ -26,9 +26,6 @@ use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::office::Office;
 
-/// Watches and metric and log streams open at once: each costs a task and a queue, so that one client in a loop
-/// cannot take all memory.
-const STREAMS_MAX: usize = 10_000;
 /// Nodes that join or open their session at once; the others wait in the order in which they came. What the nodes
 /// that are here say has the driver's inbox nearly to itself: heartbeats behind ten thousand arrivals would be
 /// answered so late that their nodes gave up, and came back to make the queue longer. Still enough of them for a
@@ -51,19 +48,17 @@ pub(crate) struct Api {
     pub heartbeat: Duration,
     /// Where connections are encrypted.
     authority: Option<Authority>,
-    streams: Arc<Semaphore>,
     arrivals: Arc<Semaphore>,
 }
 
 impl Api {
     pub fn new(office: Office, metrics: Metrics, monitor: Monitor, config: &crate::Config) -> Self {
         let (lease, heartbeat) = (config.lease, config.heartbeat);
-        let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         let arrivals = Arc::new(Semaphore::new(ARRIVALS_MAX));
         let life = config.node_certificate_life;
         let authority = config.tls_dir.as_deref().map(|dir| Authority::new(dir, life));
         let intake = Intake::new();
-        Self { office, metrics, monitor, intake, lease, heartbeat, authority, streams, arrivals }
+        Self { office, metrics, monitor, intake, lease, heartbeat, authority, arrivals }
     }
 
     /// The driver of the present time of leading.
@@ -82,15 +77,6 @@ impl Api {
     /// A node's turn to arrive.
     async fn arrival(&self) -> Result<SemaphorePermit<'_>, Status> {
         self.arrivals.acquire().await.map_err(|_| Status::unavailable("the coordinator is shutting down"))
-    }
-
-    /// A place among the open streams, held until the stream ends.
-    fn stream_permit(&self) -> Result<OwnedSemaphorePermit, Status> {
-        self.streams.clone().try_acquire_owned().map_err(|_| {
-            let message =
-                format!("{STREAMS_MAX} streams are open already, the most that are served; try again later");
-            convert::refusal(Code::ResourceExhausted, "TOO_MANY_STREAMS", message)
-        })
     }
 }
 

@@ -36,12 +36,10 @@ fn stopping() -> Status {
 
 impl Api {
     pub(super) fn stream_job(self, job_id: &str) -> Result<Stream<v1::WatchJobResponse>, Status> {
-        let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
         let (mut job, mut changes) = driver.watch_job(job_id)?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
-            let _permit = permit;
             loop {
                 let latest = self.metrics.series(&job.id).await.latest(job.generation);
                 let response = v1::WatchJobResponse { job: Some(view::job(&job, latest)) };
@@ -66,13 +64,11 @@ impl Api {
     }
 
     pub(super) fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
-        let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
         let (nodes, mut changes) = driver.watch_nodes()?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         let response = |node: &Node| Ok(v1::WatchNodesResponse { node: Some(view::node(node)) });
         tokio::spawn(async move {
-            let _permit = permit;
             for node in nodes {
                 if sender.send(response(&node)).await.is_err() {
                     return;
@@ -101,14 +97,12 @@ impl Api {
         self,
         request: v1::StreamMetricsRequest,
     ) -> Result<Stream<v1::StreamMetricsResponse>, Status> {
-        let permit = self.stream_permit()?;
         let Reign { driver, over, .. } = self.office.reign()?;
         let (job, mut changes) = driver.watch_job(&request.job_id)?;
         let series = self.metrics.series(&job.id).await;
         let mut grown = series.watch();
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
-            let _permit = permit;
             let (mut after, mut ended) = (request.after_index, job.state.is_terminal() || !request.follow);
             if job.state.is_terminal() {
                 self.points_settled(&job.id).await;
