@@ -11,9 +11,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
+use crate::log;
 
 /// Where a coordinator's metrics are unless it is told otherwise. A worker's are nowhere: hosts of several workers are the
 /// rule where people try things out, and clusters say where they scrape.
@@ -108,29 +110,19 @@ pub(crate) fn start_shim_log() {
         Some(file) => BoxMakeWriter::new(std::sync::Arc::new(file)),
         None => BoxMakeWriter::new(std::io::stderr),
     };
-    tracing_subscriber::fmt()
-        .with_writer(writer)
-        .with_ansi(false)
-        // It would panic where standard error is a file on a disk that is full.
-        .log_internal_errors(false)
-        .init();
+    log::text(EnvFilter::new("info"), false, writer).init();
 }
 
 /// Sets up the log on standard error, and a token that SIGTERM, SIGINT and, if asked for, the end of standard
 /// input cancel.
 fn start_logging(args: &DaemonArgs) -> Result<CancellationToken, Failure> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        // It would panic where standard error is a file on a disk that is full.
-        .log_internal_errors(false);
     match args.log_format {
         LogFormat::Text => {
             use std::io::IsTerminal;
-            subscriber.with_ansi(std::io::stderr().is_terminal()).init();
+            log::text(filter, std::io::stderr().is_terminal(), std::io::stderr).init();
         }
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Json => log::json(filter, std::io::stderr).init(),
     }
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;

@@ -10,7 +10,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{DemoArgs, Global, Output};
 use crate::client::Client;
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
+use crate::output::{lines, out, say};
 use crate::{follow, json, plot, submit};
 use daemons::Daemons;
 
@@ -36,11 +37,11 @@ pub(crate) async fn run(args: &DemoArgs) -> Result<(), Failure> {
         _ = hangup.recv() => Err(Failure::Interrupted),
     };
     if matches!(result, Err(Failure::Interrupted)) {
-        eprintln!("interrupted; stopping the daemons");
+        say!("interrupted; stopping the daemons");
     }
     daemons.stop().await;
     if args.keep {
-        eprintln!("the daemons' logs and data are kept in {}", dir.keep().display());
+        say!("the daemons' logs and data are kept in {}", dir.keep().display());
     }
     result
 }
@@ -60,7 +61,7 @@ fn check_trainer(binary: &Path) -> Result<(), Failure> {
 }
 
 async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
-    eprintln!("starting a coordinator and {NODES} workers, each a process of its own");
+    say!("starting a coordinator and {NODES} workers, each a process of its own");
     let url = daemons.start(NODES).await?;
     let client =
         Client::connect(&Global { coordinator: vec![url], ca: None, token_file: None, output: Output::Text })
@@ -79,7 +80,7 @@ async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
     };
     let request = v1::SubmitJobRequest { request_id: "demo".to_owned(), spec: Some(spec.clone()) };
     let job = submit::submit(&client, request.request_id.clone(), spec).await?;
-    eprintln!(
+    say!(
         "submitted over gRPC to {}: job {} of {NODES} nodes x {PROCS_PER_NODE} ranks, DDP over Gloo on the CPU",
         client.url(),
         job.id
@@ -87,13 +88,14 @@ async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
     let options = follow::Options { cancel_on_interrupt: true, ..follow::Options::default() };
     let (job, points) = follow::to_the_end(&client, &job.id, options).await?;
     let curve: Vec<(f32, f32)> = points.iter().filter_map(|point| plot::dot(point, "loss")).collect();
-    out!("\n{}", plot::draw(&curve, "loss"));
+    out!("");
+    lines(plot::draw(&curve, "loss"))?;
     follow::verdict(&job)?;
     let accuracy = points.iter().rev().find_map(|point| point.values.get("accuracy").copied());
     let Some(accuracy) = accuracy else {
         return Err(Failure::Other(anyhow::anyhow!("the training program reported no accuracy")));
     };
-    out!("accuracy on the test images: {:.2} %\n", accuracy * 100.0);
+    out!("accuracy on the test images: {:.2} %", accuracy * 100.0);
     if !args.short && accuracy < ACCURACY_MIN {
         let least = ACCURACY_MIN * 100.0;
         return Err(Failure::Other(anyhow::anyhow!("that is less than the {least} % expected")));
@@ -103,11 +105,13 @@ async fn train(args: &DemoArgs, daemons: &mut Daemons) -> Result<(), Failure> {
 
 fn by_hand(request: &v1::SubmitJobRequest) -> Result<(), Failure> {
     let request = json::line("SubmitJobRequest", request)?;
-    out!(
-        "\nThe same by hand, with `muster coordinator` and two of `muster worker --name … --data-dir …` running:\n\n  \
-         grpcurl -plaintext -d '{request}' \\\n    localhost:7070 muster.v1.JobService/SubmitJob\n"
-    );
-    Ok(())
+    lines([
+        "",
+        "The same by hand, with `muster coordinator` and two of `muster worker --name … --data-dir …` running:",
+        "",
+        &format!("  grpcurl -plaintext -d '{request}' \\"),
+        "    localhost:7070 muster.v1.JobService/SubmitJob",
+    ])
 }
 
 /// Time for a daemon to come up on a loaded machine.

@@ -4,6 +4,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use muster_coordinator::LIVE;
 use muster_core::types::Millis;
+use muster_core::types::text::escape_json;
 use muster_worker::doctor::{Asked, diagnose};
 use muster_worker::{Diagnosis, Grade};
 
@@ -11,8 +12,8 @@ use tonic_health::pb::HealthCheckRequest;
 
 use crate::args::{DoctorArgs, Global, Output};
 use crate::client::Client;
-use crate::exit::{Failure, out};
-use crate::show::table;
+use crate::exit::Failure;
+use crate::output::{lines, out, table};
 
 /// Where a coordinator is looked for if none is named.
 const DEFAULT_URL: &str = "http://127.0.0.1:7070";
@@ -74,7 +75,8 @@ async fn ask_coordinator(global: &Global) -> Result<(Coordinator, Option<Millis>
 fn show(found: &[Diagnosis], global: &Global) -> Result<(), Failure> {
     if global.output == Output::Json {
         for one in found {
-            out!("{}\n", serde_json::to_string(one).map_err(anyhow::Error::from)?);
+            let json = serde_json::to_string(one).map_err(anyhow::Error::from)?;
+            out!("{}", escape_json(&json));
         }
         return Ok(());
     }
@@ -85,13 +87,14 @@ fn show(found: &[Diagnosis], global: &Global) -> Result<(), Failure> {
         Grade::Wrong => "WRONG",
     };
     let row = |one: &Diagnosis| vec![name(one.grade).to_owned(), one.check.clone(), one.found.clone()];
-    out!("{}", table(&["", "CHECK", "FOUND"], &found.iter().map(row).collect::<Vec<_>>()));
+    lines(table(&["", "CHECK", "FOUND"], &found.iter().map(row).collect::<Vec<_>>()))?;
     let ill: Vec<&Diagnosis> = found.iter().filter(|one| one.grade >= Grade::Warning).collect();
     if !ill.is_empty() {
-        out!("\nto mend:\n");
+        out!("");
+        out!("to mend:");
     }
     for one in ill {
-        out!("  {}: {}\n", one.check, one.mend);
+        out!("  {}: {}", one.check, one.mend);
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! How a command ends: the one place that decides exit codes and how errors are shown.
 
-use std::fmt::Arguments;
-use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
+
+use crate::output::{quoted, say_lines};
 
 /// Why a command did not do what it was asked. `muster --help` lists the codes.
 #[derive(Debug)]
@@ -29,28 +29,6 @@ pub(crate) enum Failure {
     /// Anything else.
     Other(anyhow::Error),
 }
-
-/// Writes to standard output. `println!` would panic when the reader has gone.
-pub(crate) fn write_out(text: Arguments<'_>) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_fmt(text).and_then(|()| stdout.flush()).map_err(output_failed)
-}
-
-/// What a failed write to our output means.
-pub(crate) fn output_failed(error: std::io::Error) -> Failure {
-    if error.kind() == ErrorKind::BrokenPipe {
-        return Failure::ReaderGone;
-    }
-    anyhow::Error::from(error).context("failed to write the output").into()
-}
-
-/// [`write_out`] with a format string; ends the function on an error.
-macro_rules! out {
-    ($($arg:tt)*) => {
-        $crate::exit::write_out(format_args!($($arg)*))?
-    };
-}
-pub(crate) use out;
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
@@ -90,43 +68,47 @@ impl Failure {
 
     /// Says what went wrong on standard error and gives the exit code.
     pub fn report(&self) -> ExitCode {
-        let text = self.text();
-        if !text.is_empty() {
-            eprintln!("{text}");
-        }
+        say_lines(self.lines());
         ExitCode::from(self.code())
     }
 
     /// The same as a part of other words.
     pub fn why(&self) -> String {
-        self.text().trim_start_matches("error: ").to_owned()
+        self.lines().join("\n").trim_start_matches("error: ").to_owned()
     }
 
-    /// In words; nothing where it was shown already.
-    pub fn text(&self) -> String {
+    /// Returns it in words, as lines; none where it was shown already.
+    fn lines(&self) -> Vec<String> {
         match self {
             Self::JobFailed | Self::JobCancelled | Self::Interrupted | Self::Unsound | Self::ReaderGone => {
-                String::new()
+                Vec::new()
             }
-            Self::Usage(why) | Self::Unreachable(why) => format!("error: {why}"),
-            Self::Other(error) => format!("error: {error:#}"),
-            Self::Status(status) => status_text(status),
+            Self::Usage(why) | Self::Unreachable(why) => local_lines(why),
+            // A file's error shows its place in the file.
+            Self::Other(error) => local_lines(&format!("{error:#}")),
+            Self::Status(status) => status_lines(status),
         }
     }
 }
 
-/// A status with its details in words. Field violations replace the message, which repeats them.
-fn status_text(status: &Status) -> String {
+/// Returns an error in words of ours. Further lines are set off: some hold words of others.
+fn local_lines(why: &str) -> Vec<String> {
+    let (first, rest) = why.split_once('\n').unwrap_or((why, ""));
+    std::iter::once(format!("error: {first}")).chain(quoted(rest)).collect()
+}
+
+/// Returns a status with its details in words. Field violations replace the message, which repeats them.
+fn status_lines(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
     if violations.is_empty() {
         let retry = details.retry_info().and_then(|info| info.retry_delay);
         let retry = retry.map(|delay| format!("; try again in {} s", delay.as_secs().max(1)));
-        return format!("error: {}{}", status.message(), retry.unwrap_or_default());
+        return vec![format!("error: {}{}", status.message(), retry.unwrap_or_default())];
     }
     let mut lines = vec!["error: the coordinator refuses the request".to_owned()];
     lines.extend(violations.iter().map(|v| format!("  {}: {}", v.field, v.description)));
-    lines.join("\n")
+    lines
 }
 
 #[cfg(test)]
@@ -154,7 +136,7 @@ mod tests {
     #[test]
     fn violations_are_shown_by_field() {
         let field = muster_proto::convert::field_error("spec.min_nodes", "is 0");
-        let text = Failure::from(muster_proto::convert::invalid_argument(&[field])).text();
-        assert_eq!(text, "error: the coordinator refuses the request\n  spec.min_nodes: is 0");
+        let text = Failure::from(muster_proto::convert::invalid_argument(&[field])).lines();
+        assert_eq!(text, ["error: the coordinator refuses the request", "  spec.min_nodes: is 0"]);
     }
 }

@@ -1,14 +1,16 @@
 //! Following a job to its end: state, points and rank 0's output, over breaks of the connection.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use muster_core::types::text::escape;
 use muster_proto::v1;
 use tokio::sync::mpsc;
 
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
+use crate::output::{quoted, raw, say, say_lines};
 use crate::progress::Progress;
 use crate::{show, stream};
 
@@ -106,11 +108,11 @@ pub(crate) async fn to_the_end(
 
 /// The last line, and the command's result.
 pub(crate) fn verdict(job: &v1::Job) -> Result<(), Failure> {
-    eprintln!("job {} {}: {}", job.id, show::job_state(job), job.reason);
-    if let Some(tail) =
-        job.exit.as_ref().map(|exit| exit.stderr_tail.trim_end()).filter(|tail| !tail.is_empty())
-    {
-        eprintln!("its last words on standard error:\n{tail}");
+    say!("job {} {}: {}", job.id, show::job_state(job), job.reason);
+    let tail = job.exit.as_ref().map(|exit| quoted(&exit.stderr_tail)).unwrap_or_default();
+    if !tail.is_empty() {
+        say!("its last words on standard error:");
+        say_lines(tail);
     }
     match job.state() {
         v1::JobState::Succeeded => Ok(()),
@@ -128,7 +130,7 @@ async fn interrupted(client: &Client, job_id: &str, options: Options) -> Failure
             .await
             .ok();
     } else {
-        eprintln!(
+        say!(
             "job {job_id} runs on; stop it with `muster cancel {job_id}`, follow it with `muster logs -f {job_id}`"
         );
     }
@@ -218,14 +220,14 @@ impl Screen {
     fn say(&mut self, line: &str) {
         if self.said != line {
             line.clone_into(&mut self.said);
-            self.bar.suspend(|| eprintln!("{line}"));
+            self.bar.suspend(|| say!("{line}"));
         }
     }
 
     fn job(&mut self, job: &v1::Job) {
         let line = format!("{}: {}", show::job_state(job), job.reason);
         if self.bar.length().is_none() {
-            self.bar.set_message(line.clone());
+            self.bar.set_message(escape(&line).into_owned());
         }
         self.say(&line);
     }
@@ -241,7 +243,7 @@ impl Screen {
         }
         self.bar.set_position(self.progress.step);
         let line = self.progress.line();
-        self.bar.set_message(line.clone());
+        self.bar.set_message(escape(&line).into_owned());
         self.waiting = Some(line);
         self.plain_line(false);
     }
@@ -250,19 +252,14 @@ impl Screen {
         let to_stderr = to_stderr || chunk.stream() == v1::LogStream::Stderr;
         self.bar.suspend(|| {
             // Whoever reads our output may go; the job is not to suffer for it.
-            if to_stderr {
-                std::io::stderr().write_all(&chunk.data).ok();
-            } else {
-                let mut out = std::io::stdout().lock();
-                out.write_all(&chunk.data).and_then(|()| out.flush()).ok();
-            }
+            raw(&chunk.data, to_stderr).ok();
         });
     }
 
     fn plain_line(&mut self, now: bool) {
         if !self.live && (now || self.last_line.elapsed() >= LINE_INTERVAL) {
             if let Some(line) = self.waiting.take().filter(|line| *line != self.shown) {
-                eprintln!("{line}");
+                say!("{line}");
                 self.shown = line;
             }
             self.last_line = tokio::time::Instant::now();
@@ -279,7 +276,7 @@ impl Screen {
         let line = self.progress.line();
         self.bar.finish_and_clear();
         if self.live && self.progress.step > 0 {
-            eprintln!("{line}");
+            say!("{line}");
         }
     }
 }

@@ -17,6 +17,7 @@ use tonic_types::StatusExt;
 use tower::{Service, ServiceExt};
 
 use crate::exit::Failure;
+use crate::output::say;
 
 /// Time to connect to one coordinator.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -173,7 +174,7 @@ impl Leading {
     fn warn(&self, response: &Response) {
         let Some(why) = response.headers().get(STALE).and_then(|why| why.to_str().ok()) else { return };
         if self.state().shown.insert(why.to_owned()) {
-            eprintln!("warning: this may no longer be so: {why}");
+            say!("warning: this may no longer be so: {why}");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `muster`: the coordinator, the node daemon, and every command of their users, in one binary.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "everything is printed by `output`")]
+
 mod args;
 mod client;
 mod daemons;
@@ -10,7 +12,9 @@ mod follow;
 mod healthcheck;
 mod json;
 mod leader;
+mod log;
 mod nodes;
+mod output;
 mod pki;
 mod plot;
 mod progress;

@@ -4,6 +4,7 @@
 use std::sync::LazyLock;
 
 use anyhow::Context;
+use muster_core::types::text::escape_json;
 use muster_proto::v1;
 use prost::Message;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor};
@@ -19,10 +20,11 @@ fn descriptor(name: &str) -> anyhow::Result<MessageDescriptor> {
     POOL.get_message_by_name(&full).with_context(|| format!("{full} is not among the descriptors"))
 }
 
-/// A message of type `name` in one line.
+/// Returns a message of type `name` in one line, in which nothing controls a terminal.
 pub fn line(name: &str, message: &impl Message) -> anyhow::Result<String> {
     let dynamic = DynamicMessage::decode(descriptor(name)?, message.encode_to_vec().as_slice())?;
-    Ok(serde_json::to_string(&dynamic)?)
+    let json = serde_json::to_string(&dynamic)?;
+    Ok(escape_json(&json).into_owned())
 }
 
 /// Reads a message of type `name`. An unknown field is an error that names the nearest known one.

@@ -9,13 +9,15 @@ use muster_proto::v1;
 
 use crate::args::{CordonArgs, DrainArgs, Global, NodeArgs, Output};
 use crate::client::{Client, Retries};
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
 use crate::json;
-use crate::show::table;
+use crate::output::{lines, out, say, table};
 use crate::units::show_bytes;
 
 /// Time between looks at a node that is being emptied.
 const DRAIN_LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// Columns of the list of nodes.
+const HEADER: [&str; 7] = ["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"];
 
 /// `muster nodes`.
 pub(crate) async fn nodes(global: &Global) -> Result<(), Failure> {
@@ -37,7 +39,7 @@ pub(crate) async fn nodes(global: &Global) -> Result<(), Failure> {
         }
     }
     if global.output == Output::Text {
-        out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &rows));
+        lines(table(&HEADER, &rows))?;
     }
     Ok(())
 }
@@ -79,27 +81,27 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
         json::print("Node", node)?;
         return Ok(());
     }
-    out!("{}", table(&["NODE", "ADDRESS", "STATE", "GPUS", "CORES", "MEMORY", "JOBS"], &[node_row(node)]));
+    lines(table(&HEADER, &[node_row(node)]))?;
     let inventory = node.inventory.clone().unwrap_or_default();
-    out!("\nhost {}, muster {}\n", inventory.hostname, inventory.version);
+    out!("");
+    out!("host {}, muster {}", inventory.hostname, inventory.version);
     if !node.leftover_gangs.is_empty() {
-        out!("processes are left of {}; what they hold is not free\n", node.leftover_gangs.join(", "));
+        out!("processes are left of {}; what they hold is not free", node.leftover_gangs.join(", "));
     }
     for (key, value) in &inventory.labels {
-        out!("label {key}={value}\n");
+        out!("label {key}={value}");
     }
     let levels = ["zone", "spine", "leaf"].into_iter().zip(&node.location);
     let place: Vec<String> =
         levels.filter(|(_, name)| !name.is_empty()).map(|(level, name)| format!("{level} {name}")).collect();
     if !place.is_empty() {
-        out!("in the network: {}\n", place.join(", "));
+        out!("in the network: {}", place.join(", "));
     }
     for finding in node.health.iter().flat_map(|health| &health.findings) {
         let severity = finding.severity().as_str_name().trim_start_matches("HEALTH_VERDICT_").to_lowercase();
-        out!("{severity}: {}: {}\n", finding.subject, finding.reason);
+        out!("{severity}: {}: {}", finding.subject, finding.reason);
     }
-    out!("{}", machine::show(&inventory));
-    Ok(())
+    lines(machine::show(&inventory))
 }
 
 async fn get_node(client: &Client, name: &str) -> Result<v1::Node, tonic::Status> {
@@ -139,7 +141,7 @@ pub(crate) async fn drain(args: DrainArgs, global: &Global) -> Result<(), Failur
     let (mut shown, mut retries) = (Vec::new(), Retries::default());
     while !args.no_wait && !node.job_ids.is_empty() {
         if shown != node.job_ids {
-            eprintln!("{}: waiting for {}", node.name, node.job_ids.join(", "));
+            say!("{}: waiting for {}", node.name, node.job_ids.join(", "));
             shown.clone_from(&node.job_ids);
         }
         tokio::time::sleep(DRAIN_LOOK_INTERVAL).await;

@@ -15,7 +15,8 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
+use crate::output::lines;
 
 /// The authority's certificate.
 const CA: &str = "ca.crt";
@@ -69,19 +70,22 @@ pub(crate) fn run(command: PkiCommand) -> Result<(), Failure> {
     };
     let host = hosts.last().map_or("localhost", String::as_str);
     let host = if host.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{host}]") } else { host.to_owned() };
-    out!(
-        "made in {shown}: {made}\n\
-         for {}\n\n\
-         Start the coordinator with it, and give nodes a join token and people ca.crt and a token:\n  \
-         muster coordinator --listen 0.0.0.0:7070 --tls-dir {shown}\n  \
-         muster token create --coordinator unix:muster-coordinator/muster.sock --role node > join\n  \
-         muster worker --coordinator https://{host}:7070 --join-token-file join\n  \
-         muster token create --coordinator unix:muster-coordinator/muster.sock --role submitter > token\n  \
-         muster nodes --coordinator https://{host}:7070 --ca {shown}/{CA} --token-file token\n\n\
-         Who has ca.key can pass for a coordinator or a node. It is needed while nodes join and renew their certificates.\n",
-        hosts.join(", ")
-    );
-    Ok(())
+    let socket = "--coordinator unix:muster-coordinator/muster.sock";
+    lines([
+        format!("made in {shown}: {made}"),
+        format!("for {}", hosts.join(", ")),
+        String::new(),
+        "Start the coordinator with it, and give nodes a join token and people ca.crt and a token:".into(),
+        format!("  muster coordinator --listen 0.0.0.0:7070 --tls-dir {shown}"),
+        format!("  muster token create {socket} --role node > join"),
+        format!("  muster worker --coordinator https://{host}:7070 --join-token-file join"),
+        format!("  muster token create {socket} --role submitter > token"),
+        format!("  muster nodes --coordinator https://{host}:7070 --ca {shown}/{CA} --token-file token"),
+        String::new(),
+        "Who has ca.key can pass for a coordinator or a node. It is needed while nodes join and renew their \
+         certificates."
+            .into(),
+    ])
 }
 
 /// Everything that the certificate is for.
@@ -261,7 +265,7 @@ mod tests {
         let hosts = names(vec!["a".to_owned()]).unwrap();
         init(dir, &hosts).unwrap();
         let ca = std::fs::read(dir.join(CA)).unwrap();
-        let refused = init(dir, &hosts).unwrap_err().text();
+        let refused = init(dir, &hosts).unwrap_err().why();
         assert!(refused.contains("tls.crt is there already"), "{refused}");
         for name in [CERT, KEY] {
             std::fs::rename(dir.join(name), dir.join(format!("{name}.old"))).unwrap();
@@ -270,7 +274,7 @@ mod tests {
         assert_eq!(std::fs::read(dir.join(CA)).unwrap(), ca);
         accepts(dir, dir, "a", 0).unwrap();
         std::fs::remove_file(dir.join(CA_KEY)).unwrap();
-        let refused = init(dir, &hosts).unwrap_err().text();
+        let refused = init(dir, &hosts).unwrap_err().why();
         assert!(refused.contains("ca.crt is there already"), "{refused}");
         assert!(!dir.join(CA_KEY).exists());
     }

@@ -8,7 +8,8 @@ use textplots::{Chart, Plot, Shape};
 
 use crate::args::{Global, Output, PlotArgs};
 use crate::client::Client;
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
+use crate::output::{clear, lines};
 use crate::{json, stream};
 
 /// Size of the drawing in dots; a character is two dots wide and four high.
@@ -32,8 +33,8 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
         curve.drain(..curve.len().saturating_sub(POINTS_MAX));
         if live && drawn.is_none_or(|at| at.elapsed() > REDRAW) {
             drawn = Some(tokio::time::Instant::now());
-            // Home, and clear what is below.
-            out!("\x1b[H\x1b[J{}", draw(&curve, &args.key));
+            clear()?;
+            lines(draw(&curve, &args.key))?;
         }
         Ok(())
     };
@@ -50,8 +51,10 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
             "rank {rank} of job {id} has reported no {key:?}; `muster metrics {id}` shows what there is"
         )));
     }
-    out!("{}{}", if live { "\x1b[H\x1b[J" } else { "" }, draw(&curve, &args.key));
-    Ok(())
+    if live {
+        clear()?;
+    }
+    lines(draw(&curve, &args.key))
 }
 
 /// The largest value that is drawn as it is: the height of a drawing, too, must be a number.
@@ -65,22 +68,21 @@ pub(crate) fn dot(point: &v1::Point, key: &str) -> Option<(f32, f32)> {
     Some((point.step? as f32, height))
 }
 
-/// Returns the curve with its axes' ends and last value. Where a value is not finite the curve has a gap, and how many
-/// there are is said.
-pub(crate) fn draw(curve: &[(f32, f32)], key: &str) -> String {
-    let (Some(first), Some(last)) = (curve.first(), curve.last()) else { return String::new() };
-    let last_line = format!("{key}: {} at step {}\n", last.1, last.0);
-    let missing = curve.iter().filter(|(_, y)| !y.is_finite()).count();
-    let gaps = match missing {
-        0 => String::new(),
-        1 => "1 value is NaN or infinite: a gap in the curve\n".to_owned(),
-        many => format!("{many} values are NaN or infinite: gaps in the curve\n"),
-    };
-    if missing == curve.len() {
-        return format!("{last_line}{gaps}");
+/// Returns the lines of the curve, with its axes' ends and last value. Where a value is not finite the
+/// curve has a gap, and how many there are is said.
+pub(crate) fn draw(curve: &[(f32, f32)], key: &str) -> Vec<String> {
+    let (Some(first), Some(last)) = (curve.first(), curve.last()) else { return Vec::new() };
+    let mut said = vec![format!("{key}: {} at step {}", last.1, last.0)];
+    match curve.iter().filter(|(_, y)| !y.is_finite()).count() {
+        0 => {}
+        1 => said.push("1 value is NaN or infinite: a gap in the curve".to_owned()),
+        many => said.push(format!("{many} values are NaN or infinite: gaps in the curve")),
     }
-    let finite = curve.iter().map(|(_, y)| *y).filter(|y| y.is_finite());
-    let (mut low, mut high) = finite.fold((f32::MAX, f32::MIN), |(l, h), y| (l.min(y), h.max(y)));
+    let finite: Vec<f32> = curve.iter().map(|(_, y)| *y).filter(|y| y.is_finite()).collect();
+    if finite.is_empty() {
+        return said;
+    }
+    let (mut low, mut high) = finite.iter().fold((f32::MAX, f32::MIN), |(l, h), y| (l.min(*y), h.max(*y)));
     if (high - low).abs() < f32::EPSILON {
         // A flat curve needs some height to be drawn in.
         (low, high) = (low - 0.5, high + 0.5);
@@ -96,7 +98,8 @@ pub(crate) fn draw(curve: &[(f32, f32)], key: &str) -> String {
     let chart = shapes.iter().fold(&mut chart, |chart, shape| chart.lineplot(shape));
     chart.axis();
     chart.figures();
-    format!("{chart}\n{last_line}{gaps}")
+    let drawing = chart.to_string().lines().map(str::to_owned).collect();
+    [drawing, said].concat()
 }
 
 #[cfg(test)]
@@ -107,7 +110,7 @@ mod tests {
     fn curves_are_drawn_whatever_their_shape() {
         let falling: Vec<(f32, f32)> = (1..100).map(|i| (i as f32, 2.0 / i as f32)).collect();
         let drawing = draw(&falling, "loss");
-        assert!(drawing.lines().count() > 10 && drawing.contains("2.0"), "{drawing}");
+        assert!(drawing.len() > 10 && drawing.concat().contains("2.0"), "{drawing:?}");
         for odd in [vec![], vec![(1.0, 1.0)], vec![(1.0, 1.0), (1.0, 2.0)], vec![(1.0, 0.0), (9.0, 0.0)]] {
             draw(&odd, "loss");
         }
@@ -117,10 +120,10 @@ mod tests {
     fn a_value_that_is_not_finite_is_a_gap_that_is_counted() {
         let gap = |x: f32| if (40.0..60.0).contains(&x) { f32::NAN } else { x };
         let curve: Vec<(f32, f32)> = (0..100).map(|i| (i as f32, gap(i as f32))).collect();
-        let drawing = draw(&curve, "loss");
+        let drawing = draw(&curve, "loss").concat();
         assert!(drawing.contains("20 values are NaN or infinite: gaps in the curve"), "{drawing}");
         assert!(drawing.contains("loss: 99 at step 99"), "{drawing}");
-        let whole = draw(&(0..100).map(|i| (i as f32, i as f32)).collect::<Vec<_>>(), "loss");
+        let whole = draw(&(0..100).map(|i| (i as f32, i as f32)).collect::<Vec<_>>(), "loss").concat();
         let dots = |drawing: &str| drawing.chars().filter(|c| ('\u{2801}'..='\u{28ff}').contains(c)).count();
         assert!(dots(&drawing) < dots(&whole), "the gap is empty: {drawing}");
         let value = |value: f64| {
@@ -128,10 +131,11 @@ mod tests {
             dot(&v1::Point { step: Some(1), values, ..v1::Point::default() }, "loss").unwrap()
         };
         let odd = [value(1e300), value(-1e300), value(f64::NAN), value(f64::INFINITY), value(1.0)];
-        assert!(draw(&odd, "loss").contains("2 values are NaN"), "what is too large is no gap");
+        assert!(draw(&odd, "loss").concat().contains("2 values are NaN"), "what is too large is no gap");
         for last in [f64::NAN, f64::NEG_INFINITY] {
             let text = draw(&[value(last)], "loss");
-            let said = format!("loss: {last} at step 1\n1 value is NaN or infinite: a gap in the curve\n");
+            let said =
+                [format!("loss: {last} at step 1"), "1 value is NaN or infinite: a gap in the curve".into()];
             assert_eq!(text, said);
         }
     }

@@ -12,6 +12,7 @@ mod report;
 mod tee;
 
 use std::fs::{DirBuilder, Permissions};
+use std::io::IsTerminal;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -25,9 +26,13 @@ use muster_proto::v1;
 use muster_worker::{Attached, Streams};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::Status;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::Global;
 use crate::exit::Failure;
+use crate::log;
+use crate::output::say;
 use crate::{show, submit};
 use args::{ProcsPerNode, RunArgs};
 use meeting::{Meeting, Place};
@@ -40,11 +45,7 @@ const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(3);
 /// `muster run`.
 pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     if std::env::var_os("RUST_LOG").is_some() {
-        tracing_subscriber::fmt()
-            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-            .with_writer(std::io::stderr)
-            .log_internal_errors(false)
-            .init();
+        log::text(EnvFilter::from_default_env(), std::io::stderr().is_terminal(), std::io::stderr).init();
     }
     program::say_what_has_no_effect(&args)?;
     let signals = listen(&args)?;
@@ -76,7 +77,7 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     let node = tokio::select! {
         node = Node::enter(&meeting, (&args, global), &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
-            eprintln!("muster run: {signal} before anything ran");
+            say!("muster run: {signal} before anything ran");
             return Err(Failure::JobFailed);
         }
     };
@@ -144,7 +145,7 @@ impl Follower {
             job = submitted => job?,
             () = node.broken.cancelled() => return Err(Failure::JobFailed),
             signal = any(&mut self.signals) => {
-                eprintln!("muster run: {signal} before anything ran");
+                say!("muster run: {signal} before anything ran");
                 return Err(Failure::JobFailed);
             }
         };
@@ -207,7 +208,7 @@ impl Follower {
         self.waiting = if waits { job.reason.clone() } else { String::new() };
         if job.state() == v1::JobState::Restarting && generation > self.restarting {
             self.restarting = generation;
-            eprintln!("muster run: {}", job.reason);
+            say!("muster run: {}", job.reason);
         }
     }
 
@@ -215,7 +216,7 @@ impl Follower {
     fn say_waiting(&mut self) {
         let waiting = std::mem::take(&mut self.waiting);
         if !waiting.is_empty() {
-            eprintln!("muster run: {waiting}");
+            say!("muster run: {waiting}");
         }
     }
 
@@ -229,7 +230,7 @@ impl Follower {
             // Whoever asks twice does not want to wait. The shim kills the ranks as this process ends.
             return Err(Failure::JobFailed);
         }
-        eprintln!(
+        say!(
             "muster run: {signal}: the ranks get it too, and have their grace to end; again ends them at once"
         );
         let request = v1::CancelJobRequest {
@@ -246,10 +247,7 @@ impl Follower {
         let job =
             node.client.jobs().get_job(request).await.ok().and_then(|response| response.into_inner().job);
         let why = job.map(|job| job.reason).unwrap_or_default();
-        eprintln!(
-            "muster run: not all nodes came within {} s (join_timeout): {why}",
-            node.join_timeout.as_secs()
-        );
+        say!("muster run: not all nodes came within {} s (join_timeout): {why}", node.join_timeout.as_secs());
         Failure::JobFailed
     }
 }

@@ -5,8 +5,9 @@ use muster_proto::v1;
 
 use crate::args::{Global, JobArgs, JobsArgs, Output, ShowJobArgs};
 use crate::client::Client;
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
 use crate::json;
+use crate::output::{lines, out, quoted, say, table};
 use crate::units::show_span;
 
 mod environment;
@@ -52,9 +53,9 @@ pub(crate) async fn jobs(args: &JobsArgs, global: &Global) -> Result<(), Failure
         }
     }
     if global.output == Output::Text {
-        out!("{}", table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows));
+        lines(table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows))?;
         if hidden {
-            eprintln!("older jobs that have ended are listed with --all");
+            say!("older jobs that have ended are listed with --all");
         }
     }
     Ok(())
@@ -127,31 +128,39 @@ pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failu
     rows.extend(times.into_iter().filter_map(|(name, time)| Some((name, time.as_ref()?.to_string()))));
     rows.extend(ran_for(&job).map(|span| ("ran for", span)));
     for (name, value) in rows {
-        out!("{name:<11} {value}\n");
+        out!("{name:<11} {value}");
     }
     if !job.placement.is_empty() {
-        out!("\n{}", placement(&job.placement));
+        out!("");
+        lines(placement(&job.placement))?;
     }
     if let Some(stuck) = &job.rendezvous {
-        out!("\n{}", at_the_store(stuck, &job));
+        out!("");
+        lines(at_the_store(stuck, &job))?;
     }
     if let Some(exit) = &job.exit {
-        out!("\n{}", root_cause(exit));
+        out!("");
+        lines(root_cause(exit))?;
     }
     // Of a job with one generation everything is said above.
     if job.past.len() > 1 || (!job.past.is_empty() && job.finished.is_none()) {
-        out!("\n{}", past(&job.past));
+        out!("");
+        lines(past(&job.past))?;
     }
     Ok(())
 }
 
-/// Where the ranks are that do not get on at their store, as a paragraph.
-fn at_the_store(stuck: &v1::Rendezvous, job: &v1::Job) -> String {
-    format!("rendezvous: {}\n", rendezvous::lines(stuck, job.world_size()).join("\n  "))
+/// Returns where the ranks are that do not get on at their store.
+fn at_the_store(stuck: &v1::Rendezvous, job: &v1::Job) -> Vec<String> {
+    let mut lines = rendezvous::lines(stuck, job.world_size());
+    for (index, line) in lines.iter_mut().enumerate() {
+        line.insert_str(0, if index == 0 { "rendezvous: " } else { "  " });
+    }
+    lines
 }
 
 /// The generations that have ended, as a table.
-fn past(all: &[v1::PastGeneration]) -> String {
+fn past(all: &[v1::PastGeneration]) -> Vec<String> {
     let row = |past: &v1::PastGeneration| {
         let millis = |time: &Option<_>| time.as_ref().map(millis_from_timestamp).unwrap_or_default();
         let held = std::time::Duration::from_millis(millis(&past.ended).since(millis(&past.placed)).0);
@@ -163,7 +172,7 @@ fn past(all: &[v1::PastGeneration]) -> String {
 }
 
 /// A placement as a table.
-pub(crate) fn placement(nodes: &[v1::NodePlacement]) -> String {
+pub(crate) fn placement(nodes: &[v1::NodePlacement]) -> Vec<String> {
     let row = |node: &v1::NodePlacement| {
         let first = node.first_rank.unwrap_or(0);
         let ranks = format!("{first}-{}", first + node.procs.saturating_sub(1));
@@ -174,7 +183,7 @@ pub(crate) fn placement(nodes: &[v1::NodePlacement]) -> String {
     table(&["NODE", "ADDRESS", "RANKS", "GPUS"], &nodes.iter().map(row).collect::<Vec<_>>())
 }
 
-fn root_cause(exit: &v1::RankExit) -> String {
+fn root_cause(exit: &v1::RankExit) -> Vec<String> {
     let how = match (exit.code, exit.signal) {
         _ if exit.out_of_memory => "ran out of memory and was killed by the kernel".to_owned(),
         (_, Some(signal)) => format!("was ended by signal {signal}"),
@@ -185,10 +194,10 @@ fn root_cause(exit: &v1::RankExit) -> String {
     let said = if exit.error.is_empty() { String::new() } else { format!(": {}", exit.error.trim_end()) };
     let head = format!("root cause: rank {rank} on {} {how}{said}", exit.node_name);
     if exit.stderr_tail.trim().is_empty() {
-        return format!("{head}; it wrote nothing on standard error\n");
+        return vec![format!("{head}; it wrote nothing on standard error")];
     }
-    let tail: Vec<String> = exit.stderr_tail.trim_end().lines().map(|line| format!("  {line}")).collect();
-    format!("{head}; its last lines on standard error:\n{}\n", tail.join("\n"))
+    let head = format!("{head}; its last lines on standard error:");
+    std::iter::once(head).chain(quoted(&exit.stderr_tail)).collect()
 }
 
 /// `muster explain`.
@@ -199,12 +208,12 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
         json::print("Job", &job)?;
         return Ok(());
     }
-    out!("job {} is {}: {}\n", job.id, job_state(&job), job.reason);
+    out!("job {} is {}: {}", job.id, job_state(&job), job.reason);
     if let Some(exit) = &job.exit {
-        out!("{}", root_cause(exit));
+        lines(root_cause(exit))?;
     }
     if let Some(stuck) = &job.rendezvous {
-        out!("{}", at_the_store(stuck, &job));
+        lines(at_the_store(stuck, &job))?;
     }
     let id = &job.id;
     let next = match job.state() {
@@ -241,20 +250,6 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
             format!("`muster logs {id}` and `muster plot {id}` show what it did")
         }
     };
-    out!("next: {next}\n");
+    out!("next: {next}");
     Ok(())
-}
-
-/// Rows under a header, each column as wide as its widest cell.
-pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
-    let header: Vec<String> = header.iter().map(|&name| name.to_owned()).collect();
-    let all: Vec<&Vec<String>> = std::iter::once(&header).chain(rows).collect();
-    let width = |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let line = |row: &Vec<String>| {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        format!("{}\n", cells.join("  ").trim_end())
-    };
-    all.into_iter().map(line).collect()
 }

@@ -9,6 +9,7 @@ use anyhow::Context;
 use muster_coordinator::{EtcdConfig, StoreKind, transfer};
 
 use crate::exit::Failure;
+use crate::output::say;
 use crate::units::Span;
 
 /// Where jobs and nodes are kept.
@@ -116,7 +117,7 @@ pub(crate) struct TransferArgs {
 pub(crate) async fn run(command: StoreCommand) -> Result<(), Failure> {
     let moved = tokio::task::spawn_blocking(move || transfer(command)).await;
     let (moved, how) = moved.context("failed to move the store")??;
-    eprintln!("{how} {} records: {} jobs and {} nodes", moved.records, moved.jobs, moved.nodes);
+    say!("{how} {} records: {} jobs and {} nodes", moved.records, moved.jobs, moved.nodes);
     Ok(())
 }
 

@@ -1,15 +1,17 @@
 //! `muster logs` and `muster metrics`.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::future::ready;
-use std::io::Write;
 
+use muster_core::types::text::escape_output;
 use muster_proto::v1;
 
 use crate::args::{Global, LogStream, LogsArgs, MetricsArgs, Output};
 use crate::client::{Client, Retries};
-use crate::exit::{Failure, out, output_failed};
+use crate::exit::Failure;
 use crate::json;
+use crate::output::{out, raw};
 
 /// Longest line held back to prefix it whole; longer ones are cut.
 const LINE_BYTES_MAX: usize = 64 << 10;
@@ -35,7 +37,7 @@ pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure
         ready(if global.output == Output::Json {
             json::print("LogChunk", &chunk)
         } else if args.rank.is_some() {
-            write(&chunk.data, chunk.stream() == v1::LogStream::Stderr)
+            raw(&chunk.data, chunk.stream() == v1::LogStream::Stderr)
         } else {
             lines.add(&chunk)
         })
@@ -87,16 +89,6 @@ pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
     }
 }
 
-fn write(bytes: &[u8], to_stderr: bool) -> Result<(), Failure> {
-    let written = if to_stderr {
-        std::io::stderr().write_all(bytes)
-    } else {
-        let mut out = std::io::stdout().lock();
-        out.write_all(bytes).and_then(|()| out.flush())
-    };
-    written.map_err(output_failed)
-}
-
 /// Output of several ranks, a line at a time, each with its rank before it.
 #[derive(Default)]
 struct Lines(HashMap<(u32, i32), Vec<u8>>);
@@ -121,15 +113,22 @@ impl Lines {
 }
 
 fn print_lines(rank: u32, stream: i32, bytes: &[u8]) -> Result<(), Failure> {
-    let mut out = Vec::with_capacity(bytes.len() + 64);
+    let is_error = stream == i32::from(v1::LogStream::Stderr);
+    raw(prefixed(rank, bytes).as_bytes(), is_error)
+}
+
+/// Returns a rank's output with the rank before each line. What a program draws over itself, such as a bar of
+/// progress, is shown line by line: several ranks share the terminal.
+fn prefixed(rank: u32, bytes: &[u8]) -> String {
+    let mut out = String::with_capacity(bytes.len() + 64);
     for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-        out.extend_from_slice(format!("[{rank}]: ").as_bytes());
-        out.extend_from_slice(line);
-        if !line.ends_with(b"\n") {
-            out.push(b'\n');
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let parts: Vec<_> = line.split(|byte| *byte == b'\r').filter(|part| !part.is_empty()).collect();
+        for part in if parts.is_empty() { vec![&b""[..]] } else { parts } {
+            writeln!(out, "[{rank}]: {}", escape_output(part)).ok();
         }
     }
-    write(&out, stream == i32::from(v1::LogStream::Stderr))
+    out
 }
 
 /// `muster metrics`.
@@ -144,7 +143,7 @@ pub(crate) async fn metrics(args: &MetricsArgs, global: &Global) -> Result<(), F
 fn print_point(point: &v1::Point) -> Result<(), Failure> {
     let values: Vec<String> = point.values.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let (rank, step) = (point.rank.unwrap_or(0), point.step.unwrap_or(0));
-    out!("rank {rank} step {step} {}\n", values.join(" "));
+    out!("rank {rank} step {step} {}", values.join(" "));
     Ok(())
 }
 
@@ -191,5 +190,24 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
             Err(status) => status,
         };
         retries.pause(broken).await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_line_of_a_rank_looks_like_another_ranks() {
+        let table: [(&[u8], &str); 5] = [
+            (b"a\nb", "[3]: a\n[3]: b\n"),
+            (b"a\r\n\n", "[3]: a\n[3]: \n"),
+            (b"\r 10%\r 20%\n", "[3]:  10%\n[3]:  20%\n"),
+            (b"a\r[0]: b\n", "[3]: a\n[3]: [0]: b\n"),
+            (b"\x1b[1A[0]: \xff\tx\n", "[3]: \\x1b[1A[0]: \\xff\tx\n"),
+        ];
+        for (bytes, expected) in table {
+            assert_eq!(prefixed(3, bytes), expected);
+        }
     }
 }

@@ -4,7 +4,8 @@ use muster_proto::v1;
 
 use crate::args::{CancelArgs, Global, Output, SubmitArgs};
 use crate::client::{Client, Retries};
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
+use crate::output::{lines, out, say};
 use crate::{follow, json, show, spec};
 
 /// `muster submit`.
@@ -19,9 +20,9 @@ pub(crate) async fn run(args: SubmitArgs, global: &Global) -> Result<(), Failure
     let job = submit(&client, request_id, spec).await?;
     match (global.output, stay) {
         (Output::Json, false) => json::print("Job", &job)?,
-        (Output::Text, false) => out!("{}\n", job.id),
+        (Output::Text, false) => out!("{}", job.id),
         (_, true) => {
-            eprintln!("submitted {} as job {}", job.name, job.id);
+            say!("submitted {} as job {}", job.name, job.id);
             let watched = follow::Options {
                 logs: true,
                 logs_on_stderr: global.output == Output::Json,
@@ -56,7 +57,7 @@ pub(crate) async fn submit(
                 retries.pause(status).await?;
                 if !said {
                     said = true;
-                    eprintln!("{why}; trying again");
+                    say!("{why}; trying again");
                 }
             }
         }
@@ -68,9 +69,9 @@ async fn plan(client: &Client, spec: v1::JobSpec, global: &Global) -> Result<(),
     if global.output == Output::Json {
         json::print("PlanJobResponse", &plan)?;
     } else if plan.placement.is_empty() {
-        out!("the job would wait: {}\n", plan.reason.trim_start_matches("waiting: "));
+        out!("the job would wait: {}", plan.reason.trim_start_matches("waiting: "));
     } else {
-        out!("{}", show::placement(&plan.placement));
+        lines(show::placement(&plan.placement))?;
     }
     Ok(())
 }
@@ -82,7 +83,7 @@ pub(crate) async fn cancel(args: CancelArgs, global: &Global) -> Result<(), Fail
     let job = client.jobs().cancel_job(request).await?.into_inner().job.unwrap_or_default();
     match global.output {
         Output::Json => json::print("Job", &job)?,
-        Output::Text => out!("{} is {}: {}\n", job.id, show::job_state(&job), job.reason),
+        Output::Text => out!("{} is {}: {}", job.id, show::job_state(&job), job.reason),
     }
     Ok(())
 }

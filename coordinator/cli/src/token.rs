@@ -9,9 +9,9 @@ use muster_proto::v1;
 
 use crate::args::{Global, Output};
 use crate::client::Client;
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
 use crate::json;
-use crate::show::table;
+use crate::output::{lines, out, say, table};
 use crate::units::Span;
 
 /// What is done with tokens.
@@ -73,7 +73,7 @@ pub(crate) async fn run(command: TokenCommand, global: &Global) -> Result<(), Fa
         TokenCommand::Revoke(args) => {
             let request = v1::RevokeTokenRequest { name: args.name.clone() };
             client.tokens().revoke_token(request).await?;
-            eprintln!("{} is refused from now on", args.name);
+            say!("{} is refused from now on", args.name);
             Ok(())
         }
     }
@@ -103,8 +103,8 @@ async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<()
             "muster … --token-file FILE, or grpcurl -H 'authorization: Bearer …'"
         }
     };
-    eprintln!("token {name}, shown this once; keep it in a file that only its user can read: {how}");
-    out!("{}\n", made.secret);
+    say!("token {name}, shown this once; keep it in a file that only its user can read: {how}");
+    out!("{}", made.secret);
     Ok(())
 }
 
@@ -126,7 +126,7 @@ async fn list(client: &Client, global: &Global) -> Result<(), Failure> {
         }
     }
     if global.output == Output::Text {
-        out!("{}", table(&["NAME", "ROLE", "EXPIRES", "USES LEFT", "RUNS AS"], &rows));
+        lines(table(&["NAME", "ROLE", "EXPIRES", "USES LEFT", "RUNS AS"], &rows))?;
     }
     Ok(())
 }

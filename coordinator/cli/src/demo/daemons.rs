@@ -17,6 +17,7 @@ use tokio::process::{Child, Command};
 use super::START_MAX;
 use crate::client::Client;
 use crate::exit::Failure;
+use crate::output::say;
 
 /// Time for a daemon to end in good order; above what a worker gives its ranks.
 const STOP_MAX: Duration = Duration::from_secs(30);
@@ -69,7 +70,7 @@ impl Daemons {
                 kill(Pid::from_raw(id), Signal::SIGTERM).ok();
             }
             if tokio::time::timeout(STOP_MAX, child.wait()).await.is_err() {
-                eprintln!("{name} did not end in time and is killed");
+                say!("{name} did not end in time and is killed");
                 child.kill().await.ok();
             }
         }

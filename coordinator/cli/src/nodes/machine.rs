@@ -2,11 +2,11 @@
 
 use muster_proto::v1;
 
-use crate::show::table;
+use crate::output::table;
 use crate::units::show_bytes;
 
 /// Everything about a machine that its inventory says, beside totals and labels.
-pub(super) fn show(inventory: &v1::Inventory) -> String {
+pub(super) fn show(inventory: &v1::Inventory) -> Vec<String> {
     let numa = |node: Option<u32>| node.map_or("-".to_owned(), |node| node.to_string());
     let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
     let mut all = limits(inventory);
@@ -66,23 +66,25 @@ pub(super) fn show(inventory: &v1::Inventory) -> String {
     all
 }
 
-fn limits(inventory: &v1::Inventory) -> String {
+fn limits(inventory: &v1::Inventory) -> Vec<String> {
     let limit = |value: Option<u64>, show: fn(u64) -> String| value.map_or("unlimited".to_owned(), show);
     let line = format!(
-        "/dev/shm {}, memory that may be locked {}, open files {}\n",
+        "/dev/shm {}, memory that may be locked {}, open files {}",
         show_bytes(inventory.shm_bytes),
         limit(inventory.memlock_bytes, show_bytes),
         limit(inventory.open_files_max, |files| files.to_string()),
     );
     if inventory.driver_version.is_empty() {
-        return line;
+        return vec![line];
     }
-    format!("{line}GPU driver {}, for CUDA up to {}\n", inventory.driver_version, inventory.cuda_version)
+    let driver =
+        format!("GPU driver {}, for CUDA up to {}", inventory.driver_version, inventory.cuda_version);
+    vec![line, driver]
 }
 
-fn add(all: &mut String, header: &[&str], rows: &[Vec<String>]) {
+fn add(all: &mut Vec<String>, header: &[&str], rows: &[Vec<String>]) {
     if !rows.is_empty() {
-        all.push('\n');
-        all.push_str(&table(header, rows));
+        all.push(String::new());
+        all.extend(table(header, rows));
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::args::RunArgs;
 use crate::exit::Failure;
+use crate::output::say;
 
 /// The port at which torchrun's nodes meet, if none is named: c10d and static.
 const PORT_DEFAULT: u16 = 29400;
@@ -140,7 +141,7 @@ impl Meeting {
                         _ => return Err(bad()),
                     });
                 }
-                key => eprintln!("muster run: --rdzv-conf {key} has no effect here"),
+                key => say!("muster run: --rdzv-conf {key} has no effect here"),
             }
         }
         Ok(is_host)

@@ -21,6 +21,7 @@ use super::port;
 use crate::args::Global;
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
+use crate::output::say;
 
 /// Where a run is on one node, its daemon and its coordinator are one process, and neither can lose the other.
 const LEASE_ALONE: Duration = Duration::from_hours(24);
@@ -112,7 +113,7 @@ impl Node {
         let ends = broken.clone();
         let worker = tokio::spawn(async move {
             if let Err(error) = running.await {
-                eprintln!("muster run: {error}");
+                say!("muster run: {error}");
                 ends.cancel();
             }
         });
@@ -149,7 +150,7 @@ impl Node {
         if !self.is_own {
             return failure;
         }
-        eprintln!(
+        say!(
             "muster run: the node that serves the run at {url} is gone; the ranks here were stopped when the lease ended"
         );
         Failure::JobFailed
@@ -198,7 +199,7 @@ where
     AbortOnDropHandle::new(tokio::spawn(async move {
         let served = muster_coordinator::run_on(config, connections, || (), CancellationToken::new()).await;
         if let Err(error) = served {
-            eprintln!("muster run: {error}");
+            say!("muster run: {error}");
             broken.cancel();
         }
     }))

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::exit::Failure;
+use crate::output::say;
 
 use super::args::RunArgs;
 
@@ -69,7 +70,7 @@ pub(super) fn say_what_has_no_effect(args: &RunArgs) -> Result<(), Failure> {
         ("--start-method", args.start_method.is_some(), "ranks are programs of their own"),
     ];
     for (flag, _, why) in given.into_iter().filter(|(_, given, _)| *given) {
-        eprintln!("muster run: {flag} has no effect here: {why}");
+        say!("muster run: {flag} has no effect here: {why}");
     }
     Ok(())
 }

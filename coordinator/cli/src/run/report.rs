@@ -5,12 +5,14 @@ use muster_proto::v1;
 use muster_worker::Attached;
 use serde_json::Value;
 
+use crate::output::{quoted, say, say_lines};
+
 /// Largest error file that is shown.
 const ERROR_BYTES_MAX: u64 = 1 << 20;
 
 /// Prints the end of a job that did not succeed.
 pub(super) fn print(job: &v1::Job, node: &NodeName, attached: &Attached) {
-    eprintln!("muster run: {}", job.reason);
+    say!("muster run: {}", job.reason);
     let Some(exit) = &job.exit else { return };
     let world = job.world_size.unwrap_or(0);
     let local = |placement: &v1::NodePlacement| {
@@ -21,15 +23,14 @@ pub(super) fn print(job: &v1::Job, node: &NodeName, attached: &Attached) {
     let dir = attached.rank_dir(Generation(exit.generation), local_rank);
     let is_here = exit.node_name == node.as_str();
     if let Some(stack) = call_stack(&dir.join("error.json")).filter(|_| is_here) {
-        eprintln!("{}", stack.trim_end());
+        say_lines(quoted(&stack));
     } else if !exit.stderr_tail.trim().is_empty() {
-        eprintln!("its last words on standard error:\n{}", exit.stderr_tail.trim_end());
+        say!("its last words on standard error:");
+        say_lines(quoted(&exit.stderr_tail));
     }
     let (rank, attempt) = (exit.rank.unwrap_or(0), exit.generation.saturating_sub(1));
     let place = if is_here { "here".to_owned() } else { format!("on {}", exit.node_name) };
-    eprintln!(
-        "  first to fail: rank {rank} of {world}, {place} (local rank {local_rank}, attempt {attempt})"
-    );
+    say!("  first to fail: rank {rank} of {world}, {place} (local rank {local_rank}, attempt {attempt})");
 }
 
 /// What Python's @record wrote.

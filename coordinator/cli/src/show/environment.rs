@@ -2,11 +2,11 @@
 
 use muster_proto::v1::{self, VariableSource};
 
-use super::table;
 use crate::args::{Global, JobArgs, Output};
 use crate::client::Client;
-use crate::exit::{Failure, out};
+use crate::exit::Failure;
 use crate::json;
+use crate::output::{lines, out, table};
 
 /// Node names that are spelled out before the rest is counted.
 const NAMES_SHOWN: usize = 8;
@@ -21,26 +21,29 @@ pub(super) async fn show(client: &Client, args: &JobArgs, global: &Global) -> Re
     }
     if found.environments.is_empty() {
         out!(
-            "no node of the job has prepared it; what they add is known from then until the ranks have ended\n"
+            "no node of the job has prepared it; what they add is known from then until the ranks have ended"
         );
     }
     for (index, group) in found.environments.iter().enumerate() {
         let surroundings = group.surroundings.clone().unwrap_or_default();
-        let gap = if index == 0 { "" } else { "\n" };
-        out!("{gap}{}\n", names(&group.node_names));
+        if index > 0 {
+            out!("");
+        }
+        out!("{}", names(&group.node_names));
         let variables: Vec<_> = surroundings.variables.iter().map(variable).collect();
         if variables.is_empty() {
-            out!("adds nothing\n");
+            out!("adds nothing");
         } else {
-            out!("{}", table(&["VARIABLE", "VALUE", "SET BY", "WHY"], &variables));
+            lines(table(&["VARIABLE", "VALUE", "SET BY", "WHY"], &variables))?;
         }
         let bindings: Vec<_> = surroundings.bindings.iter().map(binding).collect();
         if !bindings.is_empty() {
-            out!("{}", table(&["LOCAL RANK", "GPUS", "CPUS", "WHY"], &bindings));
+            lines(table(&["LOCAL RANK", "GPUS", "CPUS", "WHY"], &bindings))?;
         }
     }
     if found.environments_more > 0 {
-        out!("\nand {} further kinds of nodes\n", found.environments_more);
+        out!("");
+        out!("and {} further kinds of nodes", found.environments_more);
     }
     Ok(())
 }

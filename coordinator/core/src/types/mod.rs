@@ -9,6 +9,7 @@ mod resources;
 mod spec;
 mod stop;
 pub mod surroundings;
+pub mod text;
 pub mod value;
 
 pub use assignment::{
