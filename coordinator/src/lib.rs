@@ -6,6 +6,7 @@
 mod access;
 mod agents;
 mod answers;
+mod audit;
 mod authority;
 mod clock;
 mod driver;
@@ -90,6 +91,8 @@ pub struct Config {
     pub http: Http,
     /// Directory for the store and the metrics; made if it is not there.
     pub data_dir: PathBuf,
+    /// Keep an audit in the data directory. Without it the log alone says who did what.
+    pub audit: bool,
     /// Where control state is kept.
     pub store: StoreKind,
     /// Time without a heartbeat after which a node is lost.
@@ -118,6 +121,7 @@ impl Config {
             reflection: true,
             http: Http::OFF,
             data_dir,
+            audit: true,
             store: StoreKind::Redb,
             lease: Duration::from_secs(10),
             heartbeat: Duration::from_secs(1),

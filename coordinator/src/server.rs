@@ -28,6 +28,7 @@ use tracing::{info, warn};
 
 use crate::access::layer::{Door, Guard};
 use crate::answers::CountAnswers;
+use crate::audit::Audit;
 use crate::grpc::Api;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -121,7 +122,8 @@ where
     };
     let (watched_office, watched_monitor) = (office.clone(), monitor.clone());
     let (answers, calls) = (CountAnswers::new(), GlobalConcurrencyLimitLayer::new(CALLS_MAX));
-    let ways = Ways { routes, office, monitor, answers, calls };
+    let audit = Audit::start(config.audit.then_some(&config.data_dir));
+    let ways = Ways { routes, office, monitor, audit: audit.clone(), answers, calls };
     let asked = config.socket.clone().filter(|_| socket.is_some());
     let watched = watch_lag(asked, config.lease, watched_office, watched_monitor);
     let socket = serve_socket(socket, ways.clone(), shutdown.clone());
@@ -130,7 +132,7 @@ where
         shutdown.cancelled().await;
         tokio::time::sleep(DRAIN_MAX).await;
     };
-    tokio::select! {
+    let served = tokio::select! {
         served = server => served,
         socket = socket => socket,
         probed = probed => probed,
@@ -140,7 +142,9 @@ where
             warn!("some calls did not finish in time and were dropped");
             Ok(())
         }
-    }
+    };
+    audit.close().await;
+    served
 }
 
 /// What calls reach, by whichever way they come.
@@ -150,6 +154,7 @@ struct Ways {
     office: Office,
     monitor: Monitor,
     answers: CountAnswers,
+    audit: Audit,
     calls: GlobalConcurrencyLimitLayer,
 }
 
@@ -160,8 +165,8 @@ impl Ways {
         I: Stream<Item = io::Result<C>>,
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
-        let Self { routes, office, monitor, answers, calls } = self;
-        let guard = Guard { door, office: office.clone() };
+        let Self { routes, office, monitor, audit, answers, calls } = self;
+        let guard = Guard { door, office: office.clone(), audit };
         // From the outside in.
         let layers = ServiceBuilder::new()
             // First, so that whatever is refused is counted.

@@ -229,6 +229,8 @@ fn whoever_has_no_right_is_told_what_he_lacks() {
     secure.call("viewer", "{}", reads).ok();
     check(&secure.call("viewer", HELLO, SUBMIT), DENIED, "needs a token of the role submitter or above");
     check(&secure.call("join", "{}", reads), 1, "PermissionDenied");
+    let cancel = "muster.v1.JobService/CancelJob";
+    check(&secure.call("viewer", r#"{"job_id": "k3v9x2ma"}"#, cancel), DENIED, "the role submitter");
     std::fs::write(secure.path("wrong"), "muster.eve.0000").unwrap();
     for file in ["gone", "wrong"] {
         let refused = secure.run(
@@ -273,6 +275,22 @@ fn whoever_has_no_right_is_told_what_he_lacks() {
     let log = secure.coordinator.log();
     assert!(!log.contains(token.split('.').nth(2).unwrap()), "a secret is in the log");
     assert!(log.contains("audit") && log.contains("token:eve") && log.contains("PermissionDenied"), "{log}");
+    for (method, object, outcome) in [
+        ("/muster.v1.JobService/CancelJob", "job:k3v9x2ma", "PermissionDenied"),
+        ("/muster.v1.TokenService/RevokeToken", "token:gone", "Ok"),
+        ("/muster.v1.WorkerService/IssueCertificate", "node:n1", "Ok"),
+        ("/muster.v1.WorkerService/IssueCertificate", "node:n2", "PermissionDenied"),
+    ] {
+        eventually("the audit's line", || {
+            let text = std::fs::read_to_string(secure.path("coordinator/audit.jsonl")).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+            let is_it = |line: &Value| {
+                (&line["method"], &line["object"], &line["outcome"])
+                    == (&method.into(), &object.into(), &outcome.into())
+            };
+            lines.into_iter().find(is_it).map(drop).ok_or(text)
+        });
+    }
 }
 
 #[test]

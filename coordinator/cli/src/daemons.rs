@@ -36,6 +36,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         reflection: true,
         http: args.daemon.http(COORDINATOR_HTTP),
         data_dir: args.data_dir,
+        audit: true,
         store,
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,

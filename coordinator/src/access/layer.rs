@@ -5,20 +5,22 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use http::{Extensions, Request, Response};
+use tonic::body::Body;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
-use tracing::{info, warn};
 
 use super::rules::{self, Rule};
 use super::{Identity, denied, identify, unauthenticated};
+use crate::audit::subject::{Kind, Subject};
+use crate::audit::{Audit, Record};
 use crate::edge;
 use crate::office::Office;
 
-/// Where audit lines go, to be kept apart by RUST_LOG.
-const AUDIT: &str = "audit";
 /// Longest part of what a caller has made up that is logged.
 const SHOWN_CHARS_MAX: usize = 128;
+/// Longest reason in an audit line: some messages quote what a caller has sent.
+const REASON_CHARS_MAX: usize = 512;
 
 /// What a node is told that shows nothing.
 const NODE_WORDS: &str = "this needs the certificate of a node: start it with --join-token-file FILE and the token that `muster token \
@@ -40,6 +42,7 @@ pub(crate) enum Door {
 pub(crate) struct Guard {
     pub door: Door,
     pub office: Office,
+    pub audit: Audit,
 }
 
 impl<S> Layer<S> for Guard {
@@ -58,10 +61,10 @@ pub(crate) struct Guarded<S> {
 }
 
 /// A call that may go on, or not; and who made it, if that is known.
-type Judged = (Option<Identity>, Result<bool, Status>);
+type Judged = (Option<Identity>, Result<Option<Kind>, Status>);
 
 impl Guard {
-    /// Whether the call may go on, and whether it changes something.
+    /// Returns whether the call may go on, and what it changes.
     fn judge<Q>(&self, request: &Request<Q>) -> Judged {
         let rule = rules::rule(request.uri().path());
         if self.door == Door::Loopback
@@ -71,7 +74,7 @@ impl Guard {
         }
         if self.door != Door::Encrypted {
             // What does not exist is answered so by the router.
-            return (Some(Identity::Local), Ok(rule.is_some_and(|(_, changes)| changes)));
+            return (Some(Identity::Local), Ok(rule.and_then(|(_, changes)| changes)));
         }
         let Some((rule, changes)) = rule else {
             return (None, Err(denied("this coordinator has no such method")));
@@ -102,9 +105,9 @@ impl Guard {
     }
 }
 
-impl<S, Q, A> Service<Request<Q>> for Guarded<S>
+impl<S, A> Service<Request<Body>> for Guarded<S>
 where
-    S: Service<Request<Q>, Response = Response<A>>,
+    S: Service<Request<Body>, Response = Response<A>>,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
     A: Default + Send + 'static,
@@ -117,7 +120,7 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, mut request: Request<Q>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         // Handlers look for the addresses where connections without TLS have them.
         let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
         if let Some(tcp) = tls.map(|tls| tls.get_ref().clone()) {
@@ -126,29 +129,47 @@ where
         let (identity, judged) = self.guard.judge(&request);
         // Nothing behind this may log it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        // Most calls only read, and leave none.
-        let line = match judged {
-            Ok(changes) => changes.then(|| Line::new(&request, identity.as_ref())),
-            Err(status) => {
-                // Who is sent on to the leader is refused nothing.
-                if status.code() != Code::Unavailable {
-                    Line::new(&request, identity.as_ref()).denied(&status);
+        let kind = rules::rule(request.uri().path()).and_then(|(_, changes)| changes);
+        let audit = self.guard.audit.clone();
+        match judged {
+            Ok(changes) => {
+                if let Some(identity) = &identity {
+                    request.extensions_mut().insert(identity.clone());
                 }
-                return Box::pin(async move { Ok(status.into_http()) });
+                // Most calls only read, and leave no line.
+                let Some(kind) = changes else { return Box::pin(self.inner.call(request)) };
+                let (record, subject) = (record(&request, identity.as_ref()), Subject::new(kind));
+                request.extensions_mut().insert(subject.clone());
+                let answer = self.inner.call(request.map(|body| subject.noted(body)));
+                Box::pin(async move {
+                    let answer = answer.await?;
+                    let status = Status::from_header_map(answer.headers());
+                    let (outcome, reason) = status.map_or((Code::Ok, String::new()), |status| {
+                        (status.code(), shortened(status.message()))
+                    });
+                    audit.changed(Record { object: subject.object(), reason, ..record }, outcome);
+                    Ok(answer)
+                })
             }
-        };
-        if let Some(identity) = identity {
-            request.extensions_mut().insert(identity);
+            // Who is sent on to the leader is refused nothing.
+            Err(status) if status.code() == Code::Unavailable => {
+                Box::pin(async move { Ok(status.into_http()) })
+            }
+            Err(status) => {
+                let (record, peer) = (record(&request, identity.as_ref()), peer(request.extensions()));
+                Box::pin(async move {
+                    let mut object = None;
+                    if let Some(kind) = kind {
+                        let subject = Subject::new(kind);
+                        subject.read(request.into_body()).await;
+                        object = subject.object();
+                    }
+                    let record = Record { object, reason: shortened(status.message()), ..record };
+                    audit.refused(record, status.code(), peer.map(|peer| peer.ip()));
+                    Ok(status.into_http())
+                })
+            }
         }
-        let answer = self.inner.call(request);
-        Box::pin(async move {
-            let answer = answer.await?;
-            if let Some(line) = line {
-                let status = Status::from_header_map(answer.headers());
-                line.done(status.map_or(Code::Ok, |status| status.code()));
-            }
-            Ok(answer)
-        })
     }
 }
 
@@ -156,32 +177,21 @@ fn accepted_at(extensions: &Extensions) -> Option<SocketAddr> {
     extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::local_addr)
 }
 
-/// What an audit line says. No secret is ever in it.
-struct Line {
-    who: String,
-    role: &'static str,
-    method: String,
-    peer: String,
+fn peer(extensions: &Extensions) -> Option<SocketAddr> {
+    extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr)
 }
 
-impl Line {
-    fn new<Q>(request: &Request<Q>, identity: Option<&Identity>) -> Self {
-        let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-        Self {
-            who: identity.map_or_else(|| "nobody".to_owned(), ToString::to_string),
-            role: identity.map_or("none", Identity::role),
-            method: request.uri().path().chars().take(SHOWN_CHARS_MAX).collect(),
-            peer: peer.map_or_else(|| "local".to_owned(), |peer| peer.to_string()),
-        }
+/// Returns what is known of a call before it is answered. No secret is ever in it.
+fn record<Q>(request: &Request<Q>, identity: Option<&Identity>) -> Record {
+    Record {
+        who: identity.map_or_else(|| "nobody".to_owned(), ToString::to_string),
+        role: identity.map_or("none", Identity::role),
+        from: peer(request.extensions()).map_or_else(|| "local".to_owned(), |peer| peer.to_string()),
+        method: request.uri().path().chars().take(SHOWN_CHARS_MAX).collect(),
+        ..Record::default()
     }
+}
 
-    fn denied(&self, status: &Status) {
-        let Self { who, role, method, peer } = self;
-        warn!(target: AUDIT, %who, role, ?method, %peer, outcome = ?status.code(), why = status.message(), "denied");
-    }
-
-    fn done(&self, outcome: Code) {
-        let Self { who, role, method, peer } = self;
-        info!(target: AUDIT, %who, role, %method, %peer, ?outcome, "asked for");
-    }
+fn shortened(message: &str) -> String {
+    message.chars().take(REASON_CHARS_MAX).collect()
 }

@@ -4,6 +4,7 @@ use muster_core::access::Role;
 use tonic::Status;
 
 use super::{Identity, denied};
+use crate::audit::subject::Kind;
 
 /// Who may call a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,40 +28,55 @@ const SUBMITTER: Rule = Rule::Least(Role::Submitter);
 const OPERATOR: Rule = Rule::Least(Role::Operator);
 const ADMIN: Rule = Rule::Least(Role::Admin);
 
-/// Every method, and whether it changes something, which is worth an audit line.
-const RULES: [(&str, Rule, bool); 27] = [
-    ("/grpc.health.v1.Health/Check", Rule::Open, false),
-    ("/grpc.health.v1.Health/Watch", Rule::Open, false),
-    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Rule::Known, false),
-    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Rule::Known, false),
-    ("/muster.v1.ClusterService/GetCluster", VIEWER, false),
-    ("/muster.v1.JobService/CancelJob", SUBMITTER, true),
-    ("/muster.v1.JobService/GetJob", VIEWER, false),
-    ("/muster.v1.JobService/GetJobEnvironment", VIEWER, false),
-    ("/muster.v1.JobService/ListJobs", VIEWER, false),
-    ("/muster.v1.JobService/PlanJob", VIEWER, false),
-    ("/muster.v1.JobService/StreamLogs", VIEWER, false),
-    ("/muster.v1.JobService/StreamMetrics", VIEWER, false),
-    ("/muster.v1.JobService/SubmitJob", SUBMITTER, true),
-    ("/muster.v1.JobService/WatchJob", VIEWER, false),
-    ("/muster.v1.NodeService/CordonNode", OPERATOR, true),
-    ("/muster.v1.NodeService/DrainNode", OPERATOR, true),
-    ("/muster.v1.NodeService/GetNode", VIEWER, false),
-    ("/muster.v1.NodeService/ListNodes", VIEWER, false),
-    ("/muster.v1.NodeService/UncordonNode", OPERATOR, true),
-    ("/muster.v1.NodeService/WatchNodes", VIEWER, false),
-    ("/muster.v1.RendezvousService/Join", Rule::LeastOrNode(Role::Submitter), false),
-    ("/muster.v1.TokenService/CreateToken", ADMIN, true),
-    ("/muster.v1.TokenService/ListTokens", ADMIN, false),
-    ("/muster.v1.TokenService/RevokeToken", ADMIN, true),
-    ("/muster.v1.WorkerService/IssueCertificate", Rule::Joining, true),
+/// What is only read leaves no audit line.
+const READS: Option<Kind> = None;
+/// A job that is named by the first field.
+const JOB: Option<Kind> = Some(Kind::Field("job", &[1]));
+/// A job that is made.
+const NEW_JOB: Option<Kind> = Some(Kind::Told("job"));
+/// A node that is named by the first field.
+const NODE: Option<Kind> = Some(Kind::Field("node", &[1]));
+/// A token that is named by the first field.
+const TOKEN: Option<Kind> = Some(Kind::Field("token", &[1]));
+/// A token that is made.
+const NEW_TOKEN: Option<Kind> = Some(Kind::Told("token"));
+/// The run of an agent, which its hello names.
+const RUN: Option<Kind> = Some(Kind::Field("run", &[1, 1]));
+
+/// Every method, who may call it, and what it changes, which is worth an audit line.
+const RULES: [(&str, Rule, Option<Kind>); 27] = [
+    ("/grpc.health.v1.Health/Check", Rule::Open, READS),
+    ("/grpc.health.v1.Health/Watch", Rule::Open, READS),
+    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Rule::Known, READS),
+    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Rule::Known, READS),
+    ("/muster.v1.ClusterService/GetCluster", VIEWER, READS),
+    ("/muster.v1.JobService/CancelJob", SUBMITTER, JOB),
+    ("/muster.v1.JobService/GetJob", VIEWER, READS),
+    ("/muster.v1.JobService/GetJobEnvironment", VIEWER, READS),
+    ("/muster.v1.JobService/ListJobs", VIEWER, READS),
+    ("/muster.v1.JobService/PlanJob", VIEWER, READS),
+    ("/muster.v1.JobService/StreamLogs", VIEWER, READS),
+    ("/muster.v1.JobService/StreamMetrics", VIEWER, READS),
+    ("/muster.v1.JobService/SubmitJob", SUBMITTER, NEW_JOB),
+    ("/muster.v1.JobService/WatchJob", VIEWER, READS),
+    ("/muster.v1.NodeService/CordonNode", OPERATOR, NODE),
+    ("/muster.v1.NodeService/DrainNode", OPERATOR, NODE),
+    ("/muster.v1.NodeService/GetNode", VIEWER, READS),
+    ("/muster.v1.NodeService/ListNodes", VIEWER, READS),
+    ("/muster.v1.NodeService/UncordonNode", OPERATOR, NODE),
+    ("/muster.v1.NodeService/WatchNodes", VIEWER, READS),
+    ("/muster.v1.RendezvousService/Join", Rule::LeastOrNode(Role::Submitter), RUN),
+    ("/muster.v1.TokenService/CreateToken", ADMIN, NEW_TOKEN),
+    ("/muster.v1.TokenService/ListTokens", ADMIN, READS),
+    ("/muster.v1.TokenService/RevokeToken", ADMIN, TOKEN),
+    ("/muster.v1.WorkerService/IssueCertificate", Rule::Joining, NODE),
     // The driver logs both, at each connect of each node.
-    ("/muster.v1.WorkerService/Join", Rule::Node, false),
-    ("/muster.v1.WorkerService/Session", Rule::Node, false),
+    ("/muster.v1.WorkerService/Join", Rule::Node, READS),
+    ("/muster.v1.WorkerService/Session", Rule::Node, READS),
 ];
 
-/// The rule of a method, and whether it changes something; none for a method that is not known.
-pub(crate) fn rule(path: &str) -> Option<(Rule, bool)> {
+/// Returns the rule of a method and what it changes; none for a method that is not known.
+pub(crate) fn rule(path: &str) -> Option<(Rule, Option<Kind>)> {
     RULES.iter().find(|(method, ..)| *method == path).map(|(_, rule, changes)| (*rule, *changes))
 }
 
@@ -183,7 +199,7 @@ mod tests {
             }
             let reads_only =
                 !service.starts_with("muster") || reads.iter().any(|read| name.starts_with(read));
-            assert!(!(reads_only && changes), "{method} changes nothing");
+            assert!(!(reads_only && changes.is_some()), "{method} changes nothing");
         }
         let known: BTreeSet<String> = RULES.iter().map(|(method, ..)| (*method).to_owned()).collect();
         assert_eq!(known, methods, "no rule is for a method that does not exist");

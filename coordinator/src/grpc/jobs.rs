@@ -9,6 +9,7 @@ use muster_proto::v1::{self, job_service_server::JobService};
 use tonic::{Request, Response, Status};
 
 use super::{Api, Stream, caller, unexpected_reply};
+use crate::audit::subject as audit;
 use crate::driver::RequestError;
 use crate::metrics::Latest;
 use crate::view;
@@ -87,10 +88,11 @@ impl JobService for Api {
         &self,
         request: Request<v1::SubmitJobRequest>,
     ) -> Result<Response<v1::SubmitJobResponse>, Status> {
-        let identity = caller(&request)?;
+        let (identity, made) = (caller(&request)?, audit::tell(&request));
         let (request_id, mut spec) = checked_submit(request.into_inner())?;
         spec.run_as = identity.runs_as(spec.run_as.take())?;
         let job = job_reply(self.driver()?.request(Input::Submit { request_id, spec }).await?)?;
+        made(job.id.as_str());
         let job = Some(self.job_with_metrics(&job).await);
         Ok(Response::new(v1::SubmitJobResponse { job }))
     }

@@ -11,6 +11,7 @@ use tracing::warn;
 
 use super::{Api, unexpected_reply};
 use crate::access::{JOIN_PREFIX, NODE_PREFIX, TOKEN_PREFIX, denied, hash};
+use crate::audit::subject as audit;
 
 /// Tokens on a page.
 const PAGE_MAX: u32 = 1000;
@@ -80,6 +81,7 @@ impl TokenService for Api {
         &self,
         request: Request<v1::CreateTokenRequest>,
     ) -> Result<Response<v1::CreateTokenResponse>, Status> {
+        let made = audit::tell(&request);
         let wanted =
             checked_token(request.into_inner()).map_err(|error| convert::invalid_argument(&[error]))?;
         let Wanted { name, role, life, uses, run_as } = wanted;
@@ -88,6 +90,7 @@ impl TokenService for Api {
             Some(name) => name,
             None => TokenName::new(random::<NAME_BYTES>()?).map_err(Status::internal)?,
         };
+        made(name.as_str());
         let secret = random::<SECRET_BYTES>()?;
         let new = NewToken { name, role, hash: hash(&secret), life, uses, run_as };
         let token = self.token(Input::CreateToken(Box::new(new))).await?;

@@ -63,6 +63,8 @@ impl Node {
         let config = muster_coordinator::Config {
             store: muster_coordinator::StoreKind::Memory,
             lease: LEASE,
+            // It goes with the run, and so would its audit.
+            audit: false,
             // Nobody but the nodes of the run speaks to it.
             reflection: false,
             ..muster_coordinator::Config::new(scratch.dir.path().join("coordinator"))
