@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use muster_monitor::AddressError;
+use muster_monitor::{AddressError, DataDirError};
 
 /// Why a coordinator could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,10 @@ pub enum Error {
         /// Why.
         why: String,
     },
-    /// The data directory cannot be used.
+    /// The data directory is not this user's alone.
+    #[error(transparent)]
+    NotOwn(#[from] DataDirError),
+    /// The data directory cannot be made.
     #[error("failed to make the data directory {path}: {source}")]
     DataDir {
         /// The directory.

@@ -222,8 +222,8 @@ where
         })
         .map(AbortOnDropHandle::new)
     };
-    std::fs::create_dir_all(&config.data_dir)
-        .map_err(|source| Error::DataDir { path: config.data_dir.clone(), source })?;
+    // Nobody else has anything to look for there.
+    muster_monitor::own_data_dir(&config.data_dir, 0o700)?;
     let metrics = metrics::Metrics::new(config.data_dir.join("metrics"));
     let clock = Clock::start();
     let version = env!("CARGO_PKG_VERSION");

@@ -1,8 +1,10 @@
 //! The data directory: held by one daemon at a time, and known by an id of its own.
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::Error;
@@ -13,11 +15,29 @@ const COORDINATORS: &str = "coordinators.json";
 /// The file of the newest time of leading.
 const LEADER: &str = "leader.json";
 
+/// Returns options for a file that only this user reads, whatever the umask.
+pub(crate) fn private_file() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.create(true).mode(0o600);
+    options
+}
+
+/// Makes a directory of the data directory, and those above it. Ranks of other users pass through to
+/// what is theirs, and see nothing else.
+pub(crate) fn make_dir(path: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(dir_mode()).create(path)
+}
+
+fn dir_mode() -> u32 {
+    // Only root can start ranks of other users.
+    if nix::unistd::geteuid().is_root() { 0o711 } else { 0o700 }
+}
+
 /// Takes the directory for this daemon; made if it is not there.
 pub(crate) fn lock(data_dir: &Path) -> Result<File, Error> {
     let failed = |source| Error::DataDir { path: data_dir.to_owned(), source };
-    std::fs::create_dir_all(data_dir).map_err(failed)?;
-    let file = File::create(data_dir.join("worker.lock")).map_err(failed)?;
+    muster_monitor::own_data_dir(data_dir, dir_mode())?;
+    let file = private_file().write(true).open(data_dir.join("worker.lock")).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::DataDirHeld(data_dir.to_owned())),
@@ -66,6 +86,6 @@ pub(crate) fn keep_leader(data_dir: &Path, leader: &Leader) -> std::io::Result<(
 /// Renamed when whole.
 fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
     let partial = path.with_extension("new");
-    std::fs::write(&partial, text)?;
+    private_file().write(true).truncate(true).open(&partial)?.write_all(text.as_bytes())?;
     std::fs::rename(&partial, path)
 }

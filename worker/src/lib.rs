@@ -153,6 +153,9 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// The data directory is not this user's alone.
+    #[error(transparent)]
+    NotOwn(#[from] muster_monitor::DataDirError),
     /// The data directory cannot be used.
     #[error("failed to use the data directory {path}: {source}")]
     DataDir {

@@ -1,7 +1,9 @@
 //! `muster coordinator` and `muster worker`: logging, signals, and the libraries that do the work.
 
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::Context;
 use muster_coordinator::Listen;
@@ -23,6 +25,7 @@ const COORDINATOR_HTTP: Listen = Listen::Perhaps(SocketAddr::new(IpAddr::V4(Ipv4
 
 /// `muster coordinator`.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
+    private_files();
     let shutdown = start_logging(&args.daemon)?;
     let store = args.store.kind(&args.etcd)?;
     let config = muster_coordinator::Config {
@@ -47,6 +50,12 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     raise_files();
     // Its message holds its causes already.
     Ok(muster_coordinator::run(config, shutdown).await.map_err(|error| anyhow::anyhow!("{error}"))?)
+}
+
+/// Has every file that this process makes be its user's alone. It starts no programs of others, which
+/// would inherit that.
+pub(crate) fn private_files() {
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
 }
 
 /// Each node is an open connection, and the limit that most systems begin with is 1024 files: it may be raised to the hard
@@ -106,7 +115,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
 /// `muster run` is told of, whose standard error is the ranks'.
 pub(crate) fn start_shim_log() {
     let file = std::env::var_os(muster_worker::SHIM_LOG)
-        .and_then(|path| std::fs::OpenOptions::new().create(true).append(true).open(path).ok());
+        .and_then(|path| OpenOptions::new().create(true).append(true).mode(0o600).open(path).ok());
     let writer = match file {
         Some(file) => BoxMakeWriter::new(std::sync::Arc::new(file)),
         None => BoxMakeWriter::new(std::io::stderr),

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use muster_coordinator::{EtcdConfig, StoreKind, transfer};
 
+use crate::daemons::private_files;
 use crate::exit::Failure;
 use crate::output::say;
 use crate::units::Span;
@@ -115,6 +116,7 @@ pub(crate) struct TransferArgs {
 
 /// `muster store`.
 pub(crate) async fn run(command: StoreCommand) -> Result<(), Failure> {
+    private_files();
     let moved = tokio::task::spawn_blocking(move || transfer(command)).await;
     let (moved, how) = moved.context("failed to move the store")??;
     say!("{how} {} records: {} jobs and {} nodes", moved.records, moved.jobs, moved.nodes);

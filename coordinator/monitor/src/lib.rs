@@ -1,16 +1,19 @@
-//! What a daemon shows of itself over HTTP: `/metrics` to Prometheus, `/healthz` and `/readyz` to probes; and what it says
-//! to systemd. Both daemons use it; what is counted is theirs. It only reads: nothing can be changed through it.
+//! What a daemon shows of itself over HTTP: `/metrics` to Prometheus, `/healthz` and `/readyz` to probes; what it says to
+//! systemd; and whether its data directory is its own. Both daemons use it; what is counted is theirs. It only reads:
+//! nothing can be changed through it.
 //!
 //! Labels have few values that are known beforehand: no job, node, rank or user is one. What is counted is kept as it
 //! changes, so that a look costs the same in a cluster of ten thousand nodes.
 
 mod address;
 mod catalogue;
+mod data_dir;
 mod server;
 mod systemd;
 
 pub use address::{AddressError, Http, Listen, bind};
 pub use catalogue::{Catalogue, SECONDS};
+pub use data_dir::{DataDirError, own_data_dir};
 pub use prometheus::{
     Histogram, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };

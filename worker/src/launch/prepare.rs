@@ -1,8 +1,9 @@
 //! Everything that can go wrong before the first rank runs, checked while nothing does.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use muster_core::types::{Assignment, GangId, Rank};
@@ -11,6 +12,7 @@ use nix::unistd::{AccessFlags, access};
 use super::script;
 use super::store::RankStore;
 use super::user::{self, User, work_dir};
+use crate::data_dir::make_dir;
 use crate::shim::Order;
 use crate::telemetry::EventDir;
 
@@ -47,7 +49,8 @@ fn mark_of_launch(data_dir: &Path, gang: &GangId) -> PathBuf {
 /// train twice on one node.
 pub(crate) fn mark_launched(data_dir: &Path, gang: &GangId) -> Result<(), String> {
     let path = mark_of_launch(data_dir, gang);
-    File::create_new(&path).map(drop).map_err(|error| match error.kind() {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    made.map(drop).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => launched_before(gang),
         _ => format!("failed to make {}: {error}", path.display()),
     })
@@ -129,8 +132,7 @@ pub(crate) fn start_dir(assignment: &Assignment, log_dir: &Path, user: Option<&U
 
 /// Makes a directory for output.
 pub(crate) fn make_log_dir(dir: &Path) -> Result<(), String> {
-    fs::create_dir_all(dir)
-        .map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))
+    make_dir(dir).map_err(|error| format!("failed to make the log directory {}: {error}", dir.display()))
 }
 
 /// A script that is missing on one node is found here, and not by the ranks of all the others, which would run already.

@@ -12,6 +12,7 @@ use super::cgroup::Entrance;
 use super::spawn::{self, inherited};
 use super::user::User;
 use crate::attached::{Output, Sink};
+use crate::data_dir::private_file;
 use muster_core::types::{CpuList, Rank};
 use nix::sched::CpuSet;
 use nix::sys::signal::{Signal, killpg};
@@ -55,7 +56,11 @@ pub(crate) fn start(
         let failed = |what: &dyn Display, error| format!("failed to open {what}: {error}");
         match sink {
             Sink::File(path) => {
-                let file = OpenOptions::new().create(true).append(true).open(path);
+                // It is its rank's user's, who may read what was said.
+                let file = private_file()
+                    .append(true)
+                    .open(path)
+                    .and_then(|file| program.user.map_or(Ok(()), |user| user.own_file(&file)).map(|()| file));
                 Ok(file.map_err(|error| failed(&path.display(), error))?.into())
             }
             Sink::Inherited => inherited(own).map_err(|error| failed(&"the terminal", error)),

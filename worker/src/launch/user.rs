@@ -4,14 +4,16 @@
 //! they have a directory of their own to start in; nothing that root reads or removes by its name is theirs to replace.
 
 use std::ffi::{CString, OsString};
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown, fchown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown};
 use std::path::{Path, PathBuf};
 
 use muster_core::types::UserName;
 use nix::fcntl::OFlag;
 use nix::unistd::{Gid, Uid, getgrouplist};
+
+use crate::data_dir::{make_dir, private_file};
 
 /// Ids below are the system's own users (login.defs). A job names none of them; a node may.
 const PEOPLE: u32 = 1000;
@@ -88,13 +90,19 @@ impl User {
     /// Makes what a rank of this user needs in its log directory: where it starts, and its error file.
     pub fn furnish(&self, log_dir: &Path, error_file: &Path) -> Result<(), String> {
         let work = work_dir(log_dir);
-        let made = fs::create_dir_all(&work).and_then(|()| self.own(&work)).and_then(|()| {
+        let made = make_dir(&work).and_then(|()| self.own(&work)).and_then(|()| {
+            fs::set_permissions(&work, fs::Permissions::from_mode(0o700))?;
             // Opened as what it is: another generation's cannot be there, nor a link.
             let flags = OFlag::O_NOFOLLOW.bits();
-            let file = OpenOptions::new().create(true).append(true).custom_flags(flags).open(error_file)?;
-            fchown(&file, Some(self.uid), Some(self.gid))
+            let file = private_file().append(true).custom_flags(flags).open(error_file)?;
+            self.own_file(&file)
         });
         made.map_err(|error| format!("failed to make {} for {}: {error}", work.display(), self.name))
+    }
+
+    /// Makes a file this user's.
+    pub fn own_file(&self, file: &File) -> io::Result<()> {
+        fchown(file, Some(self.uid), Some(self.gid))
     }
 
     /// Makes it this user's.

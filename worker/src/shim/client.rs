@@ -1,7 +1,6 @@
 //! A daemon's side of one shim: started, spoken to, and cleaned up after when it is dead.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
 use std::io;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -21,6 +20,7 @@ use super::protocol::{Command, Lines, News, Phase, State, send};
 use super::record::{Order, Record, StateDir, is_running, kill};
 use super::told::Told;
 use crate::attached::Attached;
+use crate::data_dir::private_file;
 use crate::launch::environment::{SHIM_DIR, SHIM_LOG};
 use crate::launch::prepare::{gang_log_dir, make_log_dir};
 use crate::launch::sweep;
@@ -251,7 +251,7 @@ fn spawn(
         // It hands on to the ranks what this process has; what it has to say itself goes to its log.
         process.env(SHIM_LOG, log);
     } else {
-        let log = OpenOptions::new().create(true).append(true).open(log).map_err(failed)?;
+        let log = private_file().append(true).open(log).map_err(failed)?;
         process.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
         // Systemd hears of the daemon from the daemon.
         process.env_remove(muster_monitor::NOTIFY_SOCKET);

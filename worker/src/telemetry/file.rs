@@ -2,7 +2,7 @@
 //! which writes it, and whatever daemon there is, which sends from it. The number of a line is that of its point.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::parse::Reported;
 use crate::clock::unix_now;
+use crate::data_dir::private_file;
 
 /// Bytes of one rank's points on disk: ten million of them. Beyond it they are dropped, so that a rank that
 /// reports nonsense does not fill the disk.
@@ -50,7 +51,7 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub fn open(log_dir: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path_in(log_dir))?;
+        let file = private_file().append(true).open(path_in(log_dir))?;
         let len = file.metadata()?.len();
         Ok(Self { file, len, dropped: 0 })
     }
