@@ -342,6 +342,9 @@ impl Driver {
         {
             panic!("the core's state is broken: {broken}");
         }
+        if effects.stranger && self.monitor.refused("gang_report") {
+            warn!("a node reports of a gang or of ranks that it never held; it is passed over");
+        }
         for write in &effects.writes {
             persist::encode(&mut self.filling.batch, write);
         }

@@ -1,10 +1,11 @@
 //! The open sessions: how to reach a node, and who reads the logs it sends.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use muster_core::types::{NodeName, Session};
+use muster_core::types::{Assignment, GangId, NodeName, Session};
 use muster_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -12,6 +13,13 @@ use tonic::Status;
 /// Messages that may wait for one node. Above it the node is too slow to be kept: its session is closed, and
 /// the next one starts from the whole desired state.
 pub(crate) const LINK_QUEUE_MAX: usize = 1024;
+
+/// Gangs of which a session remembers the node's part. Beyond it all are forgotten, and looked up again: a node holds a
+/// few, and one that asks for many has invented them.
+const PARTS_MAX: usize = 1024;
+
+/// The ranks of a gang that a node holds or held; none if it never held the gang.
+pub(crate) type Part = Option<Range<u32>>;
 
 /// One node's session.
 #[derive(Debug)]
@@ -22,6 +30,8 @@ pub(crate) struct Link {
     sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
     logs: Mutex<HashMap<u64, mpsc::Sender<v1::LogData>>>,
     next_subscription: AtomicU64,
+    /// The node's part of each gang that was assigned to it or asked for. A gang's placement never changes.
+    parts: Mutex<BTreeMap<GangId, Part>>,
 }
 
 impl Link {
@@ -31,7 +41,26 @@ impl Link {
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
     ) -> Arc<Self> {
         let (logs, next_subscription) = (Mutex::default(), AtomicU64::new(1));
-        Arc::new(Self { session, term, sender, logs, next_subscription })
+        Arc::new(Self { session, term, sender, logs, next_subscription, parts: Mutex::default() })
+    }
+
+    /// Remembers the part that an assignment gives the node: what it reports of it needs no question to the driver.
+    pub fn assigned(&self, assignment: &Assignment) {
+        self.remember(assignment.gang.clone(), Some(assignment.placement.ranks()));
+    }
+
+    /// Remembers the node's part of a gang.
+    pub fn remember(&self, gang: GangId, part: Part) {
+        let mut parts = lock(&self.parts);
+        if parts.len() >= PARTS_MAX {
+            parts.clear();
+        }
+        parts.insert(gang, part);
+    }
+
+    /// Returns the node's part of a gang, if it is remembered.
+    pub fn part(&self, gang: &GangId) -> Option<Part> {
+        lock(&self.parts).get(gang).cloned()
     }
 
     /// Queues a message. False if the queue is full or the stream is gone.

@@ -36,6 +36,9 @@ impl std::ops::Deref for Monitor {
 /// Streams that are ended because their reader does not keep up.
 pub(crate) const SLOW_STREAMS: [&str; 4] = ["session", "watch_job", "watch_nodes", "logs"];
 
+/// What is refused of what nodes say: of a gang that they do not hold, or with a number far beyond the last.
+const REFUSED: [&str; 3] = ["points", "gang_report", "point_number"];
+
 /// How a commit can fail.
 const STORE_ERRORS: [&str; 3] = ["retryable", "fenced", "terminal"];
 
@@ -61,6 +64,7 @@ pub(crate) struct Counts {
     pub slow_streams: IntCounterVec,
     pub points: IntCounter,
     pub points_put_off: IntCounter,
+    refused: IntCounterVec,
     pub commit_seconds: Histogram,
     pub store_errors: IntCounterVec,
     store_writable: IntGauge,
@@ -125,6 +129,11 @@ impl Monitor {
                 "muster_points_put_off_total",
                 "Times that a node was asked to send points again, because too many waited to be written.",
             ),
+            refused: all.counters(
+                "muster_node_messages_refused_total",
+                "Batches of points and reports of gangs that were refused: the node does not hold what they are of.",
+                &["kind"],
+            ),
             commit_seconds: all.histogram(
                 "muster_store_commit_seconds",
                 "Time that the store took to make a group of decisions durable.",
@@ -163,6 +172,9 @@ impl Monitor {
         for stream in SLOW_STREAMS {
             counts.slow_streams.with_label_values(&[stream]);
         }
+        for kind in REFUSED {
+            counts.refused.with_label_values(&[kind]);
+        }
         for method in calls::methods() {
             counts.call_seconds.with_label_values(&[method]);
             counts.calls.with_label_values(&[method, "Ok"]);
@@ -188,6 +200,13 @@ impl Monitor {
             StoreError::Terminal(_) => "terminal",
         };
         self.store_errors.with_label_values(&[kind]).inc();
+    }
+
+    /// Counts a refusal. Returns whether to log it: the first, and then ever fewer, so that a node cannot fill the log.
+    pub fn refused(&self, kind: &str) -> bool {
+        let refused = self.refused.with_label_values(&[kind]);
+        refused.inc();
+        refused.get().is_power_of_two()
     }
 
     /// A stream was ended because its reader did not keep up.

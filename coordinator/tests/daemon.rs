@@ -24,6 +24,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Streaming};
 
+#[path = "daemon/points.rs"]
+mod points_of_others;
+
 /// Numbers the hellos of all scripted nodes.
 static HELLOS: AtomicU64 = AtomicU64::new(1);
 
@@ -80,10 +83,18 @@ struct Session {
 
 impl Session {
     async fn open(coordinator: &Coordinator, gangs: Vec<v1::GangReport>) -> Result<Self, tonic::Status> {
+        Self::open_as("n1", coordinator, gangs).await
+    }
+
+    async fn open_as(
+        node: &str,
+        coordinator: &Coordinator,
+        gangs: Vec<v1::GangReport>,
+    ) -> Result<Self, tonic::Status> {
         let mut client = WorkerServiceClient::new(coordinator.channel().await);
         client
             .join(v1::JoinRequest {
-                node_name: "n1".into(),
+                node_name: node.into(),
                 address: "127.0.0.1".into(),
                 incarnation: "i1".into(),
                 ..Default::default()
@@ -91,7 +102,7 @@ impl Session {
             .await?;
         let (up, requests) = mpsc::channel(16);
         let number = HELLOS.fetch_add(1, Ordering::Relaxed);
-        let (node_name, incarnation) = ("n1".into(), "i1".into());
+        let (node_name, incarnation) = (node.into(), "i1".into());
         let hello = v1::Hello { node_name, incarnation, gangs, leaving: None, number, resends_points: true };
         up.send(v1::SessionRequest { message: Some(Up::Hello(hello)) }).await.unwrap();
         let down = client.session(ReceiverStream::new(requests)).await?.into_inner();

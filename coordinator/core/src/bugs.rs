@@ -26,6 +26,7 @@ pub enum Bug {
     LateHelloCounts,
     WaitsByWallClock,
     RoomForgottenWhileStarting,
+    StrangersCount,
     // In the node's core.
     OldGenerationLaunches,
     AdoptByPidAlone,
@@ -40,7 +41,7 @@ pub enum Bug {
 }
 
 /// Every bug.
-pub const ALL: [Bug; 27] = [
+pub const ALL: [Bug; 28] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -59,6 +60,7 @@ pub const ALL: [Bug; 27] = [
     Bug::LateHelloCounts,
     Bug::WaitsByWallClock,
     Bug::RoomForgottenWhileStarting,
+    Bug::StrangersCount,
     Bug::OldGenerationLaunches,
     Bug::AdoptByPidAlone,
     Bug::NoSelfFence,

@@ -22,6 +22,9 @@ pub struct Effects {
     /// leases are not stored. A heartbeat of a session that is over must not be, or the node would trust in a lease
     /// that has ended here.
     pub renewed: bool,
+    /// Whether the report that was the input says something of a gang or of ranks that its node never held. That part of
+    /// it has changed nothing.
+    pub stranger: bool,
     /// Shown to readers and watchers, once the writes are durable and before anything else leaves.
     pub events: BTreeSet<Event>,
     pub(crate) stored_jobs: BTreeSet<JobId>,

@@ -12,7 +12,8 @@ use crate::fault::Cause;
 use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration};
 use crate::node::NodeState;
 use crate::types::{
-    DesiredPhase, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit, StopSignal,
+    DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit,
+    RankProgress, StopSignal,
 };
 
 /// So many of them, in words.
@@ -116,27 +117,35 @@ impl Core {
     /// One node's whole observed state of one gang.
     pub(crate) fn report(&mut self, now: Millis, name: &NodeName, report: &GangReport, fx: &mut Effects) {
         let id = &report.gang.job;
-        self.report_of_leftover(now, name, report, fx);
-        let Some(group_rank) = self.nodes.get(name).and_then(|node| node.reserved.jobs.get(id).copied())
-        else {
-            return;
-        };
         let current = |generation| generation == report.gang.generation || planted(Bug::OldReportsCount);
-        let Some(job) = self.jobs.get_mut(id).filter(|job| current(job.generation)) else { return };
-        let Some(gang) = job.gang.as_mut() else { return };
+        let held = self.nodes.get(name).and_then(|node| node.reserved.jobs.get(id).copied());
+        let held = held.or_else(|| planted(Bug::StrangersCount).then_some(0));
+        let Some(group_rank) = held.filter(|_| self.jobs.get(id).is_some_and(|job| current(job.generation)))
+        else {
+            // A late report of what the node held is usual.
+            fx.stranger = !self.held(name, &report.gang);
+            return self.report_of_leftover(now, name, report, fx);
+        };
+        self.report_of_leftover(now, name, report, fx);
+        let Some(gang) = self.jobs.get_mut(id).and_then(|job| job.gang.as_mut()) else { return };
         let placement = gang.placements[group_rank].clone();
+        // What it says of other nodes' ranks counts for nothing.
+        let exits: Vec<&RankExit> = report.exits.iter().filter(|exit| placement.holds(exit.rank)).collect();
+        let quiet: Vec<RankProgress> =
+            report.quiet.iter().filter(|progress| placement.holds(progress.rank)).cloned().collect();
+        fx.stranger = exits.len() < report.exits.len() || quiet.len() < report.quiet.len();
         let (seen, done) = match report.phase {
             ObservedPhase::Prepared => (Observed::Prepared, false),
             ObservedPhase::Running => (Observed::Running, false),
             ObservedPhase::Killed => (Observed::Killed, false),
             ObservedPhase::Stopped => {
-                let all = report.exits.len() == placement.procs as usize;
-                (Observed::Stopped, all && report.exits.iter().all(RankExit::is_success))
+                let all = exits.len() == placement.procs as usize;
+                (Observed::Stopped, all && exits.iter().all(|exit| exit.is_success()))
             }
         };
         let preparing = gang.desired == DesiredPhase::Prepared;
         let quiet_before = gang.quiet.len();
-        gang.set_quiet(group_rank, &report.quiet);
+        gang.set_quiet(group_rank, &quiet);
         let mut detailed = false;
         if !report.processes.is_empty() {
             let before = gang.processes.insert(group_rank, report.processes.clone());
@@ -153,14 +162,14 @@ impl Core {
         if detailed {
             fx.show_job_detail(id);
         }
-        let told = !report.exits.is_empty() || report.error.is_some() || gang.quiet.len() > quiet_before;
+        let told = !exits.is_empty() || report.error.is_some() || gang.quiet.len() > quiet_before;
         if !gang.observe(group_rank, seen) && !told {
             return;
         }
         if group_rank == 0 && gang.master_port.is_none() {
             gang.master_port = report.master_port;
         }
-        let exit = report.exits.iter().find(|exit| placement.holds(exit.rank) && !exit.is_success());
+        let exit = exits.into_iter().find(|exit| !exit.is_success());
         let cause = match (&report.error, exit) {
             (Some(error), _) if preparing => Some(Cause::Permanent(format!("node {name}: {error}"))),
             (Some(error), _) => Some(Cause::Fault(format!("node {name}: {error}"))),
@@ -177,6 +186,13 @@ impl Core {
             self.check_progress(now, &report.gang.job, fx);
         }
         self.conclude(now, &report.gang.job, fx);
+    }
+
+    /// Whether the node held the gang.
+    fn held(&self, name: &NodeName, gang: &GangId) -> bool {
+        let leftover = self.nodes.get(name).is_some_and(|node| node.reserved.leftovers.contains_key(gang));
+        let job = self.jobs.get(&gang.job);
+        leftover || job.is_some_and(|job| job.part_of(name, gang.generation).is_some())
     }
 
     /// Launches once every node is prepared; the job runs once every node has launched.

@@ -293,6 +293,11 @@ impl Job {
         }
     }
 
+    /// Returns the part that a node has or had in a generation, while that one is still known.
+    pub fn part_of(&self, node: &NodeName, generation: Generation) -> Option<&NodePlacement> {
+        self.placements_of(generation)?.iter().find(|placement| placement.node == *node)
+    }
+
     /// Nodes of one generation, if it is still known.
     pub fn placements_of(&self, generation: Generation) -> Option<&[NodePlacement]> {
         if self.gang.is_some() && generation == self.generation {

@@ -11,6 +11,11 @@ use super::Driver;
 impl Driver {
     pub(super) fn send(&mut self, node: &NodeName, session: Session, what: ToNode) {
         let Some(link) = self.links.get(node).filter(|link| link.session == session) else { return };
+        match &what {
+            ToNode::Welcome(assignments) => assignments.iter().for_each(|one| link.assigned(one)),
+            ToNode::Assign(assignment) => link.assigned(assignment),
+            ToNode::Close(_) => {}
+        }
         let message = match what {
             ToNode::Welcome(assignments) => v1::session_response::Message::Welcome(v1::Welcome {
                 session: session.0,

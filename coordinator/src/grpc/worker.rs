@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::health::Finding;
-use muster_core::types::{Generation, Incarnation, JobId, Millis, NodeName, Rank, limits};
+use muster_core::types::{
+    GangId, Generation, Incarnation, JobId, Millis, NodeName, NodePlacement, Rank, limits,
+};
 use muster_core::{Input, Inventory, Join};
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
@@ -20,6 +22,7 @@ use crate::intake::{Batch, Inlet, Taken};
 use crate::links::{LINK_QUEUE_MAX, Link};
 use crate::metrics::Point;
 use crate::office::Reign;
+use crate::published::State;
 
 /// Longest identity of a boot or a directory.
 const TEXT_BYTES_MAX: usize = 1024;
@@ -128,7 +131,7 @@ impl WorkerService for Api {
         drop(turn);
         let (inlet, batches) = self.intake.open(resends_points);
         // It ends when the session has, and everything that the session brought is written.
-        tokio::spawn(self.clone().keep_points(reign.driver.clone(), link.clone(), batches));
+        tokio::spawn(self.clone().keep_points(reign.driver.clone(), node.clone(), link.clone(), batches));
         tokio::spawn(self.clone().listen(reign, node, link, incoming, identity, inlet));
         Ok(Response::new(Stream::new(receiver)))
     }
@@ -231,6 +234,31 @@ impl Api {
         Ok(())
     }
 
+    /// Returns whether the node holds, or held, the ranks of which a batch of points is. A gang that was not assigned in
+    /// this session is looked up once.
+    fn holds(
+        driver: &Handle,
+        node: &NodeName,
+        link: &Link,
+        job: &JobId,
+        points: &[Point],
+    ) -> Result<bool, Status> {
+        let Some(last) = points.last() else { return Ok(true) };
+        let gang = GangId { job: job.clone(), generation: last.generation };
+        let part = if let Some(part) = link.part(&gang) {
+            part
+        } else {
+            let look = |state: &State| {
+                let job = state.job(job.as_str()).ok()?;
+                job.part_of(node, gang.generation).map(NodePlacement::ranks)
+            };
+            let part = driver.read(look)?;
+            link.remember(gang, part.clone());
+            part
+        };
+        Ok(part.is_some_and(|ranks| ranks.contains(&last.rank.0)))
+    }
+
     /// Hands points on to whoever writes them. Never waits for a disk.
     async fn take_points(
         &self,
@@ -258,10 +286,16 @@ impl Api {
     }
 
     /// Writes the points of one session, and acknowledges them.
-    async fn keep_points(self, driver: Handle, link: Arc<Link>, mut batches: mpsc::Receiver<Batch>) {
+    async fn keep_points(
+        self,
+        driver: Handle,
+        node: NodeName,
+        link: Arc<Link>,
+        mut batches: mpsc::Receiver<Batch>,
+    ) {
         while let Some(batch) = batches.recv().await {
             let Some(_turn) = self.intake.turn().await else { return };
-            if let Err(status) = self.keep(&driver, &link, batch).await {
+            if let Err(status) = self.keep(&driver, &node, &link, batch).await {
                 // The node opens another session, and sends again what was not acknowledged.
                 warn!(session = %link.session, error = status.message(), "points are not kept");
                 return link.close(status);
@@ -269,7 +303,13 @@ impl Api {
         }
     }
 
-    async fn keep(&self, driver: &Handle, link: &Link, mut batch: Batch) -> Result<(), Status> {
+    async fn keep(
+        &self,
+        driver: &Handle,
+        node: &NodeName,
+        link: &Link,
+        mut batch: Batch,
+    ) -> Result<(), Status> {
         let points = std::mem::take(&mut batch.points);
         let Some(last) = points.last() else { return Ok(()) };
         let mut ack = v1::PointAck {
@@ -279,13 +319,29 @@ impl Api {
             seq: last.seq,
             again: false,
         };
-        let series = self.metrics.series_of_known(driver, &batch.job).await?;
-        // Points of a job that is no longer known are acknowledged all the same: the node must not keep them.
+        let job = batch.job.clone();
+        let series = if Self::holds(driver, node, link, &job, &points)? {
+            self.metrics.series_of_known(driver, &job).await?
+        } else {
+            if self.monitor.refused("points") {
+                warn!(%node, %job, generation = ack.generation, rank = ack.rank, "points of a rank that the node \
+                    does not hold are refused");
+            }
+            None
+        };
+        // Points that are refused, or of a job that is no longer known, are acknowledged all the same: the node must not
+        // keep them.
         if let Some(series) = series {
-            let known = tokio::task::spawn_blocking(move || series.append(points))
+            let appended = tokio::task::spawn_blocking(move || series.append_checked(points))
                 .await
                 .map_err(|error| Status::internal(format!("failed to keep points: {error}")))?;
-            ack.seq = ack.seq.max(known.unwrap_or(0));
+            match appended {
+                Ok(known) => ack.seq = ack.seq.max(known.unwrap_or(0)),
+                Err(jump) if self.monitor.refused("point_number") => {
+                    warn!(%node, %job, rank = ack.rank, %jump, "points are refused");
+                }
+                Err(_) => {}
+            }
         }
         drop(batch);
         link.send(v1::session_response::Message::PointAck(ack));

@@ -21,6 +21,9 @@ const NAMES_MAX: usize = 1000;
 /// What a point takes beside its values, and a value beside its name: the nodes of the maps, and what allocation adds.
 const POINT_BYTES: usize = 128;
 const VALUE_BYTES: usize = 48;
+/// Points that may be missing between two of a rank: more than a rank's file on its node holds, or than 10,000 points a
+/// second for five days on a node whose disk is full. One wrong number must not make all that follow look old.
+const SEQ_JUMP_MAX: u64 = 1 << 32;
 
 /// One report of a rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +41,14 @@ pub(crate) struct Point {
     /// Values by name.
     #[serde(with = "value")]
     pub values: BTreeMap<String, f64>,
+}
+
+/// A number of a point that is too far beyond the last of its rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a point has number {seq} after number {known}; at most {SEQ_JUMP_MAX} may be missing between two")]
+pub(crate) struct SeqJump {
+    seq: u64,
+    known: u64,
 }
 
 /// The newest values of a generation.
@@ -126,6 +137,19 @@ impl Series {
         drop(kept);
         self.changed.send_replace(index);
         highest
+    }
+
+    /// As [`Series::append`]; adds none if one of the numbers is too far beyond the last.
+    pub fn append_checked(&self, points: Vec<Point>) -> Result<Option<u64>, SeqJump> {
+        let of = points.first().map(|point| (point.generation, point.rank));
+        let mut known = of.and_then(|of| self.points().seqs.get(&of).copied()).unwrap_or(0);
+        for Point { seq, .. } in &points {
+            if seq.saturating_sub(known) > SEQ_JUMP_MAX {
+                return Err(SeqJump { seq: *seq, known });
+            }
+            known = known.max(*seq);
+        }
+        Ok(self.append(points))
     }
 
     /// Up to `limit` points with an index above `after`, oldest first.
@@ -238,7 +262,7 @@ mod tests {
     fn point(generation: u32, rank: u32, seq: u64, loss: f64) -> Point {
         let values = BTreeMap::from([("loss".to_owned(), loss)]);
         let (generation, rank) = (Generation(generation), Rank(rank));
-        Point { generation, rank, seq, step: seq * 10, time: Millis(seq), values }
+        Point { generation, rank, seq, step: seq.wrapping_mul(10), time: Millis(seq), values }
     }
 
     #[test]
@@ -275,6 +299,21 @@ mod tests {
             assert!(series.latest(Generation(1)).loss.is_some_and(f64::is_nan));
         }
         assert!(end.latest(Generation(1)).loss.is_some_and(f64::is_nan));
+    }
+
+    #[test]
+    fn a_number_far_beyond_the_last_is_refused_and_costs_nothing() {
+        let series = Series::read(PathBuf::new());
+        assert_eq!(series.append_checked(vec![point(1, 0, 5, 2.0)]), Ok(Some(5)));
+        for seqs in [vec![1 << 63], vec![6, u64::MAX], vec![6 + SEQ_JUMP_MAX]] {
+            let jump = SeqJump { seq: *seqs.last().unwrap(), known: if seqs.len() > 1 { 6 } else { 5 } };
+            let points = seqs.into_iter().map(|seq| point(1, 0, seq, 2.0)).collect();
+            assert_eq!(series.append_checked(points), Err(jump));
+        }
+        let next = vec![point(1, 0, 5, 2.0), point(1, 0, 5 + SEQ_JUMP_MAX, 2.0)];
+        assert_eq!(series.append_checked(next), Ok(Some(5 + SEQ_JUMP_MAX)));
+        let kept: Vec<u64> = series.after(0, 9).iter().map(|(_, point)| point.seq).collect();
+        assert_eq!(kept, [5, 5 + SEQ_JUMP_MAX]);
     }
 
     #[test]

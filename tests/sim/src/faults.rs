@@ -177,6 +177,7 @@ impl World {
                 self.coordinator.slow_disk += 1;
                 self.after(ms, Event::Ends(index));
             }
+            Fault::Stranger { node, job } => self.report_as_stranger(node, job),
             Fault::Clone { node, ms } => {
                 let (name, rate) = (self.machines[node].name.clone(), self.rng.random_range(-20_000..20_000));
                 let machine = self.machines.len();
@@ -361,7 +362,7 @@ impl World {
     }
 
     /// Machines and shims where ranks of a job run, in order. `job` counts from the newest.
-    fn parts(&self, job: usize) -> Vec<(usize, i32)> {
+    pub fn parts(&self, job: usize) -> Vec<(usize, i32)> {
         let running = self.submissions.iter().rev().filter_map(|submission| {
             let id = submission.job.as_ref()?;
             let all = self.machines.iter().enumerate().flat_map(|(machine, this)| {

@@ -11,6 +11,7 @@ mod network;
 mod schedule;
 mod shims;
 mod shrink;
+mod stranger;
 mod truth;
 mod world;
 

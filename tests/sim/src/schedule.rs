@@ -112,6 +112,11 @@ pub enum Fault {
     SlowDisk {
         ms: u64,
     },
+    /// A node reports the end of a gang that it does not hold.
+    Stranger {
+        node: usize,
+        job: usize,
+    },
     /// Another machine comes up under the name of this one.
     Clone {
         node: usize,
@@ -168,7 +173,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
     let (node, part, rank) = (rng.random_range(0..MACHINES), rng.random_range(0..4), rng.random_range(0..8));
     // Shorter than the lease, about as long, longer.
     let ms = *pick(rng, &[300, 3_000, 15_000, 27_000, 33_000, 60_000]);
-    match rng.random_range(0..64) {
+    match rng.random_range(0..66) {
         0..12 => Fault::Submit(wanted(rng)),
         12 => Fault::Resubmit(job),
         13..15 => Fault::Cancel(job),
@@ -196,6 +201,7 @@ fn fault(rng: &mut impl Rng) -> Fault {
         58 => Fault::SetClock { by: *pick(rng, &[-3_600_000, -20_000, 20_000, 3_600_000]) },
         59..61 => Fault::SlowDisk { ms },
         26 | 61..63 => Fault::Stuck { job, rank },
+        63..65 => Fault::Stranger { node, job },
         _ => Fault::Clone { node, ms },
     }
 }

@@ -317,7 +317,8 @@ impl World {
                         return self.after_step(stepped.acted);
                     }
                     (Up::Report(report), Some(session)) => {
-                        (Input::Report { node, session, report }, None, None)
+                        let acted = process.hears(now, wall, (node, session), report, &mut self.truth);
+                        return self.after_step(acted);
                     }
                     (Up::Leaving(reason), Some(session)) => {
                         (Input::Leaving { node, session, reason }, None, None)

@@ -26,7 +26,12 @@ pub struct NodePlacement {
 impl NodePlacement {
     /// Whether `rank` runs on this node.
     pub fn holds(&self, rank: Rank) -> bool {
-        (self.first_rank.0..self.first_rank.0 + self.procs).contains(&rank.0)
+        self.ranks().contains(&rank.0)
+    }
+
+    /// Global ranks of this node.
+    pub fn ranks(&self) -> std::ops::Range<u32> {
+        self.first_rank.0..self.first_rank.0 + self.procs
     }
 }
 

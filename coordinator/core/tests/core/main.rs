@@ -8,4 +8,5 @@ mod properties;
 mod recovery;
 mod rendezvous;
 mod scale;
+mod strangers;
 mod world;

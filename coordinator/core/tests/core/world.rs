@@ -236,7 +236,7 @@ impl World {
         self.input(Input::Tick);
     }
 
-    fn carry_out(&mut self, effects: Effects) {
+    pub fn carry_out(&mut self, effects: Effects) {
         for write in effects.writes {
             let put = |record: &dyn erased::Json| record.json();
             match write {
@@ -343,7 +343,7 @@ impl ModelNode {
     }
 }
 
-fn exit_of(rank: u32, code: Option<i32>, signal: Option<i32>, time: Millis) -> RankExit {
+pub fn exit_of(rank: u32, code: Option<i32>, signal: Option<i32>, time: Millis) -> RankExit {
     let (stderr_tail, out_of_memory, error) = (String::new(), false, None);
     RankExit { rank: Rank(rank), code, signal, time, stderr_tail, out_of_memory, error }
 }
