@@ -1,5 +1,7 @@
 //! A node reports of what is placed on it, and of nothing else.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use crate::world::{World, exit_of, name, spec};
 use muster_core::types::{
     GangId, GangReport, Generation, Millis, NodeName, ObservedPhase, Rank, RankProgress,
@@ -32,7 +34,6 @@ fn stranger(world: &mut World, node: &NodeName, report: GangReport) -> bool {
 }
 
 /// The node that holds a rank, and one that holds none.
-
 fn holder_and_other(world: &World, job: &str, rank: u32) -> (NodeName, NodeName) {
     let placements = world.job(job).placements();
     let holder = placements.iter().find(|placement| placement.holds(Rank(rank))).unwrap().node.clone();
