@@ -249,6 +249,7 @@ impl Daemon {
     async fn turn(&mut self, session: &mut mpsc::Receiver<Event>) {
         self.release();
         let send_at = self.send_at();
+        let outbox = self.outbox.clone();
         let control = self.link.as_ref().map(|link| link.queues.control.clone());
         tokio::select! {
             Some(observation) = self.observed.recv() => self.step(observation),
@@ -258,6 +259,8 @@ impl Daemon {
                 room.send(request(message));
             },
             () = until(self.core.next_deadline()) => self.step(Input::Tick),
+            // The next turn looks at it.
+            () = outbox.settled() => {}
             Some(seen) = self.watched.seen.recv() => self.watched.take(seen),
             Some(_) = self.released.join_next() => {}
         }

@@ -351,9 +351,10 @@ async fn observe(
     context: &Context,
     events: &mpsc::Sender<Input>,
 ) {
+    context.outbox.set_draining(gang, state.draining);
     for input in told.inputs(gang, state) {
         if let Input::Exited(_, exit) = &input {
-            // All that the rank has reported is in its file.
+            // What the rank has reported is in its file, or comes there.
             context.outbox.add(gang, &[exit.rank]);
         }
         events.send(input).await.ok();
@@ -388,7 +389,8 @@ async fn bury(link: &mut Link, told: &mut Told, context: &Context, events: &mpsc
                     "the node was restarted"
                 };
                 let error = link.state.error.take().or_else(|| Some(error.to_owned()));
-                break State { phase: Phase::Stopped, error, killed: Vec::new(), ..link.state.clone() };
+                let (killed, draining) = (Vec::new(), false);
+                break State { phase: Phase::Stopped, error, killed, draining, ..link.state.clone() };
             }
         }
         let is_held = began.elapsed() > KILLED_AFTER;

@@ -77,6 +77,8 @@ pub(crate) struct State {
     pub fence: Option<Fence>,
     /// That time has come.
     pub fenced: bool,
+    /// Points that ended ranks have left are still being read.
+    pub draining: bool,
 }
 
 /// Lines as they come in.

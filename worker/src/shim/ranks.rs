@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use muster_core::types::{Assignment, Rank, RankExit};
 use nix::sys::signal::Signal;
 use rustix::process::{WaitOptions, WaitStatus};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::info;
 
 use super::record::Order;
@@ -28,6 +28,15 @@ struct Words {
     error: Option<String>,
 }
 
+/// What comes of a rank's end.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// How it ended.
+    Exit(RankExit),
+    /// The points that it has left are read.
+    Drained,
+}
+
 /// Every process of the gang is a descendant of this one, also one whose parents have ended: this process is their
 /// subreaper. So the gang is gone when this process has no child.
 #[derive(Debug)]
@@ -37,6 +46,8 @@ pub(super) struct Ranks {
     running: BTreeMap<i32, Running>,
     /// Those that have ended, in that order, while the last of their output is read.
     ending: VecDeque<(RankExit, JoinHandle<Words>)>,
+    /// What reads the points that they have left. The news of their end does not wait for it.
+    draining: JoinSet<()>,
     /// No process of theirs was left when they were last reaped.
     are_gone: bool,
     /// Whether they were told to end, so that SIGKILL is no riddle.
@@ -73,6 +84,7 @@ impl Ranks {
             all,
             running: BTreeMap::new(),
             ending: VecDeque::new(),
+            draining: JoinSet::new(),
             are_gone: true,
             told: false,
             cgroup: None,
@@ -187,30 +199,40 @@ impl Ranks {
             error: None,
         };
         let (rank, follower) = (process.rank, self.follower.clone());
-        let read = tokio::spawn(async move {
-            // Whatever the rank reported before it ended goes ahead of the news that it ended.
+        self.draining.spawn(async move {
             socket.drain().await;
             if let Some(follower) = follower {
                 follower.drain(rank).await;
             }
-            let words = tokio::task::spawn_blocking(move || Words {
-                stderr_tail: output
-                    .stderr_file()
-                    .and_then(|path| process::tail(path).ok())
-                    .unwrap_or_default(),
-                error: error_file::message(&output.error_file),
-            });
-            words.await.unwrap_or_default()
+        });
+        let read = tokio::task::spawn_blocking(move || Words {
+            stderr_tail: output.stderr_file().and_then(|path| process::tail(path).ok()).unwrap_or_default(),
+            error: error_file::message(&output.error_file),
         });
         self.ending.push_back((exit, read));
     }
 
-    /// The next exit, in the order in which the ranks ended.
-    pub async fn exit(&mut self) -> RankExit {
-        let Some((_, read)) = self.ending.front_mut() else { return std::future::pending().await };
-        let Words { stderr_tail, error } = read.await.unwrap_or_default();
+    /// Whether the points of all ranks that have ended are read.
+    pub fn are_drained(&self) -> bool {
+        self.draining.is_empty()
+    }
+
+    /// Waits for the next exit, in the order in which the ranks ended, or for the points of one that has ended.
+    pub async fn ended_or_drained(&mut self) -> Ended {
+        let Self { ending, draining, .. } = self;
+        let words = async {
+            match ending.front_mut() {
+                Some((_, read)) => read.await.unwrap_or_default(),
+                None => std::future::pending().await,
+            }
+        };
+        let Words { stderr_tail, error } = tokio::select! {
+            biased;
+            words = words => words,
+            Some(_) = draining.join_next() => return Ended::Drained,
+        };
         match self.ending.pop_front() {
-            Some((exit, _)) => RankExit { stderr_tail, error, ..exit },
+            Some((exit, _)) => Ended::Exit(RankExit { stderr_tail, error, ..exit }),
             None => std::future::pending().await,
         }
     }

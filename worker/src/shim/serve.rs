@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
-use muster_core::types::{Assignment, Millis, RankExit, StopMode};
+use muster_core::types::{Assignment, Millis, StopMode};
 use muster_worker_core::Fence;
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::Signal;
@@ -23,7 +23,7 @@ use launching::dump;
 use super::control::{Event, Shown, listen};
 use super::progress::Progress;
 use super::protocol::{Command, PROTOCOL, Phase, State};
-use super::ranks::Ranks;
+use super::ranks::{Ended, Ranks};
 use super::record::{Order, Record, StateDir, this_process};
 use super::rendezvous::Rendezvous;
 use crate::clock::boot_now;
@@ -79,7 +79,7 @@ enum Woken {
     Children,
     Control(Event),
     Prepared(Result<Result<Prepared, String>, JoinError>),
-    Exit(RankExit),
+    Rank(Ended),
     /// It was written down what the ranks do that hang.
     Dumped,
     /// Somebody asks this process to end.
@@ -112,7 +112,7 @@ async fn serve(dir: StateDir, order: Order) -> io::Result<()> {
             biased;
             result = timer.at(deadline) => { result?; Woken::Clock }
             _ = children.recv() => Woken::Children,
-            exit = shim.ranks.exit() => Woken::Exit(exit),
+            ended = shim.ranks.ended_or_drained() => Woken::Rank(ended),
             () = looked(&mut shim.progress) => Woken::Clock,
             prepared = finished(&mut preparing) => Woken::Prepared(prepared),
             _ = finished(&mut shim.dumping) => Woken::Dumped,
@@ -213,9 +213,15 @@ impl Shim {
 
     fn wake(&mut self, woken: Woken) {
         match woken {
-            Woken::Exit(exit) if !self.failed => self.state.send_modify(|state| state.exits.push(exit)),
+            Woken::Rank(Ended::Exit(exit)) if !self.failed => self.state.send_modify(|state| {
+                state.exits.push(exit);
+                state.draining = !self.ranks.are_drained();
+            }),
+            Woken::Rank(Ended::Drained) if self.ranks.are_drained() => {
+                self.state.send_if_modified(|state| std::mem::take(&mut state.draining));
+            }
             // What is due is done at each look.
-            Woken::Clock | Woken::Children | Woken::Exit(_) => {}
+            Woken::Clock | Woken::Children | Woken::Rank(_) => {}
             // A rank that hangs writes its own stacks at SIGABRT, if it is a Python program.
             Woken::Dumped => self.ranks.signal(Signal::SIGABRT),
             Woken::Prepared(prepared) => {
@@ -374,6 +380,8 @@ impl Shim {
         match self.connect_by {
             // Its daemon may be about to hear why nothing can run here.
             Some(by) => boot_now() >= by,
+            // What ranks have left is on the disk before whoever reads it there is gone.
+            None if !self.ranks.are_drained() => false,
             None => self.released || (self.phase() == Phase::Stopped && self.daemon.is_none()),
         }
     }

@@ -20,7 +20,7 @@ use super::source::Source;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Time between looks in terms of what the last one took: directories on a slow disk are looked at more rarely.
 const REST: u32 = 10;
-/// Time to read what an ended rank has left, as long as there is more. It holds up the news of the exit.
+/// Time to read what an ended rank has left, as long as there is more. It holds up the end of the gang's shim.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Time to wait for a look that a disk holds up, beyond that.
 const STUCK_MAX: Duration = Duration::from_secs(5);

@@ -4,29 +4,27 @@
 //! What is sent and not acknowledged is bounded over all ranks, so that no point fills the stream on which heartbeats and
 //! reports go. No file is read while the lock is held: the daemon looks in here, too.
 
-use std::collections::{BTreeMap, VecDeque};
+mod waiting;
+
+use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use muster_core::types::{Assignment, GangId, Rank};
-use muster_proto::convert::timestamp_to_wire;
 use muster_proto::v1;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::file::{self, Line, Look, Position};
+use super::file::{self, Look, Position};
 use crate::launch::prepare::log_dir;
+use waiting::{Key, Reading, Waiting};
 
 /// Bytes of points, of all ranks together, that were sent and not acknowledged: about 2,500 points of one value. The rest
 /// waits in the files. A heartbeat behind so much passes within a quarter of a second at 10 Mbit/s.
 const WINDOW_BYTES_MAX: usize = 256 << 10;
-/// Points in one message, as the API allows.
-const BATCH_MAX: usize = 512;
-/// Bytes in one message: a quarter of the window, so that several ranks share it.
-const BATCH_BYTES_MAX: usize = 64 << 10;
 /// Ranks of ended gangs whose last points still wait; beyond it the oldest are given up.
 const ENDED_MAX: usize = 1024;
 /// Time for which the news of a rank's end waits for the rank's last points. Those of a program that reports each step
@@ -46,9 +44,9 @@ struct Inner {
     added: Notify,
     /// It must not wait for more.
     hurried: Notify,
+    /// The coordinator has all of a rank's points that are known of.
+    settled: Notify,
 }
-
-type Key = (GangId, Rank);
 
 #[derive(Debug, Default)]
 struct State {
@@ -59,57 +57,12 @@ struct State {
     paused_until: Option<Instant>,
 }
 
-/// The points of one rank.
-#[derive(Debug, Default)]
-struct Waiting {
-    path: PathBuf,
-    /// Before the first that is not acknowledged.
-    kept: Position,
-    /// Before the first that the open session has not been given.
-    next: Position,
-    /// The places after those that it was given and has not acknowledged, each with the bytes of its point.
-    window: VecDeque<(Position, usize)>,
-    /// Lines that were read and not sent yet.
-    read: VecDeque<(Position, Option<Line>)>,
-    /// The highest number that the coordinator keeps: one that was sent by an earlier daemon is not sent again.
-    known: u64,
-    /// There may be more in the file.
-    more: bool,
-    /// The file is being read, from there on.
-    reading: Option<Position>,
-    /// The next batch begins with what the coordinator had no room for.
-    resumes: bool,
-    /// When this daemon heard of the rank's end.
-    exited: Option<Instant>,
-    /// The gang is forgotten; the entry goes with its last point.
-    ended: bool,
-}
-
 /// What comes next.
 enum Next {
     Batch(v1::PointBatch),
     /// A file must be read first.
     Read(Reading),
     Nothing,
-}
-
-/// A look at the file of one rank.
-#[derive(Clone, Debug)]
-struct Reading {
-    key: Key,
-    path: PathBuf,
-    from: Position,
-}
-
-impl Reading {
-    /// Reads on. Blocks on the disk.
-    fn look(&self) -> Look {
-        file::read(&self.path, self.from).unwrap_or_else(|error| {
-            let (gang, rank) = &self.key;
-            warn!(%gang, %rank, path = %self.path.display(), %error, "failed to read points");
-            Look::default()
-        })
-    }
 }
 
 impl Outbox {
@@ -136,6 +89,16 @@ impl Outbox {
             }
         }
         drop(state);
+        self.0.added.notify_one();
+    }
+
+    /// The gang's shim reads what its ended ranks have left, or has read all of it.
+    pub fn set_draining(&self, gang: &GangId, draining: bool) {
+        for (_, waiting) in self.state().ranks.iter_mut().filter(|((of, _), _)| of == gang) {
+            // The last look at the file comes after the last line.
+            waiting.more |= waiting.draining && !draining;
+            waiting.draining = draining;
+        }
         self.0.added.notify_one();
     }
 
@@ -166,6 +129,11 @@ impl Outbox {
                 None => self.0.added.notified().await,
             }
         }
+    }
+
+    /// Returns once the coordinator has all points of some rank that are known of.
+    pub async fn settled(&self) {
+        self.0.settled.notified().await;
     }
 
     /// Waits so long for more, unless what is there must not wait.
@@ -210,9 +178,7 @@ impl Outbox {
             }
             let points = waiting.take_batch(&key);
             let resumes = !points.is_empty() && std::mem::take(&mut waiting.resumes);
-            if waiting.is_done() {
-                state.ranks.remove(&key);
-            }
+            self.settle(&mut state, &key);
             if !points.is_empty() {
                 return Next::Batch(v1::PointBatch { job_id: key.0.job.to_string(), points, resumes });
             }
@@ -229,9 +195,7 @@ impl Outbox {
                 waiting.more |= look.more;
                 waiting.read = look.lines;
             }
-            if waiting.is_done() {
-                state.ranks.remove(&reading.key);
-            }
+            self.settle(&mut state, &reading.key);
         }
     }
 
@@ -278,12 +242,19 @@ impl Outbox {
             if let Some((last, _)) = waiting.window.drain(..known).next_back() {
                 waiting.kept = last;
             }
-            if waiting.is_done() {
-                state.ranks.remove(&key);
-            }
+            self.settle(&mut state, &key);
         }
         drop(state);
         self.0.added.notify_one();
+    }
+
+    /// Looks whether a rank owes nothing now, and forgets it if nothing more will come.
+    fn settle(&self, state: &mut State, key: &Key) {
+        let Some(waiting) = state.ranks.get(key).filter(|waiting| !waiting.owes()) else { return };
+        if waiting.ended {
+            state.ranks.remove(key);
+        }
+        self.0.settled.notify_one();
     }
 
     /// No rank of the gang will add anything. Gives how many ended ranks, of whichever gang, were given up for it.
@@ -333,70 +304,6 @@ impl State {
         let in_turn = || self.ranks.range::<Key, _>(after).chain(&self.ranks).filter(|(_, w)| w.can_send());
         let ended = in_turn().find(|(_, waiting)| waiting.exited.is_some());
         ended.or_else(|| in_turn().next()).map(|(key, _)| key.clone())
-    }
-}
-
-/// What a point takes at most, roughly, on the wire.
-fn bytes(point: &v1::Point) -> usize {
-    64 + point.values.keys().map(|name| name.len() + 32).sum::<usize>()
-}
-
-impl Waiting {
-    fn has_unsent(&self) -> bool {
-        self.more || self.reading.is_some() || !self.read.is_empty()
-    }
-
-    fn can_send(&self) -> bool {
-        (self.more || !self.read.is_empty()) && self.reading.is_none()
-    }
-
-    /// Whether the coordinator lacks any of its points.
-    fn owes(&self) -> bool {
-        self.has_unsent() || !self.window.is_empty()
-    }
-
-    fn is_done(&self) -> bool {
-        self.ended && !self.owes()
-    }
-
-    /// Goes back to the first that is not acknowledged.
-    fn rewind(&mut self) {
-        self.more = true;
-        self.next = self.kept;
-        self.window.clear();
-        self.read.clear();
-    }
-
-    /// The next points that the open session has not been given, of those that were read. May be none.
-    fn take_batch(&mut self, (gang, rank): &Key) -> Vec<v1::Point> {
-        let mut room = BATCH_BYTES_MAX;
-        let mut batch = Vec::new();
-        while let Some((after, line)) = self.read.pop_front() {
-            if let Some(Line::Point { step, time, values }) = line
-                && after.seq > self.known
-            {
-                let point = v1::Point {
-                    generation: gang.generation.0,
-                    rank: Some(rank.0),
-                    step: Some(step),
-                    time: Some(timestamp_to_wire(time)),
-                    values,
-                    seq: after.seq,
-                };
-                let size = bytes(&point);
-                room = room.saturating_sub(size);
-                batch.push(point);
-                self.window.push_back((after, size));
-            } else if self.window.is_empty() {
-                self.kept = after;
-            }
-            self.next = after;
-            // The largest point takes a sixth of the room: beyond it by one does no harm.
-            if room == 0 || batch.len() >= BATCH_MAX {
-                break;
-            }
-        }
-        batch
     }
 }
 

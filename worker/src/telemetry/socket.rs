@@ -25,7 +25,7 @@ const CONNECTIONS_MAX: usize = 16;
 /// Longest line; 64 values with the longest names fit several times.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 /// Time to read what an ended rank has left in its socket. Everything that could write is dead by then, unless
-/// it left its session; that must not hold up the exit.
+/// it left its session.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Longest path of a socket: an address holds 108 bytes, the last of them NUL.
 const PATH_BYTES_MAX: usize = 107;

@@ -1,5 +1,6 @@
 //! The outbox alone, sending from real files.
 
+use super::waiting::{BATCH_BYTES_MAX, BATCH_MAX};
 use super::*;
 use crate::telemetry::file::Writer;
 use crate::telemetry::parse::Reported;
@@ -180,4 +181,21 @@ async fn the_last_points_of_a_rank_that_has_ended_go_first() {
         ranks.push(batch.points[0].rank.unwrap());
     }
     assert_eq!(ranks, [1, 1, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn what_a_shim_still_reads_of_ended_ranks_is_waited_for_after_their_gang_is_forgotten() {
+    let mut world = World::new();
+    world.outbox.set_draining(&gang(), true);
+    world.outbox.exited(&gang(), Rank(0));
+    assert!(world.sent().await.is_empty() && world.outbox.awaited_until(&gang()).is_some());
+    world.outbox.end(&gang());
+    assert!(world.sent().await.is_empty() && world.outbox.holds(&gang()), "more may come");
+    let reported = Reported { step: 1, time: Some(Millis(1)), values: BTreeMap::new() };
+    world.files[0].add(reported).unwrap();
+    world.outbox.set_draining(&gang(), false);
+    assert_eq!(world.sent().await, [1], "the last look comes after the last line");
+    world.outbox.acknowledge(&gang(), Rank(0), 1);
+    world.outbox.settled().await;
+    assert!(!world.outbox.holds(&gang()));
 }
