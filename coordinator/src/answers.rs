@@ -98,7 +98,7 @@ where
                     Ok(Counted::answer(answer, place).unwrap_or_else(|refused| refusal(&refused)))
                 })
             }
-            Kind::Call | Kind::Stream => {
+            Kind::Call | Kind::Stream | Kind::Logs => {
                 let answer = self.inner.call(request);
                 Box::pin(async move {
                     Ok(Counted::answer(answer.await?, place).unwrap_or_else(|refused| refusal(&refused)))
@@ -119,9 +119,8 @@ fn kind(path: &str) -> Option<Kind> {
     match rules::rule(path) {
         Some((Rule::Node | Rule::Joining | Rule::LeastOrNode(_), _)) => None,
         Some((Rule::Open | Rule::Known | Rule::Least(_), _)) | None => Some(match method {
-            "WatchJob" | "WatchNodes" | "StreamMetrics" | "StreamLogs" | "ServerReflectionInfo" => {
-                Kind::Stream
-            }
+            "WatchJob" | "WatchNodes" | "StreamMetrics" | "ServerReflectionInfo" => Kind::Stream,
+            "StreamLogs" => Kind::Logs,
             "Watch" if service == "/grpc.health.v1.Health" => Kind::Stream,
             "ListJobs" | "ListNodes" | "ListTokens" => Kind::List,
             _ => Kind::Call,
@@ -152,7 +151,7 @@ mod tests {
         let table = [
             ("/muster.v1.JobService/GetJob", Some(Kind::Call)),
             ("/muster.v1.JobService/ListJobs", Some(Kind::List)),
-            ("/muster.v1.JobService/StreamLogs", Some(Kind::Stream)),
+            ("/muster.v1.JobService/StreamLogs", Some(Kind::Logs)),
             ("/grpc.health.v1.Health/Check", Some(Kind::Call)),
             ("/grpc.health.v1.Health/Watch", Some(Kind::Stream)),
             ("/made.Up/Name", Some(Kind::Call)),
@@ -168,7 +167,7 @@ mod tests {
             let streams = ["Watch", "Stream", "ServerReflectionInfo"]
                 .iter()
                 .any(|word| path.rsplit('/').next().is_some_and(|method| method.starts_with(word)));
-            assert_eq!(kind(&path) == Some(Kind::Stream), streams, "{path}");
+            assert_eq!(matches!(kind(&path), Some(Kind::Stream | Kind::Logs)), streams, "{path}");
         }
     }
 }

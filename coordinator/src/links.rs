@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use muster_core::types::{Assignment, GangId, NodeName, Session};
 use muster_proto::v1;
@@ -20,6 +21,12 @@ const PARTS_MAX: usize = 1024;
 
 /// The ranks of a gang that a node holds or held; none if it never held the gang.
 pub(crate) type Part = Option<Range<u32>>;
+/// Time between two looks whether a reader's message finds room.
+const ROOM_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Takes what one reader gets of one log. Pieces are boxed: a channel has room for 32 of them from its start, and there are
+/// many channels.
+pub(crate) type LogSender = mpsc::Sender<Box<v1::LogData>>;
 
 /// One node's session.
 #[derive(Debug)]
@@ -28,7 +35,7 @@ pub(crate) struct Link {
     /// Number of the coordinator's time of leading.
     term: u64,
     sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
-    logs: Mutex<HashMap<u64, mpsc::Sender<v1::LogData>>>,
+    logs: Mutex<HashMap<u64, LogSender>>,
     next_subscription: AtomicU64,
     /// The node's part of each gang that was assigned to it or asked for. A gang's placement never changes.
     parts: Mutex<BTreeMap<GangId, Part>>,
@@ -74,12 +81,21 @@ impl Link {
         lock(&self.logs).clear();
     }
 
+    /// Whether a message for readers finds room. Half of the queue is for what the core says: readers, of which there may be
+    /// many, must not be why a node is taken for too slow.
+    fn has_room_for_readers(&self) -> bool {
+        self.sender.capacity() > LINK_QUEUE_MAX / 2
+    }
+
+    /// Waits until a message for readers finds room, or the stream is gone.
+    pub async fn room_for_readers(&self) {
+        while !self.has_room_for_readers() && !self.sender.is_closed() {
+            tokio::time::sleep(ROOM_INTERVAL).await;
+        }
+    }
+
     /// Opens a subscription; `make` gets its number.
-    pub fn subscribe(
-        &self,
-        sender: mpsc::Sender<v1::LogData>,
-        make: impl FnOnce(u64) -> v1::LogSubscribe,
-    ) -> Option<u64> {
+    pub fn subscribe(&self, sender: LogSender, make: impl FnOnce(u64) -> v1::LogSubscribe) -> Option<u64> {
         let number = self.next_subscription.fetch_add(1, Ordering::Relaxed);
         lock(&self.logs).insert(number, sender);
         let sent = self.send(v1::session_response::Message::LogSubscribe(make(number)));
@@ -91,7 +107,8 @@ impl Link {
 
     /// Ends a subscription on both sides.
     pub fn unsubscribe(&self, subscription: u64) {
-        if lock(&self.logs).remove(&subscription).is_some() {
+        // One that finds no room is made up for: the node is told again when it sends more.
+        if lock(&self.logs).remove(&subscription).is_some() && self.has_room_for_readers() {
             self.send(v1::session_response::Message::LogUnsubscribe(v1::LogUnsubscribe { subscription }));
         }
     }
@@ -103,7 +120,7 @@ impl Link {
         let (subscription, last) = (data.subscription, data.end || !data.error.is_empty());
         let reader = lock(&self.logs).get(&subscription).cloned();
         let (read, delivered) =
-            (reader.is_some(), reader.is_some_and(|reader| reader.try_send(data).is_ok()));
+            (reader.is_some(), reader.is_some_and(|reader| reader.try_send(Box::new(data)).is_ok()));
         if !delivered {
             self.unsubscribe(subscription);
         } else if last {

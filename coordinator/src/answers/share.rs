@@ -14,6 +14,11 @@ const CALLER_CALLS_MAX: usize = CALLS_MAX / 4;
 const STREAMS_MAX: usize = 4096;
 /// Those of one caller.
 const CALLER_STREAMS_MAX: usize = STREAMS_MAX / 4;
+/// Logs of jobs that all readers follow: what nodes send ahead for each, and what of it is not read, is 128 KiB at most
+/// (`grpc/logs.rs`), so together 64 MiB.
+const LOGS_MAX: usize = 512;
+/// Those of one caller.
+const CALLER_LOGS_MAX: usize = LOGS_MAX / 2;
 /// Bytes of answers that all readers have not read.
 const UNREAD_BYTES_MAX: usize = 64 << 20;
 /// Those of one caller: some twenty of the largest lists.
@@ -23,6 +28,9 @@ const CALLER_UNREAD_BYTES_MAX: usize = UNREAD_BYTES_MAX / 4;
 pub(super) const SMALL_BYTES: usize = 4 << 10;
 /// Bytes that a stream may have unread before it is held up. One message goes in any case.
 const STREAM_AHEAD_BYTES: usize = 32 << 10;
+
+/// Largest piece of a stream that is bounded by the number of streams alone: more than logs and most jobs need.
+const STREAM_MESSAGE_BYTES: usize = 128 << 10;
 
 /// Who has a share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +63,8 @@ pub(crate) enum Kind {
     List,
     /// Answers for as long as the caller reads them.
     Stream,
+    /// The same, of logs: nodes send them ahead.
+    Logs,
 }
 
 /// Why a call is refused.
@@ -67,6 +77,8 @@ pub(super) enum Refused {
     Calls { who: String, count: usize },
     #[error("{count} streams of {who} are open, the most that are served; end some, or try again later")]
     Streams { who: String, count: usize },
+    #[error("{count} logs are being read by {who}, the most that are served; end some, or try again later")]
+    Logs { who: String, count: usize },
     #[error(
         "answers of {bytes} bytes to {who} are not read, and at most {max} may be; read them, ask for smaller pages, or try \
          again later"
@@ -78,7 +90,7 @@ impl Refused {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Calls { .. } => "TOO_MANY_CALLS",
-            Self::Streams { .. } => "TOO_MANY_STREAMS",
+            Self::Streams { .. } | Self::Logs { .. } => "TOO_MANY_STREAMS",
             Self::Unread { .. } => "TOO_MUCH_UNREAD",
         }
     }
@@ -89,6 +101,7 @@ impl Refused {
 struct Usage {
     calls: usize,
     streams: usize,
+    logs: usize,
     /// Of answers that are no streams.
     unread: usize,
 }
@@ -120,6 +133,10 @@ impl Answers {
                 let who = over(&caller, [(own.calls, CALLER_CALLS_MAX), (all.calls, CALLS_MAX)], 1);
                 who.map_or(Ok(()), |(who, count, _)| Err(Refused::Calls { who, count }))?;
             }
+            Kind::Logs => {
+                let who = over(&caller, [(own.logs, CALLER_LOGS_MAX), (all.logs, LOGS_MAX)], 1);
+                who.map_or(Ok(()), |(who, count, _)| Err(Refused::Logs { who, count }))?;
+            }
             Kind::Stream => {
                 let who = over(&caller, [(own.streams, CALLER_STREAMS_MAX), (all.streams, STREAMS_MAX)], 1);
                 who.map_or(Ok(()), |(who, count, _)| Err(Refused::Streams { who, count }))?;
@@ -128,6 +145,7 @@ impl Answers {
         usages.change(&caller, |usage| match kind {
             Kind::Call | Kind::List => usage.calls += 1,
             Kind::Stream => usage.streams += 1,
+            Kind::Logs => usage.logs += 1,
         });
         drop(usages);
         Ok(Place { answers: self.clone(), caller, kind, own: Mutex::default() })
@@ -196,9 +214,9 @@ impl Place {
         }
     }
 
-    /// Counts bytes until they are taken off with [`Place::read`]. Those of streams are bounded by their number.
+    /// Counts bytes until they are taken off with [`Place::read`].
     pub(super) fn charge(&self, bytes: usize) -> Result<(), Refused> {
-        if self.kind != Kind::Stream {
+        if self.is_shared(bytes) {
             let mut usages = self.answers.lock();
             if bytes > SMALL_BYTES {
                 self.check(&usages, bytes)?;
@@ -209,9 +227,22 @@ impl Place {
         Ok(())
     }
 
+    /// Whether bytes are part of what may be unread together. Those of streams are bounded by the number of streams, unless a
+    /// single message is very large.
+    fn is_shared(&self, bytes: usize) -> bool {
+        !self.is_stream() || bytes > STREAM_MESSAGE_BYTES
+    }
+
+    fn is_stream(&self) -> bool {
+        match self.kind {
+            Kind::Call | Kind::List => false,
+            Kind::Stream | Kind::Logs => true,
+        }
+    }
+
     /// Takes bytes off that the connection has taken, or that are dropped with it.
     pub(super) fn read(&self, bytes: usize) {
-        if self.kind != Kind::Stream {
+        if self.is_shared(bytes) {
             self.answers.lock().change(&self.caller, |usage| usage.unread -= bytes);
         }
         let mut own = self.own();
@@ -226,7 +257,7 @@ impl Place {
     /// Whether a stream is to be held up until more of it is read; then `waker` is woken when it is.
     pub(super) fn is_ahead(&self, waker: &Waker) -> bool {
         let mut own = self.own();
-        let is_ahead = self.kind == Kind::Stream && own.unread >= STREAM_AHEAD_BYTES;
+        let is_ahead = self.is_stream() && own.unread >= STREAM_AHEAD_BYTES;
         if is_ahead {
             own.waker = Some(waker.clone());
         }
@@ -244,6 +275,7 @@ impl Drop for Place {
         self.answers.lock().change(&self.caller, |usage| match kind {
             Kind::Call | Kind::List => usage.calls -= 1,
             Kind::Stream => usage.streams -= 1,
+            Kind::Logs => usage.logs -= 1,
         });
     }
 }
@@ -269,9 +301,15 @@ mod tests {
 
     #[test]
     fn each_caller_has_a_share_and_the_socket_has_its_own() {
-        for (kind, share) in [(Kind::Call, CALLER_CALLS_MAX), (Kind::Stream, CALLER_STREAMS_MAX)] {
+        let table = [
+            (Kind::Call, CALLER_CALLS_MAX, CALLS_MAX),
+            (Kind::Stream, CALLER_STREAMS_MAX, STREAMS_MAX),
+            (Kind::Logs, CALLER_LOGS_MAX, LOGS_MAX),
+        ];
+        for (kind, share, most) in table {
             let answers = Answers::default();
-            let mut all: Vec<_> = (1..=4).map(|last| fill(&answers, &peer(last), kind)).collect();
+            let callers = (most / share) as u8;
+            let mut all: Vec<_> = (1..=callers).map(|last| fill(&answers, &peer(last), kind)).collect();
             assert!(all.iter().all(|(places, _)| places.len() == share), "{kind:?}");
             let words = all[0].1.to_string();
             assert!(words.contains("10.0.0.1") && words.contains(&share.to_string()), "{words}");

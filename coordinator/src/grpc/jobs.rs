@@ -8,7 +8,7 @@ use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, job_service_server::JobService};
 use tonic::{Request, Response, Status};
 
-use super::{Api, Stream, caller, unexpected_reply};
+use super::{Api, Followed, caller, unexpected_reply};
 use crate::audit::subject as audit;
 use crate::driver::RequestError;
 use crate::metrics::Latest;
@@ -154,7 +154,7 @@ impl JobService for Api {
         Ok(Response::new(v1::CancelJobResponse { job }))
     }
 
-    type WatchJobStream = Stream<v1::WatchJobResponse>;
+    type WatchJobStream = Followed<v1::WatchJobResponse>;
 
     async fn watch_job(
         &self,
@@ -163,7 +163,7 @@ impl JobService for Api {
         self.clone().stream_job(&request.into_inner().job_id).map(Response::new)
     }
 
-    type StreamMetricsStream = Stream<v1::StreamMetricsResponse>;
+    type StreamMetricsStream = Followed<v1::StreamMetricsResponse>;
 
     async fn stream_metrics(
         &self,
@@ -172,7 +172,7 @@ impl JobService for Api {
         self.clone().stream_points(request.into_inner()).await.map(Response::new)
     }
 
-    type StreamLogsStream = Stream<v1::StreamLogsResponse>;
+    type StreamLogsStream = Followed<v1::StreamLogsResponse>;
 
     async fn stream_logs(
         &self,

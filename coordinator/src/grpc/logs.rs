@@ -7,13 +7,18 @@ use muster_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::{Api, STREAM_QUEUE, Stream};
+use super::{Api, Followed, followed};
 
-/// Bytes a node may send ahead of the client, per rank and stream.
-const CREDIT_BYTES: u64 = 1 << 20;
-/// Pieces that may wait for the client, per rank and stream: small writes make small pieces, so the credit alone
-/// does not bound their number.
-const PIECES_MAX: usize = 4096;
+/// Bytes that nodes may send ahead of one client, over all ranks and streams that are read at once. As much waits for it in
+/// [`QUEUE`], and twice as much encoded: 128 KiB for each of those that `answers/share.rs` lets in.
+const CREDIT_BYTES: u64 = 32 << 10;
+/// Least that a node may send ahead of one file: smaller pieces cost more than they hold.
+const SOURCE_CREDIT_BYTES: u64 = 1 << 10;
+/// Pieces that wait for the client's turn to read. Their nodes have been allowed to send more.
+const QUEUE: usize = 1;
+/// Pieces that may wait for that queue, per rank and stream: small writes make small pieces, so the credit alone does not
+/// bound their number. Beyond it the log is subscribed to again from where it was, once they are read.
+const PIECES_MAX: usize = 64;
 /// Ranks whose output one call follows; more would need more queues than a terminal has lines.
 const RANKS_MAX: usize = 256;
 /// How soon to ask again for the logs of a node that is not connected.
@@ -31,16 +36,18 @@ impl Api {
     pub(super) fn stream_output(
         self,
         request: v1::StreamLogsRequest,
-    ) -> Result<Stream<v1::StreamLogsResponse>, Status> {
+    ) -> Result<Followed<v1::StreamLogsResponse>, Status> {
         let job = self.find_job(&request.job_id)?;
         let generation = request.generation.map_or(job.generation, Generation);
         let sources = sources(&job, generation, &request)?;
-        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let at_once = if request.follow { sources.len() as u64 } else { 1 };
+        let credit = (CREDIT_BYTES / at_once.max(1)).max(SOURCE_CREDIT_BYTES);
         tokio::spawn(async move {
             let copies = sources.into_iter().map(|source| {
                 let (api, job, request, sender) =
                     (self.clone(), job.clone(), request.clone(), sender.clone());
-                async move { api.copy(&job, generation, &source, &request, &sender).await }
+                async move { api.copy(&job, generation, &source, &request, (&sender, credit)).await }
             });
             // With follow all ranks are read side by side; without, one after the other, so that the output
             // comes in rank order.
@@ -65,7 +72,7 @@ impl Api {
                 sender.send(Err(status)).await.ok();
             }
         });
-        Ok(Stream::new(receiver))
+        Ok(followed(receiver, |chunk| v1::StreamLogsResponse { chunk: Some(chunk) }))
     }
 
     /// Copies one file until its end, or until the client goes.
@@ -75,7 +82,7 @@ impl Api {
         generation: Generation,
         source: &Source,
         request: &v1::StreamLogsRequest,
-        sender: &mpsc::Sender<Result<v1::StreamLogsResponse, Status>>,
+        (sender, credit_bytes): (&mpsc::Sender<Result<v1::LogChunk, Status>>, u64),
     ) -> Result<(), Status> {
         let mut offset = request.offset;
         let node = &source.node;
@@ -88,6 +95,7 @@ impl Api {
                 convert::unavailable("NODE_NOT_CONNECTED", message, RETRY)
             };
             let link = reign.driver.links().get(node).ok_or_else(away)?;
+            link.room_for_readers().await;
             let (pieces, mut incoming) = mpsc::channel(PIECES_MAX);
             let subscription = link
                 .subscribe(pieces, |subscription| v1::LogSubscribe {
@@ -98,7 +106,7 @@ impl Api {
                     stream: source.stream.into(),
                     offset,
                     follow: request.follow,
-                    credit_bytes: CREDIT_BYTES,
+                    credit_bytes,
                     local_rank: source.local_rank,
                 })
                 .ok_or_else(away)?;
@@ -123,11 +131,12 @@ impl Api {
                 if let Some(chunk) = piece.chunk.filter(|chunk| !chunk.data.is_empty()) {
                     let bytes = chunk.data.len() as u64;
                     offset = chunk.offset.saturating_add(bytes);
-                    if sender.send(Ok(v1::StreamLogsResponse { chunk: Some(chunk) })).await.is_err() {
+                    if sender.send(Ok(chunk)).await.is_err() {
                         link.unsubscribe(subscription);
                         return Ok(());
                     }
                     let credit = v1::LogCredit { subscription, bytes };
+                    link.room_for_readers().await;
                     link.send(v1::session_response::Message::LogCredit(credit));
                 }
                 if piece.end {

@@ -9,12 +9,14 @@ mod streams;
 pub(crate) mod tokens;
 pub(crate) mod worker;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::Refusal;
 use muster_proto::convert;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 
@@ -33,6 +35,18 @@ use crate::office::Office;
 const ARRIVALS_MAX: usize = 256;
 /// Messages of a stream that wait for its client.
 const STREAM_QUEUE: usize = 16;
+
+/// A stream that a reader follows. What waits for its client is shared or small, and becomes a message when the client takes
+/// it: a record may be as large as a message can be.
+pub(crate) type Followed<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+/// Returns the stream of what comes through a queue.
+fn followed<W: Send + 'static, T: 'static>(
+    waiting: mpsc::Receiver<Result<W, Status>>,
+    message: impl Fn(W) -> T + Send + 'static,
+) -> Followed<T> {
+    Box::pin(ReceiverStream::new(waiting).map(move |next| next.map(&message)))
+}
 
 /// A server stream fed by a task.
 pub(crate) type Stream<T> = ReceiverStream<Result<T, Status>>;

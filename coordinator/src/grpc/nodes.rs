@@ -9,7 +9,7 @@ use muster_proto::v1::{self, node_service_server::NodeService};
 use tonic::{Request, Response, Status};
 
 use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX, SHOWN_AT_ONCE};
-use super::{Api, Stream, unexpected_reply};
+use super::{Api, Followed, unexpected_reply};
 use crate::view;
 
 /// Nodes on a page.
@@ -55,7 +55,7 @@ impl NodeService for Api {
         Ok(Response::new(v1::GetNodeResponse { node: Some(view::node(&node)) }))
     }
 
-    type WatchNodesStream = Stream<v1::WatchNodesResponse>;
+    type WatchNodesStream = Followed<v1::WatchNodesResponse>;
 
     async fn watch_nodes(
         &self,

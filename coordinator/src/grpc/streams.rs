@@ -10,7 +10,7 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
-use super::{Api, STREAM_QUEUE, Stream};
+use super::{Api, Followed, STREAM_QUEUE, followed};
 use crate::metrics::Point;
 use crate::monitor::Monitor;
 use crate::office::Reign;
@@ -35,15 +35,14 @@ fn stopping() -> Status {
 }
 
 impl Api {
-    pub(super) fn stream_job(self, job_id: &str) -> Result<Stream<v1::WatchJobResponse>, Status> {
+    pub(super) fn stream_job(self, job_id: &str) -> Result<Followed<v1::WatchJobResponse>, Status> {
         let Reign { driver, over, .. } = self.office.reign()?;
         let (mut job, mut changes) = driver.watch_job(job_id)?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
             loop {
                 let latest = self.metrics.series(&job.id).await.latest(job.generation);
-                let response = v1::WatchJobResponse { job: Some(view::job(&job, latest)) };
-                if sender.send(Ok(response)).await.is_err() || job.state.is_terminal() {
+                if sender.send(Ok((job.clone(), latest))).await.is_err() || job.state.is_terminal() {
                     return;
                 }
                 job = tokio::select! {
@@ -60,24 +59,26 @@ impl Api {
                 };
             }
         });
-        Ok(Stream::new(receiver))
+        Ok(followed(receiver, |(job, latest): (Arc<Job>, _)| {
+            let job = Some(view::job(&job, latest));
+            v1::WatchJobResponse { job }
+        }))
     }
 
-    pub(super) fn stream_nodes(self) -> Result<Stream<v1::WatchNodesResponse>, Status> {
+    pub(super) fn stream_nodes(self) -> Result<Followed<v1::WatchNodesResponse>, Status> {
         let Reign { driver, over, .. } = self.office.reign()?;
         let (nodes, mut changes) = driver.watch_nodes()?;
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
-        let response = |node: &Node| Ok(v1::WatchNodesResponse { node: Some(view::node(node)) });
         tokio::spawn(async move {
             for node in nodes {
-                if sender.send(response(&node)).await.is_err() {
+                if sender.send(Ok(node)).await.is_err() {
                     return;
                 }
             }
             loop {
                 let next = tokio::select! {
                     changed = changes.recv() => match changed {
-                        Ok(node) => response(&node),
+                        Ok(node) => Ok(node),
                         Err(RecvError::Lagged(_)) => Err(too_slow(&self.monitor, "watch_nodes")),
                         Err(RecvError::Closed) => Err(stopping()),
                     },
@@ -90,13 +91,13 @@ impl Api {
                 }
             }
         });
-        Ok(Stream::new(receiver))
+        Ok(followed(receiver, |node: Arc<Node>| v1::WatchNodesResponse { node: Some(view::node(&node)) }))
     }
 
     pub(super) async fn stream_points(
         self,
         request: v1::StreamMetricsRequest,
-    ) -> Result<Stream<v1::StreamMetricsResponse>, Status> {
+    ) -> Result<Followed<v1::StreamMetricsResponse>, Status> {
         let Reign { driver, over, .. } = self.office.reign()?;
         let (job, mut changes) = driver.watch_job(&request.job_id)?;
         let series = self.metrics.series(&job.id).await;
@@ -116,7 +117,7 @@ impl Api {
                     after = index;
                     if wanted(&point, request.rank) {
                         let response = v1::StreamMetricsResponse { point: Some(view::point(&point)), index };
-                        if sender.send(Ok(response)).await.is_err() {
+                        if sender.send(Ok(Box::new(response))).await.is_err() {
                             return;
                         }
                     }
@@ -140,7 +141,7 @@ impl Api {
                 }
             }
         });
-        Ok(Stream::new(receiver))
+        Ok(followed(receiver, |response: Box<_>| *response))
     }
 }
 
