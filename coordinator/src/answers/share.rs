@@ -26,6 +26,8 @@ const CALLER_UNREAD_BYTES_MAX: usize = UNREAD_BYTES_MAX / 4;
 /// An answer that is not larger is given whatever is unread, for the number of calls bounds it: who has left lists unread
 /// can still ask for one job.
 pub(super) const SMALL_BYTES: usize = 4 << 10;
+/// Largest list. It is not made unless it fits, for making it costs much more than refusing it.
+const LIST_BYTES_MAX: usize = 4 << 20;
 /// Bytes that a stream may have unread before it is held up. One message goes in any case.
 const STREAM_AHEAD_BYTES: usize = 32 << 10;
 
@@ -201,7 +203,7 @@ struct Own {
 impl Place {
     /// Refuses a large answer before it is made, while the caller has left others unread.
     pub(super) fn check_unread(&self) -> Result<(), Refused> {
-        self.check(&self.answers.lock(), SMALL_BYTES + 1)
+        self.check(&self.answers.lock(), LIST_BYTES_MAX)
     }
 
     fn check(&self, usages: &Usages, bytes: usize) -> Result<(), Refused> {
@@ -336,8 +338,11 @@ mod tests {
         assert!(refused.to_string().contains(&CALLER_UNREAD_BYTES_MAX.to_string()), "{refused}");
         next.charge(SMALL_BYTES).unwrap();
         answers.enter(peer(2), Kind::List).unwrap().check_unread().unwrap();
+        // Refused before it is made, and not after.
+        list.read(LIST_BYTES_MAX);
+        assert!(next.check_unread().is_err());
         next.read(SMALL_BYTES);
-        list.read(CALLER_UNREAD_BYTES_MAX);
+        list.read(CALLER_UNREAD_BYTES_MAX - LIST_BYTES_MAX);
         next.check_unread().unwrap();
     }
 }
