@@ -1,9 +1,11 @@
 //! What stands between a listener and the services: how many connections there may be, by which name they may call, and
 //! the port that probes ask.
 
+pub(crate) mod peer;
+
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
 use http::Uri;
@@ -14,9 +16,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 use crate::access;
+use peer::LoopbackUsers;
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
 pub(crate) const CONNECTIONS_MAX: usize = 32_768;
@@ -30,6 +33,26 @@ const PROBES_MAX: usize = 64;
 pub struct Held<C> {
     connection: C,
     _place: OwnedSemaphorePermit,
+    known: Arc<OnceLock<Result<(), Status>>>,
+}
+
+/// What is known of a connection: its addresses, and once somebody has looked, whether its user may call.
+#[derive(Clone, Debug)]
+pub struct Known<I> {
+    /// Its addresses.
+    pub(crate) inner: I,
+    may_call: Arc<OnceLock<Result<(), Status>>>,
+}
+
+impl Known<TcpConnectInfo> {
+    /// Refuses a connection whose user may not call. The kernel is asked at its first call alone.
+    pub(crate) fn check_user(&self, users: &LoopbackUsers) -> Result<(), Status> {
+        let look = || match (self.inner.remote_addr(), self.inner.local_addr()) {
+            (Some(peer), Some(local)) => users.check(peer, local),
+            _ => Err(access::denied("the connection is closed")),
+        };
+        self.may_call.get_or_init(look).clone()
+    }
 }
 
 impl<C> Held<C> {
@@ -69,16 +92,16 @@ fn placed<C>(
         let places = places.clone();
         async move {
             let place = places.acquire_owned().await.map_err(io::Error::other)?;
-            Ok(Held { connection: connection?, _place: place })
+            Ok(Held { connection: connection?, _place: place, known: Arc::default() })
         }
     })
 }
 
 impl<C: Connected> Connected for Held<C> {
-    type ConnectInfo = C::ConnectInfo;
+    type ConnectInfo = Known<C::ConnectInfo>;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        self.connection.connect_info()
+        Known { inner: self.connection.connect_info(), may_call: self.known.clone() }
     }
 }
 

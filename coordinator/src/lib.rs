@@ -54,6 +54,7 @@ use tonic::transport::server::Connected;
 use tracing::{info, warn};
 
 use clock::Clock;
+pub use edge::peer::LoopbackUsers;
 pub use edge::{Held, connections};
 pub use error::Error;
 use monitor::Monitor;
@@ -85,6 +86,8 @@ pub struct Config {
     pub socket: Option<PathBuf>,
     /// Refuse calls by a name that is not loopback's. [`run`] sees to it.
     pub loopback_names_only: bool,
+    /// Who may call on such a port.
+    pub loopback_users: LoopbackUsers,
     /// Serve reflection, for which every descriptor is read at the start.
     pub reflection: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
@@ -118,6 +121,7 @@ impl Config {
             node_certificate_life: Duration::from_hours(24),
             socket: None,
             loopback_names_only: false,
+            loopback_users: LoopbackUsers::Own,
             reflection: true,
             http: Http::OFF,
             data_dir,

@@ -117,7 +117,7 @@ where
     let routes = routes.prepare();
     let door = match &config.tls_dir {
         Some(_) => Door::Encrypted,
-        None if config.loopback_names_only => Door::Loopback,
+        None if config.loopback_names_only => Door::Loopback(config.loopback_users.clone()),
         None => Door::Trusted,
     };
     let (watched_office, watched_monitor) = (office.clone(), monitor.clone());

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use muster_coordinator::LoopbackUsers;
 use muster_worker::trust::{Token, Trust};
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
@@ -218,12 +219,32 @@ pub(crate) struct CoordinatorArgs {
     /// Serve on an address that is not loopback: whoever reaches it can run programs on every node.
     #[arg(long)]
     pub insecure: bool,
+    /// Users of this machine who may call on a port of loopback without TLS, by name or id, besides root and the user who runs
+    /// the coordinator; or `any`. Ranks and node daemons of other users need it.
+    #[arg(long, default_value = "", hide_default_value = true, value_parser = loopback_users, value_name = "NAME,…|any")]
+    pub loopback_users: LoopbackUsers,
     /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,
     /// which neither encrypt nor say who they are. Ready is who leads; the service `live` is well while the process is.
     #[arg(long, value_name = "ADDRESS")]
     pub health_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub daemon: DaemonArgs,
+}
+
+fn loopback_users(names: &str) -> Result<LoopbackUsers, String> {
+    let id = |name: &str| match name.parse() {
+        Ok(id) => Ok(id),
+        Err(_) => match nix::unistd::User::from_name(name) {
+            Ok(Some(user)) => Ok(user.uid.as_raw()),
+            Ok(None) => Err(format!("this machine has no user {name:?}")),
+            Err(error) => Err(format!("user {name:?} cannot be looked up: {error}")),
+        },
+    };
+    match names {
+        "" => Ok(LoopbackUsers::Own),
+        "any" => Ok(LoopbackUsers::Any),
+        names => Ok(LoopbackUsers::Also(names.split(',').map(id).collect::<Result<_, _>>()?)),
+    }
 }
 
 #[derive(Debug, clap::Args)]

@@ -36,6 +36,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         node_certificate_life: args.node_cert_lifetime.0,
         socket: None,
         loopback_names_only: false,
+        loopback_users: args.loopback_users,
         reflection: true,
         http: args.daemon.http(COORDINATOR_HTTP),
         data_dir: args.data_dir,

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use http::{Extensions, Request, Response};
 use tonic::body::Body;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -14,7 +14,8 @@ use super::rules::{self, Rule};
 use super::{Identity, denied, identify, unauthenticated};
 use crate::audit::subject::{Kind, Subject};
 use crate::audit::{Audit, Record};
-use crate::edge;
+use crate::edge::peer::LoopbackUsers;
+use crate::edge::{self, Known};
 use crate::office::Office;
 
 /// Longest part of what a caller has made up that is logged.
@@ -27,12 +28,13 @@ const NODE_WORDS: &str = "this needs the certificate of a node: start it with --
                           create --role node` prints";
 
 /// By which way calls come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Door {
     /// A Unix socket, or a port on which nothing is encrypted and that was opened by --insecure or for one run.
     Trusted,
-    /// A port of loopback on which nothing is encrypted. Whoever calls it by another name was led here.
-    Loopback,
+    /// A port of loopback on which nothing is encrypted, for these users. Whoever calls it by another
+    /// name was led here.
+    Loopback(LoopbackUsers),
     /// TLS: whoever calls says who he is.
     Encrypted,
 }
@@ -67,10 +69,12 @@ impl Guard {
     /// Returns whether the call may go on, and what it changes.
     fn judge<Q>(&self, request: &Request<Q>) -> Judged {
         let rule = rules::rule(request.uri().path());
-        if self.door == Door::Loopback
-            && let Err(status) = edge::only_by_loopback_names(request.uri())
-        {
-            return (None, Err(status));
+        if let Door::Loopback(users) = &self.door {
+            let known = request.extensions().get::<Known<TcpConnectInfo>>();
+            let may_call = known.map_or(Ok(()), |known| known.check_user(users));
+            if let Err(status) = may_call.and_then(|()| edge::only_by_loopback_names(request.uri())) {
+                return (None, Err(status));
+            }
         }
         if self.door != Door::Encrypted {
             // What does not exist is answered so by the router.
@@ -82,7 +86,7 @@ impl Guard {
         if rule == Rule::Open {
             return (None, Ok(changes));
         }
-        let certificates = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
+        let certificates = request.extensions().get::<TlsConnectInfo<Known<TcpConnectInfo>>>();
         let certificates = certificates.and_then(TlsConnectInfo::peer_certs);
         let certificate = certificates.as_ref().and_then(|chain| chain.first()).map(AsRef::as_ref);
         // Only who leads knows the tokens. The others say who does, which is no secret.
@@ -121,11 +125,13 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        // Handlers look for the addresses where connections without TLS have them.
-        let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
-        if let Some(tcp) = tls.map(|tls| tls.get_ref().clone()) {
-            request.extensions_mut().insert(tcp);
-        }
+        // Handlers look for the addresses where tonic's own connections have them.
+        let found = request.extensions();
+        let tls = found.get::<TlsConnectInfo<Known<TcpConnectInfo>>>().map(TlsConnectInfo::get_ref);
+        let tcp = tls.or_else(|| found.get()).map(|known| known.inner.clone());
+        let unix = found.get::<Known<UdsConnectInfo>>().map(|known| known.inner.clone());
+        tcp.map(|tcp| request.extensions_mut().insert(tcp));
+        unix.map(|unix| request.extensions_mut().insert(unix));
         let (identity, judged) = self.guard.judge(&request);
         // Nothing behind this may log it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
