@@ -2,24 +2,31 @@
 //! the port that probes ask.
 
 pub(crate) mod peer;
+mod shares;
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http::Uri;
 use http::uri::Authority;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tracing::debug;
 
 use crate::access;
 use peer::LoopbackUsers;
+use shares::{Share, Shares};
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
 pub(crate) const CONNECTIONS_MAX: usize = 32_768;
@@ -27,13 +34,70 @@ pub(crate) const CONNECTIONS_MAX: usize = 32_768;
 const LOCAL_MAX: usize = 1024;
 /// Those of probes.
 const PROBES_MAX: usize = 64;
+/// Those of one address that is not this machine's, for the port and for that of probes: a quarter. Nodes behind one
+/// address are the rule in trials on one machine, and the exception elsewhere.
+const PEER_MAX: usize = CONNECTIONS_MAX / 4;
+const PEER_PROBES_MAX: usize = PROBES_MAX / 4;
+
+/// Time in which a connection must have begun to speak HTTP/2, or TLS.
+const PREFACE_WITHIN: Duration = Duration::from_secs(10);
+/// Time in which a call must have come whose caller is known. Probes, which say nothing of themselves, connect again.
+const CALL_WITHIN: Duration = Duration::from_secs(30);
+/// Bytes with which HTTP/2 begins.
+const PREFACE_BYTES: usize = 24;
 
 /// A connection that holds one of the places until it ends.
 #[derive(Debug)]
 pub struct Held<C> {
     connection: C,
     _place: OwnedSemaphorePermit,
-    known: Arc<OnceLock<Result<(), Status>>>,
+    _share: Option<Share>,
+    known: Arc<State>,
+    /// While nobody has said who calls.
+    waits: Option<Waits>,
+}
+
+/// What is found out about a connection while it is open.
+#[derive(Debug, Default)]
+struct State {
+    may_call: OnceLock<Result<(), Status>>,
+    /// A call has come whose caller is known.
+    identified: AtomicBool,
+}
+
+/// How long a connection that nobody has identified may hold its place.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    preface: Duration,
+    call: Duration,
+}
+
+const PATIENCE: Patience = Patience { preface: PREFACE_WITHIN, call: CALL_WITHIN };
+
+/// A connection's wait for its first identified call.
+#[derive(Debug)]
+struct Waits {
+    over: Pin<Box<Sleep>>,
+    /// When it is over if HTTP/2 has begun.
+    call_by: Instant,
+    bytes: usize,
+}
+
+impl Waits {
+    fn new(patience: Patience) -> Self {
+        let now = Instant::now();
+        let over = Box::pin(tokio::time::sleep_until(now + patience.preface));
+        Self { over, call_by: now + patience.call, bytes: 0 }
+    }
+
+    /// Takes note of bytes that have come.
+    fn heard(&mut self, bytes: usize) {
+        let before = self.bytes;
+        self.bytes = self.bytes.saturating_add(bytes);
+        if before < PREFACE_BYTES && self.bytes >= PREFACE_BYTES {
+            self.over.as_mut().reset(self.call_by);
+        }
+    }
 }
 
 /// What is known of a connection: its addresses, and once somebody has looked, whether its user may call.
@@ -41,7 +105,14 @@ pub struct Held<C> {
 pub struct Known<I> {
     /// Its addresses.
     pub(crate) inner: I,
-    may_call: Arc<OnceLock<Result<(), Status>>>,
+    state: Arc<State>,
+}
+
+impl<I> Known<I> {
+    /// Notes that a call has come whose caller is known: the connection may stay.
+    pub(crate) fn identified(&self) {
+        self.state.identified.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Known<TcpConnectInfo> {
@@ -51,7 +122,7 @@ impl Known<TcpConnectInfo> {
             (Some(peer), Some(local)) => users.check(peer, local),
             _ => Err(access::denied("the connection is closed")),
         };
-        self.may_call.get_or_init(look).clone()
+        self.state.may_call.get_or_init(look).clone()
     }
 }
 
@@ -64,35 +135,61 @@ impl<C> Held<C> {
 
 /// The connections of a listener, as a coordinator takes them.
 pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
-    bounded(listener, CONNECTIONS_MAX)
+    bounded(listener, CONNECTIONS_MAX, PEER_MAX)
 }
 
 /// Those of the port for probes.
 pub(crate) fn probes(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
-    bounded(listener, PROBES_MAX)
+    bounded(listener, PROBES_MAX, PEER_PROBES_MAX)
 }
 
-fn bounded(listener: TcpListener, max: usize) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
+fn bounded(
+    listener: TcpListener,
+    max: usize,
+    peer_max: usize,
+) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
     // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
     // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
-    placed(TcpIncoming::from(listener).with_nodelay(Some(true)), max)
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let shares = Shares::new(peer_max);
+    placed(incoming, max, PATIENCE, move |stream: &TcpStream| {
+        let peer = stream.peer_addr().map(|peer| peer.ip().to_canonical()).ok();
+        match peer.filter(|peer| !peer.is_loopback()) {
+            None => Ok(None),
+            Some(peer) => shares.take(peer).map(Some).ok_or(peer),
+        }
+    })
 }
 
 /// Those of the Unix socket.
 pub(crate) fn local(listener: UnixListener) -> impl Stream<Item = io::Result<Held<UnixStream>>> {
-    placed(UnixListenerStream::new(listener), LOCAL_MAX)
+    placed(UnixListenerStream::new(listener), LOCAL_MAX, PATIENCE, |_| Ok(None))
 }
 
 fn placed<C>(
     incoming: impl Stream<Item = io::Result<C>>,
     max: usize,
+    patience: Patience,
+    share: impl Fn(&C) -> Result<Option<Share>, IpAddr>,
 ) -> impl Stream<Item = io::Result<Held<C>>> {
     let places = Arc::new(Semaphore::new(max));
-    incoming.then(move |connection| {
+    // What is over its peer's part ends here.
+    let shared = incoming.filter_map(move |connection| match connection {
+        Err(error) => Some(Err(error)),
+        Ok(connection) => match share(&connection) {
+            Ok(share) => Some(Ok((connection, share))),
+            Err(peer) => {
+                debug!(%peer, "a connection is ended, for its peer has as many as it may");
+                None
+            }
+        },
+    });
+    shared.then(move |connection| {
         let places = places.clone();
         async move {
             let place = places.acquire_owned().await.map_err(io::Error::other)?;
-            Ok(Held { connection: connection?, _place: place, known: Arc::default() })
+            let ((connection, share), waits) = (connection?, Some(Waits::new(patience)));
+            Ok(Held { connection, _place: place, _share: share, known: Arc::default(), waits })
         }
     })
 }
@@ -101,7 +198,7 @@ impl<C: Connected> Connected for Held<C> {
     type ConnectInfo = Known<C::ConnectInfo>;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        Known { inner: self.connection.connect_info(), may_call: self.known.clone() }
+        Known { inner: self.connection.connect_info(), state: self.known.clone() }
     }
 }
 
@@ -111,7 +208,22 @@ impl<C: AsyncRead + Unpin> AsyncRead for Held<C> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.connection).poll_read(context, buffer)
+        let held = &mut *self;
+        if held.known.identified.load(Ordering::Relaxed) {
+            held.waits = None;
+        }
+        if let Some(waits) = &mut held.waits
+            && waits.over.as_mut().poll(context).is_ready()
+        {
+            let why = "nobody has said in time who calls";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, why)));
+        }
+        let before = buffer.filled().len();
+        let read = ready!(Pin::new(&mut held.connection).poll_read(context, buffer));
+        if let Some(waits) = &mut held.waits {
+            waits.heard(buffer.filled().len() - before);
+        }
+        Poll::Ready(read)
     }
 }
 
@@ -198,13 +310,45 @@ mod tests {
     async fn who_finds_no_place_waits_for_one() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut taken = std::pin::pin!(bounded(listener, 2));
+        let mut taken = std::pin::pin!(bounded(listener, 2, 2));
         let _clients = [(); 3].map(|()| std::net::TcpStream::connect(address).unwrap());
         let (first, _second) = (taken.next().await.unwrap().unwrap(), taken.next().await.unwrap().unwrap());
         let mut third = std::pin::pin!(taken.next());
         assert!(futures_now(third.as_mut()).await.is_none());
         drop(first);
         third.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_gives_the_place_back() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let patience = Patience { preface: Duration::from_millis(50), call: Duration::from_millis(100) };
+        let mut taken = std::pin::pin!(placed(TcpIncoming::from(listener), 3, patience, |_| Ok(None)));
+        let mut read = [0; 64];
+        for (said, identified, expected) in [
+            (0, false, Err(io::ErrorKind::TimedOut)),
+            (PREFACE_BYTES - 1, false, Err(io::ErrorKind::TimedOut)),
+            (PREFACE_BYTES, false, Err(io::ErrorKind::TimedOut)),
+            (PREFACE_BYTES, true, Ok(0)),
+        ] {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            let mut held = taken.next().await.unwrap().unwrap();
+            let begun = Instant::now();
+            client.write_all(&vec![0; said]).await.unwrap();
+            if said > 0 {
+                held.read_exact(&mut read[..said]).await.unwrap();
+            }
+            if identified {
+                held.connect_info().identified();
+                client.shutdown().await.unwrap();
+            }
+            let ended = held.read(&mut read).await.map_err(|error| error.kind());
+            assert_eq!(ended, expected, "{said} bytes, {identified}");
+            let least = if said < PREFACE_BYTES { patience.preface } else { patience.call };
+            assert!(identified || begun.elapsed() + Duration::from_millis(20) >= least, "{said} bytes");
+        }
     }
 
     /// What a future gives at once.

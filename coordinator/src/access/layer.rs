@@ -140,6 +140,7 @@ where
         match judged {
             Ok(changes) => {
                 if let Some(identity) = &identity {
+                    note_identified(request.extensions());
                     request.extensions_mut().insert(identity.clone());
                 }
                 // Most calls only read, and leave no line.
@@ -176,6 +177,17 @@ where
                 })
             }
         }
+    }
+}
+
+/// The connection of a call whose caller is known may stay.
+fn note_identified(of: &Extensions) {
+    if let Some(tls) = of.get::<TlsConnectInfo<Known<TcpConnectInfo>>>() {
+        tls.get_ref().identified();
+    } else if let Some(tcp) = of.get::<Known<TcpConnectInfo>>() {
+        tcp.identified();
+    } else if let Some(unix) = of.get::<Known<UdsConnectInfo>>() {
+        unix.identified();
     }
 }
 
