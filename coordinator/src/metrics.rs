@@ -6,6 +6,7 @@
 
 pub(crate) mod file;
 mod series;
+mod thin;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -103,7 +104,7 @@ impl Metrics {
     pub fn delete(&self, job: &JobId) {
         self.0.series.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
         let path = self.0.dir.join(format!("{job}.jsonl"));
-        tokio::task::spawn_blocking(move || std::fs::remove_file(path).ok());
+        tokio::task::spawn_blocking(move || file::remove(&path));
     }
 }
 

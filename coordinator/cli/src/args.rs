@@ -310,6 +310,9 @@ pub(crate) struct MetricsArgs {
     /// Only this rank.
     #[arg(long)]
     pub rank: Option<u32>,
+    /// Print every point that was kept, in place of the thinned curve of a long run.
+    #[arg(long)]
+    pub full: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -175,8 +175,13 @@ async fn watch(client: Client, job_id: String, events: mpsc::Sender<Event>) {
 }
 
 async fn points(client: Client, job_id: String, events: mpsc::Sender<Event>) {
-    let points =
-        stream::each_point(client, job_id, Some(0), true, |point| tell(events.clone(), Event::Point(point)));
+    let request = v1::StreamMetricsRequest {
+        job_id,
+        rank: Some(0),
+        follow: true,
+        ..v1::StreamMetricsRequest::default()
+    };
+    let points = stream::each_point(client, request, |point| tell(events.clone(), Event::Point(point)));
     let last = points.await.map_or_else(Event::Failed, |()| Event::Ended);
     events.send(last).await.ok();
 }

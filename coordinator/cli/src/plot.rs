@@ -38,10 +38,13 @@ pub(crate) async fn run(args: &PlotArgs, global: &Global) -> Result<(), Failure>
         }
         Ok(())
     };
-    stream::each_point(client, args.job.job_id.clone(), Some(args.rank), args.follow, |point| {
-        ready(take(&point))
-    })
-    .await?;
+    let request = v1::StreamMetricsRequest {
+        job_id: args.job.job_id.clone(),
+        rank: Some(args.rank),
+        follow: args.follow,
+        ..v1::StreamMetricsRequest::default()
+    };
+    stream::each_point(client, request, |point| ready(take(&point))).await?;
     if global.output == Output::Json {
         return Ok(());
     }

@@ -134,7 +134,14 @@ fn prefixed(rank: u32, bytes: &[u8]) -> String {
 /// `muster metrics`.
 pub(crate) async fn metrics(args: &MetricsArgs, global: &Global) -> Result<(), Failure> {
     let client = Client::connect(global).await?;
-    each_point(client, args.job.job_id.clone(), args.rank, args.follow, |point| {
+    let request = v1::StreamMetricsRequest {
+        job_id: args.job.job_id.clone(),
+        rank: args.rank,
+        follow: args.follow,
+        after_index: 0,
+        full: args.full,
+    };
+    each_point(client, request, |point| {
         ready(if global.output == Output::Json { json::print("Point", &point) } else { print_point(&point) })
     })
     .await
@@ -150,20 +157,17 @@ fn print_point(point: &v1::Point) -> Result<(), Failure> {
 /// Takes every point, over breaks of the connection.
 pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
     client: Client,
-    job_id: String,
-    rank: Option<u32>,
-    follow: bool,
+    mut request: v1::StreamMetricsRequest,
     mut take: impl FnMut(v1::Point) -> F,
 ) -> Result<(), Failure> {
-    let (mut after_index, mut retries) = (0, Retries::default());
+    let mut retries = Retries::default();
     // The index counts in the series of one coordinator; over a failover the points' own numbers tell what is known.
     let (mut of, mut known) = (client.url(), HashMap::<(u32, u32), u64>::new());
     loop {
         if client.url() != of {
-            (of, after_index) = (client.url(), 0);
+            (of, request.after_index) = (client.url(), 0);
         }
-        let request = v1::StreamMetricsRequest { job_id: job_id.clone(), rank, follow, after_index };
-        let broken = match client.jobs().stream_metrics(request).await {
+        let broken = match client.jobs().stream_metrics(request.clone()).await {
             // It was another one that answered.
             Ok(_) if client.url() != of => continue,
             Ok(response) => {
@@ -173,7 +177,7 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
                         Ok(Some(response)) => {
                             retries.reset();
                             if client.url() == of {
-                                after_index = response.index;
+                                request.after_index = response.index;
                             }
                             let Some(point) = response.point else { continue };
                             let last = known.entry((point.generation, point.rank.unwrap_or(0))).or_default();

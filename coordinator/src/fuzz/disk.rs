@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::cluster::{Cluster, NOW, spec};
 use crate::metrics::Point;
-use crate::metrics::file::whole_lines;
+use crate::metrics::file::Lines;
 use crate::persist;
 
 /// The keys of the records that mutations start from.
@@ -118,9 +118,10 @@ pub(super) fn samples(prefix: &str) -> Vec<Vec<u8>> {
 
 pub(super) fn points_file(bytes: &[u8]) {
     let read = |bytes: &[u8]| {
-        let mut points = Vec::new();
-        let whole = whole_lines(bytes, |point| points.push(point));
-        (usize::try_from(whole).expect("it is less than the file"), points)
+        let mut lines = Lines::after(0, bytes);
+        let (indices, points): (Vec<u64>, Vec<Point>) = lines.by_ref().unzip();
+        assert!(indices.is_sorted_by(|a, b| a < b), "an index rises");
+        (usize::try_from(lines.bytes()).expect("it is less than the file"), points)
     };
     let (whole, points) = read(bytes);
     // The next write goes there.

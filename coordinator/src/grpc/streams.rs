@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
 use super::{Api, Followed, STREAM_QUEUE, followed};
-use crate::metrics::Point;
+use crate::metrics::{Point, Series};
 use crate::monitor::Monitor;
 use crate::office::Reign;
 use crate::view;
@@ -108,6 +108,11 @@ impl Api {
             if job.state.is_terminal() {
                 self.points_settled(&job.id).await;
             }
+            if request.full {
+                let stored = send_stored(&series, after, request.rank, &sender).await;
+                let Some(last) = stored else { return };
+                after = last;
+            }
             loop {
                 // Marked seen before the points are taken, so that none that comes meanwhile is missed.
                 grown.borrow_and_update();
@@ -149,6 +154,43 @@ impl Api {
     /// Waits until the points of a job that have come are written, for as long as a disk may take.
     async fn points_settled(&self, job: &JobId) {
         tokio::time::timeout(SETTLE_MAX, self.intake.settled(job)).await.ok();
+    }
+}
+
+/// Sends the points of a job's file, some at a time, until none is left. Returns the index of the last; none if the client
+/// has gone.
+async fn send_stored(
+    series: &Arc<Series>,
+    mut after: u64,
+    rank: Option<u32>,
+    sender: &mpsc::Sender<Result<Box<v1::StreamMetricsResponse>, Status>>,
+) -> Option<u64> {
+    let mut lines = None;
+    loop {
+        let (series, taken) = (series.clone(), lines.take());
+        let read = tokio::task::spawn_blocking(move || {
+            let mut lines = taken.or_else(|| series.stored_after(after))?;
+            let points: Vec<_> = lines.by_ref().take(POINTS_AT_ONCE).collect();
+            Some((lines, points))
+        });
+        // A file that ended may have grown meanwhile: it is looked at again until nothing is new in it.
+        let Some((rest, points)) = read.await.ok().flatten() else { return Some(after) };
+        let is_end = points.len() < POINTS_AT_ONCE;
+        let before = after;
+        for (index, point) in points {
+            if index <= after {
+                continue;
+            }
+            after = index;
+            if wanted(&point, rank) {
+                let response = v1::StreamMetricsResponse { point: Some(view::point(&point)), index };
+                sender.send(Ok(Box::new(response))).await.ok()?;
+            }
+        }
+        if is_end && after == before {
+            return Some(after);
+        }
+        lines = (!is_end).then_some(rest);
     }
 }
 

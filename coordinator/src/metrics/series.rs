@@ -1,6 +1,7 @@
 //! One job's points in memory.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,18 +10,21 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::warn;
 
-use super::file::PointFile;
+use super::file::{Lines, PointFile};
+use super::thin::{Kept, thin};
 
-/// Points of one job in memory. When full, every second one of the older half goes: a long run keeps its whole
-/// shape, and its end in full.
-const POINTS_MAX: usize = 50_000;
-/// Bytes of one job's points in memory, for jobs that report many values: 50,000 points of one value take half of it.
+/// Bytes of one job's points in memory: 90,000 of one value. Beyond it the older ones are thinned.
 const BYTES_MAX: usize = 16 << 20;
+/// Bytes of the newest points, which stay as they are: whoever follows and is some seconds behind misses none.
+const NEWEST_BYTES: usize = 4 << 20;
+/// Bytes of the older ones once they are thinned. Between two times as many new ones come, so that each point has a small
+/// part in their cost.
+const OLDER_BYTES: usize = 6 << 20;
 /// Different names of values of one job. A program that makes up names, one for each step, loses those beyond.
 const NAMES_MAX: usize = 1000;
 /// What a point takes beside its values, and a value beside its name: the nodes of the maps, and what allocation adds.
-const POINT_BYTES: usize = 128;
-const VALUE_BYTES: usize = 48;
+pub(super) const POINT_BYTES: usize = 128;
+pub(super) const VALUE_BYTES: usize = 48;
 /// Points that may be missing between two of a rank: more than a rank's file on its node holds, or than 10,000 points a
 /// second for five days on a node whose disk is full. One wrong number must not make all that follow look old.
 const SEQ_JUMP_MAX: u64 = 1 << 32;
@@ -70,7 +74,7 @@ pub(crate) struct Series {
 
 #[derive(Debug, Default)]
 struct Points {
-    kept: VecDeque<(u64, Arc<Point>)>,
+    kept: Kept,
     last_index: u64,
     /// Highest seq by rank, of the newest two generations: late points of the one before still count.
     seqs: BTreeMap<(Generation, Rank), u64>,
@@ -93,7 +97,10 @@ impl Series {
     /// Takes up what the file holds; no file is an empty series. Blocks on the disk.
     pub fn read(path: PathBuf) -> Self {
         let mut points = Points::default();
-        let file = PointFile::open(path, |point| points.add(point));
+        let file = PointFile::open(path, |index, point| {
+            points.add_read(index, point);
+            points.fit();
+        });
         let changed = watch::channel(points.last_index).0;
         Self { points: Mutex::new(points), file: Mutex::new(file), changed }
     }
@@ -103,7 +110,9 @@ impl Series {
     pub fn of(points: Vec<Point>) -> Self {
         let series = Self::read(PathBuf::new());
         for point in points {
-            series.points().add(point);
+            let mut kept = series.points();
+            kept.add(point);
+            kept.fit();
         }
         series
     }
@@ -112,7 +121,7 @@ impl Series {
     pub fn read_end(path: &Path) -> Self {
         let mut points = Points::default();
         PointFile::each_at_end(path, |point| points.add(point));
-        let (file, changed) = (PointFile::open(PathBuf::new(), |_| ()), watch::channel(0).0);
+        let (file, changed) = (PointFile::open(PathBuf::new(), |_, _| ()), watch::channel(0).0);
         Self { points: Mutex::new(points), file: Mutex::new(file), changed }
     }
 
@@ -121,17 +130,33 @@ impl Series {
     /// need not send what comes before it. Blocks on the disk.
     pub fn append(&self, points: Vec<Point>) -> Option<u64> {
         let of = points.last().map(|point| (point.generation, point.rank))?;
+        // Held throughout: nobody else adds points, or thins them.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh: Vec<Point> = {
+        let (first_index, fresh): (u64, Vec<Point>) = {
             let mut kept = self.points();
             let one = |point| kept.is_fresh(&point).then(|| kept.known(point));
-            points.into_iter().filter_map(one).collect()
+            let fresh = points.into_iter().filter_map(one).collect();
+            (kept.last_index.saturating_add(1), fresh)
         };
-        file.write(&fresh);
-        let mut kept = self.points();
-        for point in fresh {
-            kept.add(point);
+        file.write(first_index, &fresh, || self.points().kept.clone());
+        let mut fresh = fresh.into_iter().peekable();
+        while fresh.peek().is_some() {
+            let mut kept = self.points();
+            while kept.bytes <= BYTES_MAX
+                && let Some(point) = fresh.next()
+            {
+                kept.add(point);
+            }
+            if kept.bytes > BYTES_MAX {
+                let all = kept.kept.clone();
+                drop(kept);
+                // Readers go on meanwhile.
+                let thinned = thinned(&all);
+                let old = self.points().replace(thinned);
+                drop(old);
+            }
         }
+        let kept = self.points();
         let highest = kept.seqs.get(&of).copied();
         let index = kept.last_index;
         drop(kept);
@@ -157,6 +182,12 @@ impl Series {
         let points = self.points();
         let start = points.kept.partition_point(|(index, _)| *index <= after);
         points.kept.range(start..).take(limit).cloned().collect()
+    }
+
+    /// Returns the points of the file with an index above `after`, none if there are none: all that were ever reported,
+    /// unless the file became too long. Blocks on the disk, as does reading them.
+    pub fn stored_after(&self, after: u64) -> Option<Lines<impl BufRead + use<>>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).after(after)
     }
 
     /// Tells when the newest index has changed.
@@ -210,18 +241,32 @@ impl Points {
     }
 
     fn add(&mut self, point: Point) {
+        self.add_read(self.last_index.saturating_add(1), point);
+    }
+
+    /// Adds a point that has an index already.
+    fn add_read(&mut self, index: u64, point: Point) {
         if !self.is_fresh(&point) {
             return;
         }
         let point = self.known(point);
         self.note_latest(&point);
         self.seqs.insert((point.generation, point.rank), point.seq);
-        self.last_index += 1;
+        self.last_index = index;
         self.bytes += bytes(&point);
-        self.kept.push_back((self.last_index, Arc::new(point)));
-        while self.kept.len() > POINTS_MAX || self.bytes > BYTES_MAX {
-            self.thin();
+        self.kept.push_back((index, Arc::new(point)));
+    }
+
+    fn fit(&mut self) {
+        if self.bytes > BYTES_MAX {
+            let thinned = thinned(&self.kept);
+            self.replace(thinned);
         }
+    }
+
+    fn replace(&mut self, kept: Kept) -> Kept {
+        self.bytes = kept.iter().map(|(_, point)| bytes(point)).sum();
+        std::mem::replace(&mut self.kept, kept)
     }
 
     fn note_latest(&mut self, point: &Point) {
@@ -241,140 +286,26 @@ impl Points {
             newest.loss = Some((point.rank, *loss));
         }
     }
-
-    fn thin(&mut self) {
-        let half = self.kept.len() / 2;
-        let newer = self.kept.split_off(half);
-        let older = std::mem::take(&mut self.kept);
-        self.kept = older.into_iter().step_by(2).chain(newer).collect();
-        self.bytes = self.kept.iter().map(|(_, point)| bytes(point)).sum();
-    }
 }
 
-fn bytes(point: &Point) -> usize {
+/// Returns the points with the older ones thinned.
+fn thinned(all: &Kept) -> Kept {
+    let mut newest = 0;
+    let count = all.iter().rev().take_while(|(_, point)| {
+        newest += bytes(point);
+        newest <= NEWEST_BYTES
+    });
+    let mut older = all.clone();
+    let mut newest = older.split_off(all.len() - count.count());
+    let mut thinned = thin(&older, OLDER_BYTES);
+    thinned.append(&mut newest);
+    thinned
+}
+
+/// Returns what a point takes in memory.
+pub(super) fn bytes(point: &Point) -> usize {
     POINT_BYTES + point.values.keys().map(|name| VALUE_BYTES + name.len()).sum::<usize>()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn point(generation: u32, rank: u32, seq: u64, loss: f64) -> Point {
-        let values = BTreeMap::from([("loss".to_owned(), loss)]);
-        let (generation, rank) = (Generation(generation), Rank(rank));
-        Point { generation, rank, seq, step: seq.wrapping_mul(10), time: Millis(seq), values }
-    }
-
-    #[test]
-    fn what_is_sent_twice_is_kept_once_and_survives() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("metrics/job.jsonl");
-        let series = Series::read(path.clone());
-        let sent = vec![point(1, 0, 1, 2.0), point(1, 0, 2, 1.5)];
-        assert_eq!(series.append(sent.clone()), Some(2));
-        assert_eq!(series.append(sent), Some(2));
-        assert_eq!(series.append(vec![point(1, 0, 2, 1.5), point(1, 0, 3, 1.0)]), Some(3));
-        for series in [series, Series::read(path)] {
-            let seqs: Vec<u64> = series.after(0, 100).iter().map(|(_, p)| p.seq).collect();
-            assert_eq!(seqs, [1, 2, 3]);
-            assert_eq!(series.latest(Generation(1)), Latest { step: Some(30), loss: Some(1.0) });
-            assert_eq!(series.latest(Generation(2)), Latest::default());
-        }
-        let path = dir.path().join("metrics/job.jsonl");
-        let end = Series::read_end(&path).latest(Generation(1));
-        assert_eq!(end, Latest { step: Some(30), loss: Some(1.0) });
-    }
-
-    #[test]
-    fn values_that_are_not_finite_survive() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("job.jsonl");
-        let series = Series::read(path.clone());
-        let losses = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
-        series.append((1..).zip(losses).map(|(seq, loss)| point(1, 0, seq, loss)).collect());
-        let end = Series::read_end(&path);
-        for series in [series, Series::read(path)] {
-            let kept: Vec<f64> = series.after(0, 9).iter().map(|(_, point)| point.values["loss"]).collect();
-            assert_eq!(format!("{kept:?}"), format!("{losses:?}"));
-            assert!(series.latest(Generation(1)).loss.is_some_and(f64::is_nan));
-        }
-        assert!(end.latest(Generation(1)).loss.is_some_and(f64::is_nan));
-    }
-
-    #[test]
-    fn a_number_far_beyond_the_last_is_refused_and_costs_nothing() {
-        let series = Series::read(PathBuf::new());
-        assert_eq!(series.append_checked(vec![point(1, 0, 5, 2.0)]), Ok(Some(5)));
-        for seqs in [vec![1 << 63], vec![6, u64::MAX], vec![6 + SEQ_JUMP_MAX]] {
-            let jump = SeqJump { seq: *seqs.last().unwrap(), known: if seqs.len() > 1 { 6 } else { 5 } };
-            let points = seqs.into_iter().map(|seq| point(1, 0, seq, 2.0)).collect();
-            assert_eq!(series.append_checked(points), Err(jump));
-        }
-        let next = vec![point(1, 0, 5, 2.0), point(1, 0, 5 + SEQ_JUMP_MAX, 2.0)];
-        assert_eq!(series.append_checked(next), Ok(Some(5 + SEQ_JUMP_MAX)));
-        let kept: Vec<u64> = series.after(0, 9).iter().map(|(_, point)| point.seq).collect();
-        assert_eq!(kept, [5, 5 + SEQ_JUMP_MAX]);
-    }
-
-    #[test]
-    fn a_torn_last_line_is_dropped_and_written_over() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("job.jsonl");
-        Series::read(path.clone()).append(vec![point(1, 0, 1, 2.0), point(1, 0, 2, 1.5)]);
-        let bytes = std::fs::read(&path).unwrap();
-        for cut in 0..bytes.len() {
-            std::fs::write(&path, &bytes[..cut]).unwrap();
-            let series = Series::read(path.clone());
-            series.append(vec![point(1, 0, 9, 0.5)]);
-            let again: Vec<u64> = Series::read(path.clone()).after(0, 9).iter().map(|(_, p)| p.seq).collect();
-            assert_eq!(again.last(), Some(&9), "cut at {cut}");
-        }
-    }
-
-    #[test]
-    fn memory_is_bounded_and_the_index_keeps_rising() {
-        let series = Series::read(PathBuf::new());
-        for seq in 1..=(POINTS_MAX as u64 * 3) {
-            series.points().add(point(1, 0, seq, 1.0));
-        }
-        let kept = series.after(0, usize::MAX);
-        assert!(kept.len() <= POINTS_MAX);
-        assert!(kept.windows(2).all(|pair| pair[0].0 < pair[1].0));
-        assert_eq!(kept.last().unwrap().0, POINTS_MAX as u64 * 3);
-        assert!(kept[0].1.seq < 100, "the beginning of the curve is kept");
-    }
-
-    #[test]
-    fn a_flood_of_names_is_bounded_and_costs_no_other_value() {
-        let dir = tempfile::tempdir().unwrap();
-        let series = Series::read(dir.path().join("job.jsonl"));
-        for seq in 1..=3000 {
-            let mut point = point(1, 0, seq, 1.0 / seq as f64);
-            point.values.extend((0..63).map(|i| (format!("{:0>128}", seq * 63 + i), 1.0)));
-            series.append(vec![point]);
-            assert!(series.bytes() <= BYTES_MAX);
-        }
-        let kept = series.after(0, usize::MAX);
-        let names: BTreeSet<_> = kept.iter().flat_map(|(_, point)| point.values.keys().cloned()).collect();
-        assert!(names.len() <= NAMES_MAX, "{}", names.len());
-        assert!(
-            kept.iter().all(|(_, point)| point.values.contains_key("loss")),
-            "the loss is in every point"
-        );
-        assert_eq!(series.latest(Generation(1)), Latest { step: Some(30_000), loss: Some(1.0 / 3000.0) });
-    }
-
-    #[test]
-    fn points_with_many_values_are_bounded_by_their_bytes() {
-        let series = Series::read(PathBuf::new());
-        for seq in 1..=10_000 {
-            let mut point = point(1, 0, seq, 1.0);
-            point.values.extend((0..63).map(|i| (format!("{i:0>128}"), 1.0)));
-            series.append(vec![point]);
-        }
-        assert!((BYTES_MAX / 2..=BYTES_MAX).contains(&series.bytes()), "{}", series.bytes());
-        let kept = series.after(0, usize::MAX);
-        assert_eq!(kept.last().unwrap().1.seq, 10_000);
-        assert!(kept[0].1.seq < 100, "the beginning of the curve is kept");
-    }
-}
+mod tests;

@@ -4,6 +4,8 @@ use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
 use muster_proto::v1::session_response::Message as Down;
 
+use tokio_stream::StreamExt;
+
 use super::{Coordinator, Session, metric_seqs, points, report, submission};
 
 /// Says points, and hears their acknowledgement: also what is refused is acknowledged, so that a node does not keep it.
@@ -55,5 +57,17 @@ async fn points_count_from_the_node_that_holds_the_rank_alone() {
     }
     let seqs = metric_seqs(&mut coordinator.jobs().await, &job.id, false).await;
     assert_eq!(seqs, [1, 2, 3, 4, 5, 6, 7]);
+    for (after_index, expected) in [(0, vec![1, 2, 3, 4, 5, 6, 7]), (5, vec![6, 7]), (7, vec![])] {
+        let request = v1::StreamMetricsRequest {
+            job_id: job.id.clone(),
+            full: true,
+            after_index,
+            ..v1::StreamMetricsRequest::default()
+        };
+        let stream = coordinator.jobs().await.stream_metrics(request).await.unwrap().into_inner();
+        let points: Vec<_> = stream.collect().await;
+        let seqs: Vec<u64> = points.into_iter().map(|point| point.unwrap().index).collect();
+        assert_eq!(seqs, expected, "from the file, after {after_index}");
+    }
     coordinator.stop().await;
 }
