@@ -10,6 +10,11 @@ use std::task::Waker;
 const CALLS_MAX: usize = 16_384;
 /// Those of one caller: three others find room whatever one does.
 const CALLER_CALLS_MAX: usize = CALLS_MAX / 4;
+/// Lists of all readers that wait for their turn or are not read. They are not part of the calls: who
+/// asks for very many can still ask for one job.
+const LISTS_MAX: usize = 1024;
+/// Those of one caller.
+const CALLER_LISTS_MAX: usize = LISTS_MAX / 4;
 /// Open streams of all readers: each costs a task, a queue and up to [`STREAM_AHEAD_BYTES`] that are not read.
 const STREAMS_MAX: usize = 4096;
 /// Those of one caller.
@@ -77,6 +82,10 @@ pub(super) enum Refused {
          or try again later"
     )]
     Calls { who: String, count: usize },
+    #[error(
+        "{count} lists of {who} wait or are not read, the most that are served; read them, or try again later"
+    )]
+    Lists { who: String, count: usize },
     #[error("{count} streams of {who} are open, the most that are served; end some, or try again later")]
     Streams { who: String, count: usize },
     #[error("{count} logs are being read by {who}, the most that are served; end some, or try again later")]
@@ -91,7 +100,7 @@ pub(super) enum Refused {
 impl Refused {
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Calls { .. } => "TOO_MANY_CALLS",
+            Self::Calls { .. } | Self::Lists { .. } => "TOO_MANY_CALLS",
             Self::Streams { .. } | Self::Logs { .. } => "TOO_MANY_STREAMS",
             Self::Unread { .. } => "TOO_MUCH_UNREAD",
         }
@@ -102,6 +111,7 @@ impl Refused {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Usage {
     calls: usize,
+    lists: usize,
     streams: usize,
     logs: usize,
     /// Of answers that are no streams.
@@ -131,7 +141,11 @@ impl Answers {
         let mut usages = self.lock();
         let (own, all) = usages.of(&caller);
         match kind {
-            Kind::Call | Kind::List => {
+            Kind::List => {
+                let who = over(&caller, [(own.lists, CALLER_LISTS_MAX), (all.lists, LISTS_MAX)], 1);
+                who.map_or(Ok(()), |(who, count, _)| Err(Refused::Lists { who, count }))?;
+            }
+            Kind::Call => {
                 let who = over(&caller, [(own.calls, CALLER_CALLS_MAX), (all.calls, CALLS_MAX)], 1);
                 who.map_or(Ok(()), |(who, count, _)| Err(Refused::Calls { who, count }))?;
             }
@@ -145,7 +159,8 @@ impl Answers {
             }
         }
         usages.change(&caller, |usage| match kind {
-            Kind::Call | Kind::List => usage.calls += 1,
+            Kind::Call => usage.calls += 1,
+            Kind::List => usage.lists += 1,
             Kind::Stream => usage.streams += 1,
             Kind::Logs => usage.logs += 1,
         });
@@ -275,7 +290,8 @@ impl Drop for Place {
     fn drop(&mut self) {
         let kind = self.kind;
         self.answers.lock().change(&self.caller, |usage| match kind {
-            Kind::Call | Kind::List => usage.calls -= 1,
+            Kind::Call => usage.calls -= 1,
+            Kind::List => usage.lists -= 1,
             Kind::Stream => usage.streams -= 1,
             Kind::Logs => usage.logs -= 1,
         });
@@ -305,6 +321,7 @@ mod tests {
     fn each_caller_has_a_share_and_the_socket_has_its_own() {
         let table = [
             (Kind::Call, CALLER_CALLS_MAX, CALLS_MAX),
+            (Kind::List, CALLER_LISTS_MAX, LISTS_MAX),
             (Kind::Stream, CALLER_STREAMS_MAX, STREAMS_MAX),
             (Kind::Logs, CALLER_LOGS_MAX, LOGS_MAX),
         ];
@@ -325,6 +342,14 @@ mod tests {
             let left = answers.lock();
             assert!(left.callers.is_empty() && left.all == Usage::default(), "{left:?}");
         }
+    }
+
+    #[test]
+    fn who_has_all_the_lists_it_may_have_can_still_ask_for_one_job() {
+        let answers = Answers::default();
+        let lists = fill(&answers, &peer(1), Kind::List);
+        answers.enter(peer(1), Kind::Call).unwrap();
+        drop(lists);
     }
 
     #[test]
