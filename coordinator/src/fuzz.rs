@@ -18,7 +18,7 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::grpc::{jobs, logs, nodes, worker};
+use crate::grpc::{jobs, logs, nodes, points, worker};
 use crate::links::Link;
 use crate::metrics::{Latest, Point, Series};
 use crate::view;
@@ -112,7 +112,7 @@ fn session_request(bytes: &[u8]) {
             cluster.feed(Input::Report { node, session, report: Box::new(report) });
         }
         Up::Points(batch) => {
-            let Some((_, points)) = accepted_field(worker::checked_points(batch, NOW)) else { return };
+            let Some((_, points)) = accepted_field(points::checked_points(batch, NOW)) else { return };
             check_points(&points);
         }
         Up::Log(data) => {

@@ -25,7 +25,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Streaming};
 
 #[path = "daemon/points.rs"]
-mod points_of_others;
+mod points_of_nodes;
 
 /// Numbers the hellos of all scripted nodes.
 static HELLOS: AtomicU64 = AtomicU64::new(1);
@@ -216,41 +216,6 @@ async fn a_job_runs_over_a_restart_of_the_coordinator() {
     let done =
         jobs.get_job(v1::GetJobRequest { job_id: job.id.clone() }).await.unwrap().into_inner().job.unwrap();
     assert_eq!((done.latest_step, done.latest_loss), (Some(7), Some(1.0 / 7.0)));
-    coordinator.stop().await;
-}
-
-#[tokio::test]
-async fn a_disk_that_hangs_under_points_holds_up_nothing_else_that_a_node_says() {
-    let dir = tempfile::tempdir().unwrap();
-    let coordinator = Coordinator::start(dir.path()).await;
-    let mut session = Session::open(&coordinator, vec![]).await.unwrap();
-    assert!(matches!(session.hear().await, Down::Welcome(_)));
-    let mut jobs = coordinator.jobs().await;
-    let job = jobs.submit_job(submission("r1")).await.unwrap().into_inner().job.unwrap();
-    let prepare = session.assignment().await;
-    session.say(report(&prepare, v1::ObservedPhase::Prepared, vec![])).await;
-    let run = session.assignment().await;
-    session.say(points(&run, 1..=3)).await;
-    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 3));
-
-    // Whoever opens a pipe to write waits until somebody reads.
-    let file = dir.path().join(format!("metrics/{}.jsonl", job.id));
-    std::fs::remove_file(&file).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
-    session.say(points(&run, 4..=5)).await;
-    session.say(Up::Heartbeat(v1::Heartbeat { seq: 7 })).await;
-    assert!(matches!(session.hear().await, Down::HeartbeatAck(ack) if ack.seq == 7));
-    let exit = v1::RankExit { rank: Some(0), code: Some(0), ..Default::default() };
-    session.say(report(&run, v1::ObservedPhase::Stopped, vec![exit])).await;
-    let forget = session.assignment().await;
-    assert_eq!(forget.phase(), v1::DesiredPhase::Forgotten, "the end does not wait for points either");
-
-    // Points that are written after the end of their job count all the same.
-    let _reader = tokio::task::spawn_blocking(move || std::fs::File::open(file).unwrap()).await.unwrap();
-    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 5));
-    session.say(points(&run, 6..=7)).await;
-    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 7));
-    assert_eq!(metric_seqs(&mut jobs, &job.id, true).await, (1..=7).collect::<Vec<_>>());
     coordinator.stop().await;
 }
 

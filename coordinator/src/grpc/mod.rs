@@ -5,6 +5,7 @@ mod cluster;
 pub(crate) mod jobs;
 pub(crate) mod logs;
 pub(crate) mod nodes;
+pub(crate) mod points;
 mod streams;
 pub(crate) mod tokens;
 pub(crate) mod worker;

@@ -1,4 +1,4 @@
-//! Points that are not a node's to report.
+//! Points of nodes: those that are slow to be written, and those that are not a node's to report.
 
 use muster_proto::v1;
 use muster_proto::v1::session_request::Message as Up;
@@ -69,5 +69,40 @@ async fn points_count_from_the_node_that_holds_the_rank_alone() {
         let seqs: Vec<u64> = points.into_iter().map(|point| point.unwrap().index).collect();
         assert_eq!(seqs, expected, "from the file, after {after_index}");
     }
+    coordinator.stop().await;
+}
+
+#[tokio::test]
+async fn a_disk_that_hangs_under_points_holds_up_nothing_else_that_a_node_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::start(dir.path()).await;
+    let mut session = Session::open(&coordinator, vec![]).await.unwrap();
+    assert!(matches!(session.hear().await, Down::Welcome(_)));
+    let mut jobs = coordinator.jobs().await;
+    let job = jobs.submit_job(submission("r1")).await.unwrap().into_inner().job.unwrap();
+    let prepare = session.assignment().await;
+    session.say(report(&prepare, v1::ObservedPhase::Prepared, vec![])).await;
+    let run = session.assignment().await;
+    session.say(points(&run, 1..=3)).await;
+    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 3));
+
+    // Whoever opens a pipe to write waits until somebody reads.
+    let file = dir.path().join(format!("metrics/{}.jsonl", job.id));
+    std::fs::remove_file(&file).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+    session.say(points(&run, 4..=5)).await;
+    session.say(Up::Heartbeat(v1::Heartbeat { seq: 7 })).await;
+    assert!(matches!(session.hear().await, Down::HeartbeatAck(ack) if ack.seq == 7));
+    let exit = v1::RankExit { rank: Some(0), code: Some(0), ..Default::default() };
+    session.say(report(&run, v1::ObservedPhase::Stopped, vec![exit])).await;
+    let forget = session.assignment().await;
+    assert_eq!(forget.phase(), v1::DesiredPhase::Forgotten, "the end does not wait for points either");
+
+    // Points that are written after the end of their job count all the same.
+    let _reader = tokio::task::spawn_blocking(move || std::fs::File::open(file).unwrap()).await.unwrap();
+    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 5));
+    session.say(points(&run, 6..=7)).await;
+    assert!(matches!(session.hear().await, Down::PointAck(ack) if ack.seq == 7));
+    assert_eq!(metric_seqs(&mut jobs, &job.id, true).await, (1..=7).collect::<Vec<_>>());
     coordinator.stop().await;
 }
