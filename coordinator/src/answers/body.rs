@@ -99,7 +99,11 @@ where
     }
 
     fn is_end_stream(&self) -> bool {
-        self.first.is_pending() && self.inner.is_end_stream()
+        // A refusal has no body: its status ends the stream with the headers, or clients miss the trailers.
+        match &self.first {
+            Poll::Ready(first) => first.is_none(),
+            Poll::Pending => self.inner.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
