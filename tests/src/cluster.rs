@@ -26,6 +26,8 @@ pub struct Settings {
     /// What the daemons write is kept in memory, where there is room however full the disk of this machine is: health
     /// judges it.
     pub in_memory: bool,
+    /// What `--loopback-users` takes; nothing by default.
+    pub loopback_users: &'static str,
 }
 
 /// Which clocks of a host can be set.
@@ -39,7 +41,8 @@ pub enum Clocks {
 
 impl Settings {
     /// What most tests need; as a constant, for those of others.
-    pub const DEFAULT: Self = Self { workers: 2, lease: "5s", netns: false, clocks: None, in_memory: false };
+    pub const DEFAULT: Self =
+        Self { workers: 2, lease: "5s", netns: false, clocks: None, in_memory: false, loopback_users: "" };
 }
 
 impl Default for Settings {
@@ -310,7 +313,9 @@ fn start_coordinator(prefix: &[String], dir: &Path, listen: &str, settings: &Set
     let args = ["coordinator", "--listen", listen, "--http-listen", http, "--data-dir", data_dir];
     // Hosts have addresses of their own, which are not loopback's.
     let insecure = if settings.netns { &["--insecure"][..] } else { &[] };
-    Daemon::start_behind(prefix, dir, &name, &[&args[..], lease, insecure].concat())
+    let users = ["--loopback-users", settings.loopback_users];
+    let users = if settings.loopback_users.is_empty() { &[][..] } else { &users[..] };
+    Daemon::start_behind(prefix, dir, &name, &[&args[..], lease, insecure, users].concat())
 }
 
 /// The `address:port` of a coordinator, once it has said it.

@@ -89,7 +89,8 @@ fn the_worker_runs_jobs_on_whatever_it_is_built_on() {
     };
     let base = format!("WORKER_BASE={}", buildah.base());
     let image = buildah.build("worker", "dynamic", &binary("muster"), &["--build-arg", &base]);
-    let cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    // The image's user, who has no name here.
+    let cluster = Cluster::start(Settings { workers: 0, loopback_users: "65532", ..Settings::default() });
     let url = cluster.url();
     let container = buildah.start(&image, &["--coordinator", &url, "--name", "boxed"], None);
     let script = "echo rank $RANK of $WORLD_SIZE runs beside $(cat /proc/1/comm)";
