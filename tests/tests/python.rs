@@ -139,7 +139,7 @@ fn a_crash_is_told_with_its_traceback_and_started_again() {
         ["--nproc-per-node", "2", "-r", "3", "--log-dir", logs.to_str().unwrap(), "ddp.py", "--fail_at", "1"];
     let failed = run(&place, &args);
     assert_eq!(failed.code, 1, "{failed:?}");
-    assert!(failed.stderr.contains("in main\n    raise ValueError"), "{failed:?}");
+    assert!(failed.stderr.contains("in main\n      raise ValueError"), "{failed:?}");
     let error = files(&run_dir(&logs)).remove("attempt_0/1/error.json").unwrap();
     assert!(error.contains("bad batch at step 1") && error.contains("py_callstack"), "{error}");
 }
