@@ -169,7 +169,7 @@ impl Drop for Unmount {
 #[test]
 fn the_disk_of_the_logs_is_full() {
     let mount = tempfile::tempdir().unwrap();
-    let tmpfs = ["-t", "tmpfs", "-o", "size=2m", "muster-test"];
+    let tmpfs = ["-t", "tmpfs", "-o", "size=2m,mode=700", "muster-test"];
     let mounted = std::process::Command::new("mount").args(tmpfs).arg(mount.path()).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
         return skip("a full disk of the logs", "a tmpfs cannot be mounted here");
