@@ -237,7 +237,7 @@ mod tests {
     fn a_child_is_in_its_group_before_it_does_anything() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
-        let script = "echo $A $# $PWD; cat /proc/self/cgroup; ps -o sid= -p $$; echo $$; trap; cat /proc/self/limits | wc -l";
+        let script = "echo $A $# $PWD; cat /proc/self/cgroup; cut -d' ' -f6 /proc/$$/stat; echo $$; trap; cat /proc/self/limits | wc -l";
         let program = program("/bin/sh", &["-c", script, "x", "1", "2"], dir.path(), &out).unwrap();
         let name = format!("spawn-{}", std::process::id());
         let groups = Cgroups::find().create(&name, 1, None).unwrap();
