@@ -84,6 +84,9 @@ fn users_and_directories_are_made_and_old_logs_go() {
         assert!(users.lines().any(|line| line.starts_with(&format!("{user}:"))), "{user}: {users}");
     }
 
+    if !nix::unistd::geteuid().is_root() {
+        return skip("the units' directories", "only root can give them to their users");
+    }
     let tmpfiles = |what: &str| {
         let mut command = tool("systemd-tmpfiles").unwrap();
         command.args([what, &at_root]).arg(conf("muster.tmpfiles.conf"));
