@@ -46,7 +46,7 @@ impl Effects {
         self.events.insert(Event::Job(id.clone()));
     }
 
-    /// What nodes add to the record of a running gang has changed.
+    /// Details that nodes add to the record of a running gang have changed.
     pub(crate) fn show_job_detail(&mut self, id: &JobId) {
         self.events.insert(Event::JobDetail(id.clone()));
     }
@@ -102,7 +102,7 @@ pub enum ToNode {
 pub enum Event {
     /// The job changed.
     Job(JobId),
-    /// What nodes add to the record of the job's running gang has changed: readers see it, and no watcher is told.
+    /// Details that nodes add to the record of the running gang have changed: readers see it, no watcher is told.
     JobDetail(JobId),
     /// The node changed.
     Node(NodeName),

@@ -36,7 +36,7 @@ pub enum DataDirError {
         path: PathBuf,
         /// Who owns it.
         owner: u32,
-        /// As whom this process runs.
+        /// User id of this process.
         own: u32,
     },
     /// Others can change what this daemon reads.

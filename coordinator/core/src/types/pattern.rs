@@ -36,7 +36,7 @@ pub struct MetricPattern {
 pub struct Matched {
     /// None if the pattern has no group for it.
     pub step: Option<u64>,
-    /// Those that are numbers, NaN and the infinities among them, by the names of their groups.
+    /// Numbers by the names of their groups, NaN and the infinities among them.
     pub values: BTreeMap<String, f64>,
 }
 
