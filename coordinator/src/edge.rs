@@ -1,8 +1,8 @@
 //! What stands between a listener and the services: how many connections there may be, by which name they may call, and
 //! the port that probes ask.
 
+pub(crate) mod files;
 pub(crate) mod peer;
-mod shares;
 
 use std::io;
 use std::net::IpAddr;
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use http::Uri;
 use http::uri::Authority;
+use muster_monitor::{NoPlace, Place, PlaceLimits, Places};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -22,11 +23,9 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
-use tracing::debug;
 
 use crate::access;
 use peer::LoopbackUsers;
-use shares::{Share, Shares};
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
 pub(crate) const CONNECTIONS_MAX: usize = 32_768;
@@ -34,10 +33,11 @@ pub(crate) const CONNECTIONS_MAX: usize = 32_768;
 const LOCAL_MAX: usize = 1024;
 /// Those of probes.
 const PROBES_MAX: usize = 64;
-/// Those of one address that is not this machine's, for the port and for that of probes: a quarter. Nodes behind one
+/// One in so many of a port's places is the most that one address may have that is not this machine's. Nodes behind one
 /// address are the rule in trials on one machine, and the exception elsewhere.
-const PEER_MAX: usize = CONNECTIONS_MAX / 4;
-const PEER_PROBES_MAX: usize = PROBES_MAX / 4;
+const PEER_PART: usize = 4;
+/// One in so many of the places of the API's port is kept for nodes.
+const RESERVE_PART: usize = 4;
 
 /// Time in which a connection must have begun to speak HTTP/2, or TLS.
 const PREFACE_WITHIN: Duration = Duration::from_secs(10);
@@ -50,8 +50,7 @@ const PREFACE_BYTES: usize = 24;
 #[derive(Debug)]
 pub struct Held<C> {
     connection: C,
-    _place: OwnedSemaphorePermit,
-    _share: Option<Share>,
+    _permit: OwnedSemaphorePermit,
     known: Arc<State>,
     /// While nobody has said who calls.
     waits: Option<Waits>,
@@ -63,6 +62,8 @@ struct State {
     may_call: OnceLock<Result<(), Status>>,
     /// A call has come whose caller is known.
     identified: AtomicBool,
+    /// None on the Unix socket, whose connections are counted apart.
+    place: Option<Place>,
 }
 
 /// How long a connection that nobody has identified may hold its place.
@@ -125,6 +126,13 @@ impl<I> Known<I> {
     pub(crate) fn identified(&self) {
         self.state.identified.store(true, Ordering::Relaxed);
     }
+
+    /// Notes that a node has called: its connections have a part in the reserve.
+    pub(crate) fn mark_node(&self) {
+        if let Some(place) = &self.state.place {
+            place.mark_node();
+        }
+    }
 }
 
 impl Known<TcpConnectInfo> {
@@ -145,31 +153,30 @@ impl<C> Held<C> {
     }
 }
 
-/// The connections of a listener, as a coordinator takes them.
+/// The connections of a listener, as a coordinator takes them: as many as open files allow.
 pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
-    bounded(listener, CONNECTIONS_MAX, PEER_MAX)
+    let max = files::connections_max();
+    bounded(listener, max, PlaceLimits { strangers: max - max / RESERVE_PART, peer: (max / PEER_PART).max(1) })
 }
 
-/// Those of the port for probes.
+/// Those of the port for probes. Nodes do not call there.
 pub(crate) fn probes(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
-    bounded(listener, PROBES_MAX, PEER_PROBES_MAX)
+    bounded(listener, PROBES_MAX, PlaceLimits { strangers: PROBES_MAX, peer: PROBES_MAX / PEER_PART })
 }
 
 fn bounded(
     listener: TcpListener,
     max: usize,
-    peer_max: usize,
+    limits: PlaceLimits,
 ) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
     // Streams carry small messages one by one: without this each waits for the acknowledgement of the one before, which the
     // other side delays by 40 ms. The server's own setting is not for connections that are handed to it.
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let shares = Shares::new(peer_max);
-    placed(incoming, max, PATIENCE, move |stream: &TcpStream| {
-        let peer = stream.peer_addr().map(|peer| peer.ip().to_canonical()).ok();
-        match peer.filter(|peer| !peer.is_loopback()) {
-            None => Ok(None),
-            Some(peer) => shares.take(peer).map(Some).ok_or(peer),
-        }
+    let places = Places::new(limits);
+    placed(incoming, max, PATIENCE, move |stream: &TcpStream| match stream.peer_addr() {
+        Ok(peer) => places.take(peer.ip()).map(Some).map_err(|why| (peer.ip(), why)),
+        // It is gone, as the first read will say.
+        Err(_) => Ok(None),
     })
 }
 
@@ -182,26 +189,33 @@ fn placed<C>(
     incoming: impl Stream<Item = io::Result<C>>,
     max: usize,
     patience: Patience,
-    share: impl Fn(&C) -> Result<Option<Share>, IpAddr>,
+    take: impl Fn(&C) -> Result<Option<Place>, (IpAddr, NoPlace)>,
 ) -> impl Stream<Item = io::Result<Held<C>>> {
-    let places = Arc::new(Semaphore::new(max));
+    let permits = Arc::new(Semaphore::new(max));
+    let incoming = incoming.then(|connection| async {
+        if let Err(error) = &connection {
+            files::accept_failed(error).await;
+        }
+        connection
+    });
     // What is over its peer's part ends here.
-    let shared = incoming.filter_map(move |connection| match connection {
+    let placed = incoming.filter_map(move |connection| match connection {
         Err(error) => Some(Err(error)),
-        Ok(connection) => match share(&connection) {
-            Ok(share) => Some(Ok((connection, share))),
-            Err(peer) => {
-                debug!(%peer, "a connection is ended, for its peer has as many as it may");
+        Ok(connection) => match take(&connection) {
+            Ok(place) => Some(Ok((connection, place))),
+            Err((peer, why)) => {
+                files::refused(peer, why);
                 None
             }
         },
     });
-    shared.then(move |connection| {
-        let places = places.clone();
+    placed.then(move |connection| {
+        let permits = permits.clone();
         async move {
-            let place = places.acquire_owned().await.map_err(io::Error::other)?;
-            let ((connection, share), waits) = (connection?, Some(Waits::new(patience)));
-            Ok(Held { connection, _place: place, _share: share, known: Arc::default(), waits })
+            let permit = permits.acquire_owned().await.map_err(io::Error::other)?;
+            let (connection, place) = connection?;
+            let known = Arc::new(State { place, ..State::default() });
+            Ok(Held { connection, _permit: permit, known, waits: Some(Waits::new(patience)) })
         }
     })
 }
@@ -320,7 +334,7 @@ mod tests {
     async fn who_finds_no_place_waits_for_one() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut taken = std::pin::pin!(bounded(listener, 2, 2));
+        let mut taken = std::pin::pin!(bounded(listener, 2, PlaceLimits { strangers: 9, peer: 9 }));
         let _clients = [(); 3].map(|()| std::net::TcpStream::connect(address).unwrap());
         let (first, _second) = (taken.next().await.unwrap().unwrap(), taken.next().await.unwrap().unwrap());
         let mut third = std::pin::pin!(taken.next());

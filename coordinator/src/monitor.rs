@@ -14,6 +14,7 @@ use muster_monitor::{
 use muster_store::Error as StoreError;
 
 use crate::driver::INBOX_MAX;
+use crate::edge::files::{ACCEPTS_FAILED, CONNECTIONS_REFUSED, Trouble};
 use crate::office::Office;
 pub(crate) use tally::Tally;
 
@@ -65,6 +66,8 @@ pub(crate) struct Counts {
     pub points: IntCounter,
     pub points_put_off: IntCounter,
     refused: IntCounterVec,
+    accepts_failed: IntCounter,
+    connections_refused: IntCounter,
     pub commit_seconds: Histogram,
     pub store_errors: IntCounterVec,
     store_writable: IntGauge,
@@ -133,6 +136,14 @@ impl Monitor {
                 "muster_node_messages_refused_total",
                 "Batches of points and reports of gangs that were refused: the node does not hold what they are of.",
                 &["kind"],
+            ),
+            accepts_failed: all.counter(
+                "muster_accepts_failed_total",
+                "Connections that could not be taken, most often because open files ran out.",
+            ),
+            connections_refused: all.counter(
+                "muster_connections_refused_total",
+                "Connections that were ended at once, for their address or strangers had their share.",
             ),
             commit_seconds: all.histogram(
                 "muster_store_commit_seconds",
@@ -225,6 +236,8 @@ impl Monitor {
                 monitor.leader.set(i64::from(reign.is_some()));
                 monitor.leader_term.set(reign.as_ref().map_or(0, |reign| reign.term as i64));
                 let writable = reign.as_ref().is_some_and(|reign| reign.driver.trouble().is_none());
+                follow(&monitor.accepts_failed, &ACCEPTS_FAILED);
+                follow(&monitor.connections_refused, &CONNECTIONS_REFUSED);
                 monitor.store_writable.set(i64::from(writable));
                 let sessions = reign.as_ref().map_or(0, |reign| reign.driver.links().count());
                 monitor.sessions.set(sessions as i64);
@@ -232,4 +245,9 @@ impl Monitor {
             }),
         }
     }
+}
+
+/// Brings a counter up to what is counted where connections are taken, which knows no metrics.
+fn follow(counter: &IntCounter, trouble: &Trouble) {
+    counter.inc_by(trouble.count().saturating_sub(counter.get()));
 }

@@ -8,12 +8,14 @@
 mod address;
 mod catalogue;
 mod data_dir;
+mod places;
 mod server;
 mod systemd;
 
 pub use address::{AddressError, Http, Listen, bind};
 pub use catalogue::{Catalogue, SECONDS};
 pub use data_dir::{DataDirError, own_data_dir};
+pub use places::{NoPlace, Place, PlaceLimits, Places};
 pub use prometheus::{
     Histogram, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };

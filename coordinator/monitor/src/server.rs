@@ -19,9 +19,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::catalogue::Catalogue;
+use crate::places::{PlaceLimits, Places};
 
 /// Connections at once: some Prometheus servers, probes, and a person. Others wait.
 const CONNECTIONS_MAX: usize = 64;
+/// Those of one address that is not this machine's: the others are for probes and for Prometheus.
+const PEER_MAX: usize = CONNECTIONS_MAX / 4;
 /// Longest time in which a request's head must have come.
 const HEAD_MAX: Duration = Duration::from_secs(10);
 /// Longest time of a connection, so that no client can keep all of them. A scrape is much shorter; Prometheus connects again.
@@ -50,11 +53,16 @@ impl fmt::Debug for Page {
 /// Serves until `shutdown`. Trouble with connections is logged: a daemon does not end for it.
 pub async fn serve(listener: TcpListener, page: Page, shutdown: CancellationToken) {
     let (page, places) = (Arc::new(page), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
+    let parts = Places::new(PlaceLimits { strangers: CONNECTIONS_MAX, peer: PEER_MAX });
     let accepting = async {
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return };
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let (stream, part) = match listener.accept().await {
+                // Who has its part already is ended at once.
+                Ok((stream, peer)) => match parts.take(peer.ip()) {
+                    Ok(part) => (stream, part),
+                    Err(_) => continue,
+                },
                 Err(error) => {
                     if error.kind() != io::ErrorKind::ConnectionAborted {
                         warn!(%error, "failed to take a connection for metrics");
@@ -79,7 +87,7 @@ pub async fn serve(listener: TcpListener, page: Page, shutdown: CancellationToke
                     _ = tokio::time::timeout(CONNECTION_MAX, connection) => {}
                     () = over.cancelled() => {}
                 }
-                drop(place);
+                drop((place, part));
             });
         }
     };

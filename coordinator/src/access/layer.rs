@@ -140,7 +140,8 @@ where
         match judged {
             Ok(changes) => {
                 if let Some(identity) = &identity {
-                    note_identified(request.extensions());
+                    let rule = rules::rule(request.uri().path()).map(|(rule, _)| rule);
+                    note_identified(request.extensions(), rule == Some(Rule::Node));
                     request.extensions_mut().insert(identity.clone());
                 }
                 // Most calls only read, and leave no line.
@@ -180,12 +181,14 @@ where
     }
 }
 
-/// The connection of a call whose caller is known may stay.
-fn note_identified(of: &Extensions) {
-    if let Some(tls) = of.get::<TlsConnectInfo<Known<TcpConnectInfo>>>() {
-        tls.get_ref().identified();
-    } else if let Some(tcp) = of.get::<Known<TcpConnectInfo>>() {
+/// Lets the connection of a call whose caller is known stay; that of a node has a part in the reserve.
+fn note_identified(of: &Extensions, is_a_nodes: bool) {
+    let tls = of.get::<TlsConnectInfo<Known<TcpConnectInfo>>>().map(TlsConnectInfo::get_ref);
+    if let Some(tcp) = tls.or_else(|| of.get()) {
         tcp.identified();
+        if is_a_nodes {
+            tcp.mark_node();
+        }
     } else if let Some(unix) = of.get::<Known<UdsConnectInfo>>() {
         unix.identified();
     }
