@@ -24,6 +24,30 @@ const DROPPED: [&str; 9] = [
     SHIM_DIR,
     SHIM_LOG,
 ];
+/// Variables of the daemon that its ranks have although they run as another user: where programs and libraries are, language
+/// and time. Everything else of root's is not theirs to read. A site that wants more sets them for the job.
+const PASSED_ON: [&str; 16] = [
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "LANG",
+    "LANGUAGE",
+    "TZ",
+    "TERM",
+    "MODULEPATH",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+];
+/// Begin those of the machine's hardware and its libraries, which a site sets for all of its jobs.
+const PASSED_ON_PREFIXES: [&str; 12] = [
+    "CUDA_", "FI_", "GLOO_", "IBV_", "LC_", "NCCL_", "NVIDIA_", "OMP_", "RDMAV_", "TORCH_", "UCC_", "UCX_",
+];
 /// Tells a shim where its state directory is.
 pub(crate) const SHIM_DIR: &str = "MUSTER_SHIM_DIR";
 /// Tells it where its log goes, if not to its standard error.
@@ -57,8 +81,11 @@ pub(crate) fn of_rank(
 ) -> BTreeMap<OsString, OsString> {
     let spec = &assignment.spec;
     let placement = &assignment.placement;
-    let mut env: BTreeMap<OsString, OsString> =
-        inherited.filter(|(key, _)| !DROPPED.iter().any(|dropped| key == dropped)).collect();
+    let is_others = paths.user.is_some();
+    let mut env: BTreeMap<OsString, OsString> = inherited
+        .filter(|(key, _)| !DROPPED.iter().any(|dropped| key == dropped))
+        .filter(|(key, _)| !is_others || is_passed_on(key))
+        .collect();
     let defaults = [
         ("OMP_NUM_THREADS", "1", placement.procs > 1),
         ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", true),
@@ -78,8 +105,6 @@ pub(crate) fn of_rank(
         env.entry(variable.name.clone().into()).or_insert_with(|| variable.value.clone().into());
     }
     if let Some(user) = paths.user {
-        // The daemon's own, which is nobody else's.
-        env.remove(OsStr::new("XDG_RUNTIME_DIR"));
         env.extend(user.variables().map(|(key, value)| (key.into(), value)));
     }
     for (key, value) in &spec.env {
@@ -122,6 +147,13 @@ pub(crate) fn of_rank(
         of_attached(attached, local_rank, &mut env);
     }
     env
+}
+
+/// Returns whether ranks of another user have this variable of the daemon's.
+fn is_passed_on(name: &OsStr) -> bool {
+    let bytes = name.as_encoded_bytes();
+    PASSED_ON.iter().any(|passed| name == *passed)
+        || PASSED_ON_PREFIXES.iter().any(|prefix| bytes.starts_with(prefix.as_bytes()))
 }
 
 /// What `muster run` was told.
@@ -182,14 +214,26 @@ mod tests {
         }
     }
 
+    fn find_user(name: &str) -> User {
+        super::super::user::find(name).unwrap()
+    }
+
     fn env(local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
+        env_as(None, local_rank, inherited)
+    }
+
+    fn env_as(
+        user: Option<&User>,
+        local_rank: u32,
+        inherited: &[(&str, &str)],
+    ) -> BTreeMap<String, String> {
         let paths = RankContext {
             error_file: Path::new("/logs/error.json"),
             telemetry: Path::new("/run/1.sock"),
             mark: "k3v9x2ma/2@d",
             attached: None,
             surroundings: None,
-            user: None,
+            user,
         };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();
@@ -233,5 +277,31 @@ mod tests {
         let get = |name: &str| env.get(name).map(String::as_str);
         assert_eq!((get("MINE"), get("HOME"), get("RANK")), (Some("job"), Some("/root"), Some("2")));
         assert_eq!((get("OMP_NUM_THREADS"), get("NOTIFY_SOCKET")), (Some("4"), None));
+    }
+
+    #[test]
+    fn ranks_of_another_user_have_what_is_listed_of_the_daemons() {
+        let root = find_user("root");
+        let daemon = [
+            ("PATH", "/opt/bin:/bin"),
+            ("LC_ALL", "C.UTF-8"),
+            ("NCCL_IB_TC", "106"),
+            ("LD_LIBRARY_PATH", "/usr/local/cuda/lib64"),
+            ("AWS_SECRET_ACCESS_KEY", "s3cr3t"),
+            ("XDG_RUNTIME_DIR", "/run/user/0"),
+            ("SSH_AUTH_SOCK", "/run/agent"),
+            ("CREDENTIALS_DIRECTORY", "/run/credentials"),
+            ("MUSTER_COORDINATOR", "https://c:7070"),
+            ("path", "no"),
+        ];
+        let env = env_as(Some(&root), 0, &daemon);
+        for (name, value) in &daemon[..4] {
+            assert_eq!(env.get(*name).map(String::as_str), Some(*value), "{name}");
+        }
+        for (name, _) in &daemon[4..] {
+            assert_eq!(env.get(*name), None, "{name}");
+        }
+        assert_eq!((env["USER"].as_str(), env["MINE"].as_str()), ("root", "job"));
+        assert!(env_as(None, 0, &daemon).contains_key("SSH_AUTH_SOCK"), "its own user's ranks have all");
     }
 }

@@ -60,6 +60,23 @@ pub(crate) fn state(pid: i32) -> Option<char> {
 }
 
 /// Text of a file of /proc. A process may give itself a name that is no text.
+/// The user of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ProcessUser {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// Returns as whom a process runs: its real ids.
+pub(super) fn user(pid: i32) -> Option<ProcessUser> {
+    let status = read(&format!("/proc/{pid}/status"))?;
+    let id = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_ascii_whitespace().next()?.parse().ok()
+    };
+    Some(ProcessUser { uid: id("Uid:")?, gid: id("Gid:")? })
+}
+
 pub(super) fn read(path: &str) -> Option<String> {
     Some(String::from_utf8_lossy(&fs::read(path).ok()?).into_owned())
 }

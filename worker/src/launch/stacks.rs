@@ -5,12 +5,14 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use nix::libc;
+use nix::unistd::geteuid;
 
 use super::procfs::{self, Process};
 
@@ -27,6 +29,8 @@ const PY_SPY_POLL: Duration = Duration::from_millis(20);
 const CHILDREN_MAX: usize = 64;
 /// Pieces of text on their way to the log. Who gathers them waits for who writes.
 const PIECES_MAX: usize = 4;
+/// Where a py-spy that is a script finds its interpreter.
+const SYSTEM_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 const CUT: &str = "\n(cut: there is more)\n";
 
 /// Writes what the process does, after `header`, which says why. The rest is dropped when the time is up.
@@ -230,11 +234,30 @@ fn find_on(path: &OsStr, name: &str) -> Option<PathBuf> {
     std::env::split_paths(path).map(|dir| dir.join(name)).find(|file| file.is_absolute() && file.is_file())
 }
 
+/// Has a command run as the user of a process, where this process is root and that one is not. It reads memory that the
+/// user has filled, and must not be worth an attack. Its environment is a login's. The error says why it is not run.
+fn as_its_user(command: &mut Command, pid: i32) -> Result<(), String> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    match procfs::user(pid) {
+        Some(user) if user.uid == 0 => Ok(()),
+        Some(user) => {
+            command.uid(user.uid).gid(user.gid).current_dir("/").env_clear().env("PATH", SYSTEM_PATH);
+            Ok(())
+        }
+        None => Err("py-spy is not run: the kernel does not say whose the process is\n".to_owned()),
+    }
+}
+
 /// What py-spy says, or why it says nothing.
 #[expect(clippy::disallowed_methods, reason = "py-spy waits for a process that hangs")]
 fn run_py_spy(program: PathBuf, pid: i32) -> String {
     let mut command = Command::new(program);
     command.args(["dump", "--pid", &pid.to_string()]);
+    if let Err(why) = as_its_user(&mut command, pid) {
+        return why;
+    }
     // One pipe for both, so that they come in the order in which they were written.
     let started = io::pipe().and_then(|(output, input)| {
         command.stdin(Stdio::null()).stdout(input.try_clone()?).stderr(input);

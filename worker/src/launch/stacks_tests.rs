@@ -115,6 +115,25 @@ fn py_spy_is_asked_and_bounded() {
 }
 
 #[test]
+fn py_spy_runs_as_the_ranks_user() {
+    if !geteuid().is_root() {
+        eprintln!("SKIPPED: only root has ranks of other users");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let asked = program(dir.path(), "echo \"as $(id -u) $(id -g) [$(id -G)] in $PWD, $SECRET\"");
+    for id in [0, 65534] {
+        let mut command = Command::new("sleep");
+        let rank = Rank(command.arg("1000").uid(id).gid(id).process_group(0).spawn().unwrap());
+        let text = told(rank.pid(), Some(&asked));
+        assert!(text.contains(&format!("as {id} {id} [")), "{text}");
+        let alone = text.contains(&format!("as {id} {id} [{id}] in /, \n"));
+        assert!(id == 0 || alone, "no group and no variable of root's: {text}");
+    }
+}
+
+#[test]
 #[expect(clippy::disallowed_methods, reason = "how long it takes is what is tested")]
 fn a_py_spy_that_hangs_is_killed() {
     let rank = Rank::start("exec sleep 1000");

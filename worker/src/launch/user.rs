@@ -60,7 +60,8 @@ pub(crate) fn check(node: Option<&UserName>) -> Result<(), String> {
     of_job(None, node).map(drop)
 }
 
-fn find(name: &str) -> Result<User, String> {
+/// Looks a user up by name.
+pub(super) fn find(name: &str) -> Result<User, String> {
     let failed = |why: String| format!("ranks cannot run as {name} on this node: {why}");
     let found = nix::unistd::User::from_name(name).map_err(|error| failed(error.to_string()))?;
     let found = found.ok_or_else(|| failed("it has no such user".to_owned()))?;

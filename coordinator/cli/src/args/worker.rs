@@ -29,7 +29,9 @@ pub(crate) struct WorkerArgs {
     /// that in the data directory. For https:// URLs.
     #[arg(long, env = "MUSTER_JOIN_TOKEN_FILE", value_name = "FILE")]
     pub join_token_file: Option<PathBuf>,
-    /// User as whom ranks run, where this daemon is root, unless their job says as whom. Default: root as well.
+    /// User that runs the ranks, where this daemon is root, unless their job names one. Default: root as well. Ranks of
+    /// another user get PATH, LD_LIBRARY_PATH, language, time zone, proxies and the variables of CUDA, NCCL, UCX and the
+    /// like from the daemon's environment, and nothing else of it.
     #[arg(long, value_name = "USER", value_parser = user_name)]
     pub run_as: Option<UserName>,
     /// Directory for logs; one daemon at a time.
