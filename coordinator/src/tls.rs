@@ -37,6 +37,8 @@ use crate::late::Late;
 
 /// The authority of clients' certificates, the coordinator's certificate, and its key.
 const FILES: [&str; 3] = ["ca.crt", "tls.crt", "tls.key"];
+/// The authority's key, by which nodes get certificates: of [`crate::authority`].
+const CA_KEY: &str = "ca.key";
 /// How often it is looked whether they have changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// Time for a handshake.
@@ -102,6 +104,10 @@ fn stamps(dir: &Path) -> [Option<Stamp>; 3] {
 /// The error says what is wrong with which file.
 fn read(dir: &Path) -> Result<Arc<ServerConfig>, String> {
     let [ca, cert, key] = FILES;
+    let warnings = [key, CA_KEY].map(|name| muster_monitor::secret_file_warning(&dir.join(name)));
+    for warning in warnings.into_iter().flatten() {
+        warn!("{warning}");
+    }
     let certificates = |name: &str| {
         let found =
             CertificateDer::pem_file_iter(dir.join(name)).and_then(Iterator::collect::<Result<Vec<_>, _>>);

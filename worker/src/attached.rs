@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use muster_core::types::surroundings::RankBinding;
-use muster_core::types::{Assignment, Generation};
+use muster_core::types::{Assignment, Generation, JobSpec};
 use serde::{Deserialize, Serialize};
 
 /// What `muster run` says of its ranks.
@@ -49,15 +49,26 @@ pub struct Streams {
 }
 
 impl Attached {
-    /// An assignment as it is carried out here.
+    /// Returns an assignment as it is carried out here: the coordinator of a run says when, how many and with which
+    /// place, and never what runs, as whom, or with which files. Fields that are new are not taken from it either.
     pub(crate) fn own(&self, mut assignment: Assignment) -> Assignment {
-        assignment.spec.command.clone_from(&self.command);
-        assignment.spec.working_dir = Some(self.working_dir.clone());
-        assignment.spec.env.clear();
-        // Its ranks' output is its user's to read, and no file of theirs is.
-        assignment.spec.tensorboard_dir = None;
-        assignment.spec.metric_pattern = None;
-        assignment.spec.run_as = None;
+        let said = assignment.spec;
+        assignment.spec = JobSpec {
+            name: said.name,
+            min_nodes: said.min_nodes,
+            max_nodes: said.max_nodes,
+            procs_per_node: said.procs_per_node,
+            per_proc: said.per_proc,
+            max_restarts: said.max_restarts,
+            stop_grace: said.stop_grace,
+            stop_signal: said.stop_signal,
+            start_timeout: said.start_timeout,
+            progress_timeout: said.progress_timeout,
+            last_call: said.last_call,
+            on_coordinator_loss: said.on_coordinator_loss,
+            working_dir: Some(self.working_dir.clone()),
+            ..JobSpec::new(self.command.clone())
+        };
         assignment
     }
 
@@ -126,5 +137,88 @@ impl Output {
     /// The file of its standard error, if it is one.
     pub fn stderr_file(&self) -> Option<&Path> {
         self.stderr.file()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_core::types::surroundings::Surroundings;
+    use muster_core::types::{
+        DesiredPhase, GangId, JobId, Millis, NodeName, NodePlacement, Rank, StopMode, StopSignal,
+        UserName,
+    };
+
+    use super::*;
+
+    /// An assignment as a hostile coordinator of a run may send it.
+    fn hostile() -> Assignment {
+        let mine = |text: &str| Some(text.to_owned());
+        let spec = JobSpec {
+            env: [("LD_PRELOAD".to_owned(), "/tmp/evil.so".to_owned())].into(),
+            working_dir: mine("/evil"),
+            checkpoint_dir: mine("/evil"),
+            tensorboard_dir: mine("/home/ann"),
+            metric_pattern: mine("(?<secret>.*)"),
+            run_as: Some(UserName::new("bob").unwrap()),
+            max_restarts: 3,
+            stop_grace: Millis(7),
+            ..JobSpec::new(vec!["/evil".to_owned()])
+        };
+        Assignment {
+            gang: GangId { job: JobId::new("k3v9x2ma").unwrap(), generation: Generation(2) },
+            phase: DesiredPhase::Running,
+            spec,
+            placement: NodePlacement {
+                node: NodeName::new("n1").unwrap(),
+                address: [10, 0, 0, 1].into(),
+                group_rank: 0,
+                first_rank: Rank(0),
+                procs: 1,
+                gpus: Vec::new(),
+            },
+            world_size: 1,
+            group_world_size: 1,
+            master_addr: [10, 0, 0, 1].into(),
+            master_port: None,
+            restart_count: 0,
+            stop: StopMode { signal: StopSignal::default(), grace: Millis(0), dump_stacks: false },
+        }
+    }
+
+    #[test]
+    fn a_run_says_itself_what_runs_and_takes_from_its_port_when() {
+        let attached = Attached {
+            command: vec!["train.py".to_owned()],
+            working_dir: "/home/ann".to_owned(),
+            ..Attached::default()
+        };
+        let spec = attached.own(hostile()).spec;
+        let expected = JobSpec {
+            working_dir: Some("/home/ann".to_owned()),
+            max_restarts: 3,
+            stop_grace: Millis(7),
+            max_nodes: spec.max_nodes,
+            ..JobSpec::new(vec!["train.py".to_owned()])
+        };
+        assert_eq!(spec, expected);
+    }
+
+    #[test]
+    fn its_ranks_find_nothing_of_the_ports_in_their_environment() {
+        use crate::launch::environment::{RankContext, of_rank};
+        let attached = Attached { command: vec!["train.py".to_owned()], ..Attached::default() };
+        let surroundings = Surroundings::default();
+        let context = RankContext {
+            error_file: Path::new("/e"),
+            telemetry: Path::new("/t"),
+            mark: "m",
+            attached: Some(&attached),
+            surroundings: Some(&surroundings),
+            user: None,
+        };
+        let env = of_rank(&attached.own(hostile()), 0, 1, context, std::iter::empty());
+        for name in ["LD_PRELOAD", "MUSTER_CHECKPOINT_DIR"] {
+            assert!(!env.contains_key(std::ffi::OsStr::new(name)), "{name}");
+        }
     }
 }

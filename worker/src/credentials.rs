@@ -10,6 +10,7 @@ use std::time::Duration;
 use http::{HeaderMap, header};
 use muster_core::access::Digest;
 use muster_core::types::{Millis, NodeName};
+use muster_monitor::secret_file_warning;
 use muster_proto::convert::span_from_wire;
 use muster_proto::v1::{self, worker_service_client::WorkerServiceClient};
 use rand::RngExt;
@@ -90,6 +91,9 @@ impl Credentials {
             std::fs::read(dir.join(FILE)).ok().and_then(|text| serde_json::from_slice(&text).ok());
         if join_token_file.is_some() || held.is_some() {
             trust.expect_certificate();
+        }
+        if let Some(warning) = join_token_file.as_deref().and_then(secret_file_warning) {
+            warn!("{warning}");
         }
         if let Some(held) = &held {
             trust.show(&held.authority, &held.certificate, &held.key);

@@ -48,7 +48,7 @@ pub use devices::doctor;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;
-pub use muster_monitor::{Http, Listen};
+pub use muster_monitor::{Http, Listen, secret_file_warning};
 pub use muster_worker_core::NumaBinding;
 pub use muster_worker_core::doctor::{Diagnosis, Grade};
 pub use shim::main as shim;

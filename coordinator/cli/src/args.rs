@@ -16,6 +16,7 @@ pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
 pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
 use crate::exit::Failure;
+use crate::output::say;
 use crate::pki::PkiCommand;
 use crate::run::args::RunArgs;
 use crate::store::{EtcdArgs, SeveralArgs, Store, StoreCommand};
@@ -93,6 +94,9 @@ impl Global {
 
     /// What coordinators are shown.
     pub fn token(&self) -> Result<Option<Token>, Failure> {
+        if let Some(warning) = self.token_file.as_deref().and_then(muster_worker::secret_file_warning) {
+            say!("warning: {warning}");
+        }
         self.token_file.as_deref().map(Token::from_file).transpose().map_err(Failure::Usage)
     }
 }

@@ -1,6 +1,6 @@
 //! What a daemon shows of itself over HTTP: `/metrics` to Prometheus, `/healthz` and `/readyz` to probes; what it says to
-//! systemd; and whether its data directory is its own. Both daemons use it; what is counted is theirs. It only reads:
-//! nothing can be changed through it.
+//! systemd; how many connections there may be; and whether its data directory and its secrets are its own. Both daemons use
+//! it; what is counted is theirs. It only reads: nothing can be changed through it.
 //!
 //! Labels have few values that are known beforehand: no job, node, rank or user is one. What is counted is kept as it
 //! changes, so that a look costs the same in a cluster of ten thousand nodes.
@@ -9,6 +9,7 @@ mod address;
 mod catalogue;
 mod data_dir;
 mod places;
+mod secrets;
 mod server;
 mod systemd;
 
@@ -19,5 +20,6 @@ pub use places::{NoPlace, Place, PlaceLimits, Places};
 pub use prometheus::{
     Histogram, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };
+pub use secrets::secret_file_warning;
 pub use server::{Page, serve};
 pub use systemd::{NOTIFY_SOCKET, ready, stopping};
