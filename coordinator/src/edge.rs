@@ -2,6 +2,7 @@
 //! the port that probes ask.
 
 pub(crate) mod files;
+mod lenient;
 pub(crate) mod peer;
 
 use std::io;
@@ -25,6 +26,7 @@ use tonic::Status;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 use crate::access;
+use lenient::Lenient;
 use peer::LoopbackUsers;
 
 /// Connections at once: two for each node that there may be. Further ones wait to be taken.
@@ -156,7 +158,11 @@ impl<C> Held<C> {
 /// The connections of a listener, as a coordinator takes them: as many as open files allow.
 pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Held<TcpStream>>> {
     let max = files::connections_max();
-    bounded(listener, max, PlaceLimits { strangers: max - max / RESERVE_PART, peer: (max / PEER_PART).max(1) })
+    bounded(
+        listener,
+        max,
+        PlaceLimits { strangers: max - max / RESERVE_PART, peer: (max / PEER_PART).max(1) },
+    )
 }
 
 /// Those of the port for probes. Nodes do not call there.
@@ -181,8 +187,9 @@ fn bounded(
 }
 
 /// Those of the Unix socket.
-pub(crate) fn local(listener: UnixListener) -> impl Stream<Item = io::Result<Held<UnixStream>>> {
-    placed(UnixListenerStream::new(listener), LOCAL_MAX, PATIENCE, |_| Ok(None))
+pub(crate) fn local(listener: UnixListener) -> impl Stream<Item = io::Result<Held<Lenient<UnixStream>>>> {
+    let incoming = UnixListenerStream::new(listener).map(|taken| taken.map(Lenient::new));
+    placed(incoming, LOCAL_MAX, PATIENCE, |_| Ok(None))
 }
 
 fn placed<C>(

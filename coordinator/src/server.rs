@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
+use tonic::codec::CompressionEncoding;
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
@@ -74,6 +75,7 @@ where
 {
     let api = Api::new(office.clone(), metrics, monitor.clone(), config);
     let (health, health_service) = tonic_health::server::health_reporter();
+    let health_service = health_service.accept_compressed(CompressionEncoding::Gzip);
     let (mut names, shown, led) = (vec![""], office.clone(), office.clone());
     let shows = move |request: Request<()>| shown.admit(&request).map(|()| request);
     let leads = move |request: Request<()>| led.admit_to_lead(&request).map(|()| request);
@@ -84,6 +86,8 @@ where
             let service = <$server>::new(api.clone());
             names.push(<$server as NamedService>::NAME);
             let service = service
+                // Taken of clients that compress; what it unpacks to has the same limit. Answers are not compressed.
+                .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX);
             InterceptedService::new(service, $gate.clone())

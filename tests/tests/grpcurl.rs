@@ -1,6 +1,9 @@
-//! The API by hand, with the real grpcurl 1.8.6, which speaks only the alpha form of reflection.
+//! The API by hand, with the real grpcurl 1.8.6, which speaks only the alpha form of reflection; and with gRPC's C core, by
+//! Python.
 
-use muster_tests::{Cluster, Settings, eventually, grpcurl_path, python, skip};
+use std::process::Command;
+
+use muster_tests::{Cluster, Outcome, Settings, eventually, grpcurl_path, python, skip, torch_python};
 
 const JOBS: &str = "muster.v1.JobService";
 
@@ -141,4 +144,37 @@ fn a_page_in_the_browser_of_this_machine_gets_nothing_run_by_a_name_of_its_own()
     assert!(refused.code != 0 && refused.stderr.contains("header list size"), "{refused:?}");
     assert_eq!(cluster.muster(&["jobs", "--output", "json"]).ok(), "");
     cluster.grpcurl(&[&["-authority", "localhost:1"], &hello[..], &["--", &submit]].concat()).ok();
+}
+
+/// Calls each target, compressed and not, and sends a request of a few bytes that unpacks to 64 MiB.
+const C_CORE: &str = r#"
+import sys, grpc
+for target in sys.argv[1:]:
+    with grpc.insecure_channel(target) as channel:
+        cluster = channel.unary_unary("/muster.v1.ClusterService/GetCluster")
+        submit = channel.unary_unary("/muster.v1.JobService/SubmitJob")
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+            # Twice: the second one names its fields by number.
+            print(all(cluster(b"", compression=compression) for _ in range(2)))
+        bomb = b"\x0a\x80\x80\x80\x20" + b"a" * (64 << 20)
+        try:
+            submit(bomb, compression=grpc.Compression.Gzip)
+        except grpc.RpcError as error:
+            print(error.code().name)
+"#;
+
+#[test]
+fn the_c_core_calls_by_the_unix_socket_and_compresses() {
+    let Some(python) = torch_python() else {
+        return skip(
+            "gRPC's C core",
+            "there is no Python with grpcio; `cargo xtask test --python` brings one",
+        );
+    };
+    let cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let socket = format!("unix:{}/coordinator/muster.sock", cluster.dir.path().display());
+    let address = cluster.url().replace("http://", "");
+    let called = Outcome::of(Command::new(python).args(["-c", C_CORE, &socket, &address])).ok();
+    let each = ["True", "True", "RESOURCE_EXHAUSTED"];
+    assert_eq!(called.lines().collect::<Vec<_>>(), [each, each].concat());
 }

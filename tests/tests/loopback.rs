@@ -6,9 +6,7 @@
 use std::net::TcpStream;
 use std::process::Command;
 
-use muster_tests::{
-    Daemon, Outcome, address_of, binary, eventually, http_address, http_get, skip,
-};
+use muster_tests::{Daemon, Outcome, address_of, binary, eventually, http_address, http_get, skip};
 use nix::unistd::Uid;
 
 /// A user that every machine has.

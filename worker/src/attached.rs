@@ -144,8 +144,7 @@ impl Output {
 mod tests {
     use muster_core::types::surroundings::Surroundings;
     use muster_core::types::{
-        DesiredPhase, GangId, JobId, Millis, NodeName, NodePlacement, Rank, StopMode, StopSignal,
-        UserName,
+        DesiredPhase, GangId, JobId, Millis, NodeName, NodePlacement, Rank, StopMode, StopSignal, UserName,
     };
 
     use super::*;

@@ -1,12 +1,14 @@
 //! Which object a call is about: read from the beginning of its request as that passes by, so that it
 //! is known of every call, also of one that is refused; or told by the handler, which makes it.
 
+use std::io::Read;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use flate2::read::GzDecoder;
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
@@ -92,12 +94,18 @@ impl Subject {
 }
 
 /// Returns a string of a message by the numbers of its fields, from as much of it as is there.
-fn field(mut head: &[u8], path: &[u32]) -> Option<String> {
-    // What is compressed is not looked into.
-    if head.len() < PREFIX_BYTES || head.get_u8() != 0 {
-        return None;
-    }
-    head.advance(PREFIX_BYTES - 1);
+fn field(head: &[u8], path: &[u32]) -> Option<String> {
+    let (prefix, message) = head.split_at_checked(PREFIX_BYTES)?;
+    let mut unpacked = Vec::new();
+    let mut head = match prefix[0] {
+        0 => message,
+        1 => {
+            // As much as can be unpacked of a beginning.
+            GzDecoder::new(message).take(HEAD_BYTES_MAX as u64).read_to_end(&mut unpacked).ok();
+            &unpacked[..]
+        }
+        _ => return None,
+    };
     let (last, outer) = path.split_last()?;
     for tag in outer {
         head = bytes_of(head, *tag)?;
@@ -152,6 +160,8 @@ impl http_body::Body for Noted {
 
 #[cfg(test)]
 mod tests {
+    use flate2::Compression;
+    use flate2::read::GzEncoder;
     use muster_proto::v1;
     use prost::Message;
 
@@ -174,6 +184,12 @@ mod tests {
         assert_eq!(field(&framed, &[1]), Some(id), "whole");
         assert_eq!(field(&framed[..HEAD_BYTES_MAX], &[1]).as_deref(), Some("k3v9x2ma"), "its beginning");
         assert_eq!(field(&framed[..HEAD_BYTES_MAX], &[3]), None);
+        let message = cancel.encode_to_vec();
+        let mut packed = GzEncoder::new(message.as_slice(), Compression::fast());
+        let mut bytes = vec![1, 0, 0, 0, 0];
+        packed.read_to_end(&mut bytes).unwrap();
+        assert_eq!(field(&bytes, &[1]).as_deref(), Some("k3v9x2ma"), "compressed");
+        assert_eq!(field(&bytes[..bytes.len() - 12], &[1]).as_deref(), Some("k3v9x2ma"), "its beginning");
         for junk in
             [&b""[..], b"\x01\0\0\0\x02\x0a\0", b"\0\0\0\0\x05\xff\xff\xff\xff\xff", b"\0\0\0\0\x02\x0a\xff"]
         {

@@ -45,9 +45,8 @@ const PASSED_ON: [&str; 16] = [
     "SSL_CERT_FILE",
 ];
 /// Begin those of the machine's hardware and its libraries, which a site sets for all of its jobs.
-const PASSED_ON_PREFIXES: [&str; 12] = [
-    "CUDA_", "FI_", "GLOO_", "IBV_", "LC_", "NCCL_", "NVIDIA_", "OMP_", "RDMAV_", "TORCH_", "UCC_", "UCX_",
-];
+const PASSED_ON_PREFIXES: [&str; 12] =
+    ["CUDA_", "FI_", "GLOO_", "IBV_", "LC_", "NCCL_", "NVIDIA_", "OMP_", "RDMAV_", "TORCH_", "UCC_", "UCX_"];
 /// Tells a shim where its state directory is.
 pub(crate) const SHIM_DIR: &str = "MUSTER_SHIM_DIR";
 /// Tells it where its log goes, if not to its standard error.
@@ -222,11 +221,7 @@ mod tests {
         env_as(None, local_rank, inherited)
     }
 
-    fn env_as(
-        user: Option<&User>,
-        local_rank: u32,
-        inherited: &[(&str, &str)],
-    ) -> BTreeMap<String, String> {
+    fn env_as(user: Option<&User>, local_rank: u32, inherited: &[(&str, &str)]) -> BTreeMap<String, String> {
         let paths = RankContext {
             error_file: Path::new("/logs/error.json"),
             telemetry: Path::new("/run/1.sock"),
