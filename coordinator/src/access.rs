@@ -245,7 +245,19 @@ mod tests {
     fn token(name: &str, role: Role, expires: Option<Millis>) -> (TokenName, Token) {
         let name = TokenName::new(name).unwrap();
         let hash = hash(&format!("secret-{name}"));
-        (name.clone(), Token { name, role, hash, created: Millis(0), expires, uses_left: None, run_as: None })
+        (
+            name.clone(),
+            Token {
+                name,
+                role,
+                hash,
+                created: Millis(0),
+                expires,
+                uses_left: None,
+                run_as: None,
+                node: None,
+            },
+        )
     }
 
     #[test]

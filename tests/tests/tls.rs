@@ -3,8 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -21,6 +23,11 @@ fn muster(args: &[&str]) -> Outcome {
     let mut command = Command::new(binary("muster"));
     command.args(args).env_remove("MUSTER_COORDINATOR").env_remove("MUSTER_CA").stdin(Stdio::null());
     Outcome::of(&mut command)
+}
+
+fn write_secret(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
 }
 
 /// Makes an authority and a certificate, and gives where its certificate is.
@@ -75,7 +82,7 @@ impl Bed {
                 let made =
                     muster(&[&["token", "create", "--coordinator", &socket, "--role"], role].concat()).ok();
                 let path = dir.path().join(name);
-                std::fs::write(&path, made).unwrap();
+                write_secret(&path, &made);
                 path.to_str().unwrap().to_owned()
             });
         Self { dir, ca, encrypted, address, token, join }
@@ -85,7 +92,7 @@ impl Bed {
     fn token(&self, flags: &[&str], name: &str) -> String {
         let text = self.muster(&[&["token", "create"], flags].concat()).ok();
         let path = self.dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
+        write_secret(&path, &text);
         path.to_str().unwrap().to_owned()
     }
 
@@ -355,4 +362,44 @@ fn a_coordinator_that_is_frozen_beyond_the_lease_costs_no_rank() {
     assert_eq!((&job["state"], &job["generation"]), (&"JOB_STATE_RUNNING".into(), &1.into()));
     bed.muster(&["cancel", id.trim()]).ok();
     eventually("the rank's end", || if is_running(pid) { Err(pid) } else { Ok(()) });
+}
+
+#[test]
+fn a_join_token_may_be_for_one_node_and_its_file_is_private() {
+    let bed = Bed::start();
+    let path = bed.dir.path().join("bound");
+    let url = format!("https://{}", bed.address);
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_permissions(Permissions::from_mode(0o644)).unwrap();
+    let create = ["token", "create", "--role", "node", "--uses", "2", "--node", "n2"];
+    let shown = ["--coordinator", &url, "--ca", bed.ca.to_str().unwrap(), "--token-file", &bed.token];
+    let mut made = Command::new(binary("muster"));
+    assert!(made.args(shown).args(create).stdout(file).status().unwrap().success());
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o600, "a shell lets everybody read what it makes");
+    let worker = |name: &str| {
+        let data_dir = bed.dir.path().join(name);
+        let args = ["worker", "--name", name, "--coordinator", &url, "--http-listen", "off"];
+        let more = ["--data-dir", data_dir.to_str().unwrap(), "--join-token-file", path.to_str().unwrap()];
+        [&args[..], &more].concat().iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>()
+    };
+    let refused = Outcome::of(Command::new(binary("muster")).args(worker("n1")));
+    let words = "this join token is for node n2, and not for node n1";
+    assert!(refused.code != 0 && refused.stderr.contains(words), "{refused:?}");
+    assert!(!refused.stderr.contains("may read or write the secret"), "{refused:?}");
+    let args = worker("n2");
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let _worker = Daemon::start(bed.dir.path(), "n2", &args);
+    eventually("the node that it is for", || {
+        let nodes = bed.muster(&["nodes"]).ok();
+        if nodes.contains("n2") { Ok(()) } else { Err(nodes) }
+    });
+    let left = bed.muster(&["token", "list"]).ok();
+    let row = left.lines().find(|line| line.contains(" n2")).unwrap_or_default();
+    assert!(row.contains(" 1  "), "the refused attempt has spent nothing: {left}");
+    // A token that everybody may read works, and is said.
+    let open = Permissions::from_mode(0o644);
+    std::fs::set_permissions(&bed.token, open).unwrap();
+    let said = bed.muster(&["nodes"]);
+    assert!(said.code == 0 && said.stderr.contains("may read or write the secret"), "{said:?}");
 }

@@ -1,5 +1,9 @@
 //! `muster token`: what callers and nodes show where connections are encrypted.
 
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, SystemTime};
 
 use clap::Subcommand;
@@ -20,7 +24,7 @@ pub(crate) enum TokenCommand {
     /// Make a token and print it, this once. The first one is made on the coordinator's machine, by its Unix socket.
     #[command(
         after_help = "Example:\n  muster token create --coordinator unix:/var/lib/muster/muster.sock --role submitter --name ci\n  \
-                      muster token create --coordinator unix:/var/lib/muster/muster.sock --role node --uses 8 > join"
+                      muster token create --coordinator unix:/var/lib/muster/muster.sock --role node --node gpu-7 > join"
     )]
     Create(CreateArgs),
     /// List tokens, without their secrets.
@@ -50,6 +54,9 @@ pub(crate) struct CreateArgs {
     /// for that.
     #[arg(long, default_value = "", hide_default_value = true, value_name = "USER")]
     run_as: String,
+    /// The only node that may join by it, for the role node. Default: any.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NODE")]
+    node: String,
 }
 
 #[derive(Debug, clap::Args)]
@@ -79,8 +86,20 @@ pub(crate) async fn run(command: TokenCommand, global: &Global) -> Result<(), Fa
     }
 }
 
+/// Takes the file that standard output goes to, if it is one, away from everybody but its user: a shell makes files that all
+/// may read.
+fn keep_private() -> io::Result<()> {
+    let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let found = file.metadata()?;
+    let mode = found.permissions().mode() & 0o777;
+    if found.is_file() && mode & 0o077 != 0 {
+        file.set_permissions(Permissions::from_mode(mode & 0o700))?;
+    }
+    Ok(())
+}
+
 async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<(), Failure> {
-    let CreateArgs { role, name, expires, uses, run_as } = args;
+    let CreateArgs { role, name, expires, uses, run_as, node } = args;
     if uses == Some(0) {
         return Err(Failure::Usage("--uses 0 is a token for nobody".to_owned()));
     }
@@ -90,8 +109,12 @@ async fn create(args: CreateArgs, client: &Client, global: &Global) -> Result<()
         expires_in: expires.map(|span| duration_to_wire_std(span.0)),
         uses: uses.unwrap_or(0),
         run_as,
+        node_name: node,
     };
     let made = client.tokens().create_token(request).await?.into_inner();
+    if let Err(error) = keep_private() {
+        say!("warning: others may be able to read the file with the token: {error}");
+    }
     if global.output == Output::Json {
         return json::print("CreateTokenResponse", &made);
     }
@@ -126,7 +149,7 @@ async fn list(client: &Client, global: &Global) -> Result<(), Failure> {
         }
     }
     if global.output == Output::Text {
-        lines(table(&["NAME", "ROLE", "EXPIRES", "USES LEFT", "RUNS AS"], &rows))?;
+        lines(table(&["NAME", "ROLE", "EXPIRES", "USES LEFT", "NODE", "RUNS AS"], &rows))?;
     }
     Ok(())
 }
@@ -139,5 +162,12 @@ fn row(token: &v1::Token) -> Vec<String> {
     });
     let uses = token.uses_left.map(|left| left.to_string());
     let expires = expires.unwrap_or_else(|| "never".to_owned());
-    vec![token.name.clone(), role, expires, uses.unwrap_or_default(), token.run_as.clone()]
+    vec![
+        token.name.clone(),
+        role,
+        expires,
+        uses.unwrap_or_default(),
+        token.node_name.clone(),
+        token.run_as.clone(),
+    ]
 }

@@ -131,9 +131,17 @@ pub struct Token {
     /// User of the nodes as whom ranks run that its bearer submits.
     #[serde(default)]
     pub run_as: Option<UserName>,
+    /// The only node that may join by it, if there is one.
+    #[serde(default)]
+    pub node: Option<NodeName>,
 }
 
 impl Token {
+    /// Returns whether this node may join by it.
+    pub fn is_for(&self, node: &NodeName) -> bool {
+        self.node.as_ref().is_none_or(|bound| bound == node)
+    }
+
     /// Whether its time is over.
     pub fn is_over(&self, now: Millis) -> bool {
         self.expires.is_some_and(|at| at <= now)
@@ -164,6 +172,8 @@ pub struct NewToken {
     pub uses: Option<u32>,
     /// As whom ranks run that its bearer submits; as whom the nodes have for that, if it is not said.
     pub run_as: Option<UserName>,
+    /// The only node that may join by it; any, if it is not said.
+    pub node: Option<NodeName>,
 }
 
 impl Core {
@@ -179,7 +189,7 @@ impl Core {
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
         self.forget_tokens(now, fx);
-        let NewToken { name, role, hash, life, uses, run_as } = new;
+        let NewToken { name, role, hash, life, uses, run_as, node } = new;
         if self.tokens.contains_key(&name) {
             return Err(Refusal::TokenExists(name));
         }
@@ -187,7 +197,8 @@ impl Core {
             return Err(Refusal::TooManyTokens);
         }
         let expires = life.map(|life| now.plus(life));
-        let token = Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses, run_as };
+        let token =
+            Token { name: name.clone(), role, hash, created: now, expires, uses_left: uses, run_as, node };
         fx.stored_tokens.insert(name.clone());
         self.tokens.insert(name, token.clone());
         Ok(Reply::Token(Box::new(token)))

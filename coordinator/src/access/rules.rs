@@ -155,6 +155,7 @@ mod tests {
             expires: None,
             uses_left: None,
             run_as: None,
+            node: None,
         }))
     }
 

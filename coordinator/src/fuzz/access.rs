@@ -21,8 +21,8 @@ pub(super) fn create_token(bytes: &[u8]) {
     let mut cluster = Cluster::new();
     let name = wanted.name.unwrap_or_else(|| TokenName::new("made").expect("it is valid"));
     let hash = hash("secret");
-    let Wanted { role, life, uses, run_as, .. } = wanted;
-    let new = NewToken { name, role, hash: hash.clone(), life, uses, run_as };
+    let Wanted { role, life, uses, run_as, node, .. } = wanted;
+    let new = NewToken { name, role, hash: hash.clone(), life, uses, run_as, node };
     if let Some(Reply::Token(token)) = cluster.feed(Input::CreateToken(Box::new(new))) {
         assert!(!token.is_over(NOW), "it is good at first");
         cluster.feed(Input::SpendToken { name: token.name.clone(), hash });
@@ -33,8 +33,13 @@ pub(super) fn create_token(bytes: &[u8]) {
 
 pub(super) fn create_token_samples() -> Vec<Vec<u8>> {
     let expires_in = Some(prost_types::Duration { seconds: 60, nanos: 0 });
-    let join =
-        v1::CreateTokenRequest { role: v1::Role::Node.into(), expires_in, uses: 3, ..Default::default() };
+    let join = v1::CreateTokenRequest {
+        role: v1::Role::Node.into(),
+        expires_in,
+        uses: 3,
+        node_name: "n1".to_owned(),
+        ..Default::default()
+    };
     let of_ann = v1::CreateTokenRequest {
         role: v1::Role::Submitter.into(),
         run_as: "ann".to_owned(),
@@ -52,8 +57,15 @@ pub(super) fn bearer(bytes: &[u8]) {
     let Ok(value) = HeaderValue::from_bytes(bytes) else { return };
     let mut cluster = Cluster::new();
     let name = TokenName::new("people").expect("it is valid");
-    let new =
-        NewToken { name, role: Role::Viewer, hash: hash("secret"), life: None, uses: None, run_as: None };
+    let new = NewToken {
+        name,
+        role: Role::Viewer,
+        hash: hash("secret"),
+        life: None,
+        uses: None,
+        run_as: None,
+        node: None,
+    };
     cluster.feed(Input::CreateToken(Box::new(new)));
     let headers: HeaderMap = [(header::AUTHORIZATION, value)].into_iter().collect();
     if accepted(identify(&headers, None, &Tokens::of(&cluster.core), NOW)).is_some() {

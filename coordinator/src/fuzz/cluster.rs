@@ -74,6 +74,7 @@ impl Cluster {
             life,
             uses,
             run_as: None,
+            node: None,
         })));
         cluster.feed(Input::BarNode(NodeName::new("node-3").expect("it is valid")));
         let id = cluster.submit(&spec(1, 2, 1)).id;

@@ -41,6 +41,7 @@ pub(crate) struct Wanted {
     pub life: Option<Millis>,
     pub uses: Option<u32>,
     pub run_as: Option<UserName>,
+    pub node: Option<NodeName>,
 }
 
 pub(crate) fn checked_token(wire: v1::CreateTokenRequest) -> Result<Wanted, FieldError> {
@@ -72,7 +73,13 @@ pub(crate) fn checked_token(wire: v1::CreateTokenRequest) -> Result<Wanted, Fiel
             "is for submitters and operators; viewers and nodes submit nothing, and admins may name anybody";
         return Err(field_error("run_as", why));
     }
-    Ok(Wanted { name: name.map_err(|why| field_error("name", why))?, role, life, uses, run_as })
+    let node = (!wire.node_name.is_empty()).then(|| NodeName::new(wire.node_name)).transpose();
+    let node = node.map_err(|why| field_error("node_name", why))?;
+    if node.is_some() && !joins {
+        return Err(field_error("node_name", "is for join tokens, which have the role node"));
+    }
+    let name = name.map_err(|why| field_error("name", why))?;
+    Ok(Wanted { name, role, life, uses, run_as, node })
 }
 
 #[tonic::async_trait]
@@ -84,7 +91,7 @@ impl TokenService for Api {
         let made = audit::tell(&request);
         let wanted =
             checked_token(request.into_inner()).map_err(|error| convert::invalid_argument(&[error]))?;
-        let Wanted { name, role, life, uses, run_as } = wanted;
+        let Wanted { name, role, life, uses, run_as, node } = wanted;
         let pin = if role == Role::Node { Some(self.authority()?.pin()?) } else { None };
         let name = match name {
             Some(name) => name,
@@ -92,7 +99,7 @@ impl TokenService for Api {
         };
         made(name.as_str());
         let secret = random::<SECRET_BYTES>()?;
-        let new = NewToken { name, role, hash: hash(&secret), life, uses, run_as };
+        let new = NewToken { name, role, hash: hash(&secret), life, uses, run_as, node };
         let token = self.token(Input::CreateToken(Box::new(new))).await?;
         let secret = match pin {
             Some(pin) => format!("{JOIN_PREFIX}.{}.{secret}.{pin}", token.name),

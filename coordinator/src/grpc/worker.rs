@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Api, Stream, caller};
-use crate::access::Identity;
+use crate::access::{Identity, denied};
 use crate::driver::{Handle, Hello};
 use crate::intake::Inlet;
 use crate::links::{LINK_QUEUE_MAX, Link};
@@ -83,6 +83,13 @@ impl WorkerService for Api {
         }
         match &identity {
             Identity::Bearer(token) => {
+                if let Some(bound) = token.node.as_ref().filter(|_| !token.is_for(&node)) {
+                    return Err(denied(format!(
+                        "this join token is for node {bound}, and not for node {node}; start the daemon \
+                         with --name {bound}, or make a token with `muster token create --role node \
+                         --node {node}`"
+                    )));
+                }
                 let spent = Input::SpendToken { name: token.name.clone(), hash: token.hash.clone() };
                 self.token(spent).await?;
             }

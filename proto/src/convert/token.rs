@@ -39,6 +39,7 @@ pub fn token_to_wire(token: &Token) -> v1::Token {
         expires: token.expires.map(timestamp_to_wire),
         uses_left: token.uses_left,
         run_as: token.run_as.as_ref().map(ToString::to_string).unwrap_or_default(),
+        node_name: token.node.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

@@ -17,6 +17,7 @@ fn create(world: &mut World, name: &str, life: Option<Millis>) -> Result<Token, 
         life,
         uses: None,
         run_as: None,
+        node: None,
     };
     token(world.input(Input::CreateToken(Box::new(new))).unwrap())
 }
@@ -110,6 +111,7 @@ fn a_join_token_is_spent_as_often_as_it_says_also_over_restarts() {
         life,
         uses: Some(2),
         run_as: None,
+        node: None,
     };
     world.input(Input::CreateToken(Box::new(new))).unwrap().unwrap();
     let spend = |world: &mut World, hash: &Digest| {
