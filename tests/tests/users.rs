@@ -5,7 +5,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use muster_tests::{Cluster, Outcome, Settings, binary, skip};
+use muster_tests::{Cluster, Daemon, Outcome, Settings, binary, skip};
 use nix::unistd::{Uid, User};
 
 /// One that every user may run, which that of whoever runs the tests need not be.
@@ -82,6 +82,58 @@ fn ranks_are_who_they_are_to_be_and_nobody_else() {
     assert!(cwd.join("left").exists());
     let shown = cluster.muster(&["job", &id]).ok();
     assert!(shown.contains(&format!("runs as     {USER}")), "{shown}");
+}
+
+/// Returns the capabilities that Kubernetes' manifests give to a daemon that is root.
+fn manifest_capabilities() -> Vec<String> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let manifest = root.join("deploy/kubernetes/components/tls/kustomization.yaml");
+    let manifest = std::fs::read_to_string(manifest).unwrap();
+    let added = manifest.split("add: [").nth(1).and_then(|rest| rest.split(']').next()).unwrap();
+    added.split(", ").map(|name| format!("+{}", name.to_lowercase())).collect()
+}
+
+#[test]
+fn a_daemon_with_the_powers_that_kubernetes_gives_keeps_its_secrets_from_its_ranks() {
+    let Some(mut cluster) = cluster() else { return };
+    let powers = format!("--bounding-set=-all,{}", manifest_capabilities().join(","));
+    let prefix = ["setpriv", &powers, "--inh-caps=-all", "--no-new-privs"].map(str::to_owned);
+    let data_dir = cluster.dir.path().join("n1");
+    let secret = cluster.dir.path().join("token");
+    std::fs::write(&secret, "secret").unwrap();
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o400)).unwrap();
+    let (url, data) = (cluster.url(), data_dir.to_str().unwrap());
+    let args = [
+        "worker",
+        "--coordinator",
+        &url,
+        "--name",
+        "n1",
+        "--data-dir",
+        data,
+        "--run-as",
+        USER,
+        "--http-listen",
+        "off",
+    ];
+    cluster.workers.push(Daemon::start_behind(&prefix, cluster.dir.path(), "n1", &args));
+    cluster.wait_for_nodes(1);
+    let script = format!(
+        "id -un; cat {} /proc/$PPID/environ; ls {data}; echo left > file; grep CapEff /proc/self/status",
+        secret.display()
+    );
+    let id = cluster.submit(&[], &script);
+    cluster.wait_for(&id, "SUCCEEDED");
+    let said = cluster.output(&id, 0);
+    assert_eq!(said.lines().collect::<Vec<_>>(), [USER, "CapEff:\t0000000000000000"], "{said}");
+    let refused = cluster.muster(&["logs", &id, "--stream", "stderr"]);
+    let refused = refused.stdout + &refused.stderr;
+    assert_eq!(refused.matches("Permission denied").count(), 3, "{refused}");
+    // One that does not end by itself is ended.
+    let id = cluster.submit(&["--stop-grace", "100ms"], "trap '' TERM; while true; do sleep 1; done");
+    cluster.wait_for(&id, "RUNNING");
+    cluster.muster(&["cancel", &id]).ok();
+    cluster.wait_for(&id, "CANCELLED");
 }
 
 #[test]

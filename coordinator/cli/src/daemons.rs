@@ -71,6 +71,13 @@ fn raise_files() {
     }
 }
 
+/// Lifts the limit of locked memory for the ranks, which inherit it: RDMA locks its buffers. Only root may, or who has
+/// CAP_SYS_RESOURCE. For others the limit stays what it is, and `muster doctor` and the node say so.
+fn lift_locked_memory() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).ok();
+}
+
 /// `muster worker`.
 pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Failure> {
     let name = match args.name {
@@ -82,6 +89,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
     };
     let name = NodeName::new(name).map_err(|why| Failure::Usage(format!("{why}; set --name")))?;
     let shutdown = start_logging(&args.daemon)?;
+    lift_locked_memory();
     let config = muster_worker::Config {
         coordinators: global.coordinator.clone(),
         trust: global.trust()?,

@@ -125,7 +125,10 @@ fn each_mistake_is_found() {
         ("$(POD_NAME).muster-coordinator", "$(POD).muster-coordinator", "$(POD) is no variable"),
         ("automountServiceAccountToken: false\n      containers", "containers", "would get a token"),
         ("runAsNonRoot: true", "runAsNonRoot: false", "runs as root"),
-        ("- IPC_LOCK", "- SYS_ADMIN", "adds SYS_ADMIN"),
+        ("- SYS_RESOURCE", "- SYS_ADMIN", "adds SYS_ADMIN"),
+        ("- SYS_RESOURCE", "- KILL", "cannot lock memory"),
+        ("- SETUID", "- SETGID", "cannot start ranks as another user"),
+        ("name: MUSTER_RUN_AS", "name: MUSTER_RUN", "runs ranks as root"),
         ("        image: registry.example.com/muster:0.1.0", "        image: muster", "has the image muster"),
         (
             "whenUnsatisfiable: ScheduleAnyway",

@@ -7,6 +7,11 @@ use crate::objects::{Objects, Workload, list, text};
 /// Where the images of an installation come from, as the overlays say.
 const REGISTRY: &str = "registry.example.com/";
 
+/// What a daemon needs that is root and whose ranks are not.
+const WORKER_CAPABILITIES: [&str; 6] = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"];
+/// And for ranks that lock memory.
+const LOCKS_MEMORY: &str = "SYS_RESOURCE";
+
 /// What is wrong.
 pub(crate) fn check(objects: &Objects) -> Vec<String> {
     let mut found = Vec::new();
@@ -48,6 +53,16 @@ fn of_pod(workload: &Workload<'_>, is_worker: bool, found: &mut Vec<String>) {
     let host_paths = list(&pod["volumes"]).iter().filter_map(|volume| volume.get("hostPath"));
     let allowed = |path: &Value| is_worker && path["path"] == "/var/lib/muster-worker";
     rule(host_paths.into_iter().all(allowed), "sees more of the host than its own directory");
+    if is_worker && context["runAsUser"] == 0 {
+        let container = workload.containers().next().unwrap_or(&Value::Null);
+        let variables = list(&container["env"]).iter();
+        let run_as = variables.filter(|variable| variable["name"] == "MUSTER_RUN_AS").count();
+        rule(run_as == 1, "runs ranks as root, who can read its token and its key");
+        rule(context.get("fsGroup").is_none(), "lets the ranks' group read its token");
+        let added = list(&container["securityContext"]["capabilities"]["add"]);
+        let has = |needed: &str| added.iter().any(|one| one == needed);
+        rule(WORKER_CAPABILITIES.iter().all(|needed| has(needed)), "cannot start ranks as another user");
+    }
     if is_worker {
         let shm = list(&pod["volumes"]).iter().find(|volume| volume["name"] == "shm");
         rule(shm.is_some_and(|shm| shm["emptyDir"]["medium"] == "Memory"), "has no memory at /dev/shm");
@@ -62,10 +77,17 @@ fn of_container(title: &str, container: &Value, is_worker: bool, found: &mut Vec
     if context["capabilities"]["drop"] != serde_json::json!(["ALL"]) {
         found.push(format!("{title} keeps capabilities"));
     }
-    for added in list(&context["capabilities"]["add"]) {
-        if !is_worker || added != "IPC_LOCK" {
-            found.push(format!("{title} adds {}", text(added)));
-        }
+    let added: Vec<&str> = list(&context["capabilities"]["add"]).iter().map(text).collect();
+    found.extend(
+        added
+            .iter()
+            .filter(|one| !is_worker || !(WORKER_CAPABILITIES.contains(one) || **one == LOCKS_MEMORY))
+            .map(|one| format!("{title} adds {one}")),
+    );
+    let limits = container["resources"]["limits"].as_object();
+    let has_rdma = limits.is_some_and(|limits| limits.keys().any(|key| key.starts_with("rdma/")));
+    if has_rdma && !added.contains(&LOCKS_MEMORY) {
+        found.push(format!("{title} cannot lock memory"));
     }
     if !is_worker && context["readOnlyRootFilesystem"] != true {
         found.push(format!("{title} may change its image"));

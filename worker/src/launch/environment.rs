@@ -12,7 +12,7 @@ use crate::attached::Attached;
 
 /// Variables of the daemon that mean nothing to a rank: those of systemd, and what an outer job told a daemon that
 /// it started where ours may not set it anew.
-const DROPPED: [&str; 9] = [
+const DROPPED: [&str; 10] = [
     "NOTIFY_SOCKET",
     "LISTEN_FDS",
     "LISTEN_PID",
@@ -21,6 +21,7 @@ const DROPPED: [&str; 9] = [
     "MUSTER_JOIN_TOKEN_FILE",
     "MUSTER_TOKEN_FILE",
     "MUSTER_CHECKPOINT_DIR",
+    "MUSTER_RUN_AS",
     SHIM_DIR,
     SHIM_LOG,
 ];

@@ -32,7 +32,7 @@ pub(crate) struct WorkerArgs {
     /// User that runs the ranks, where this daemon is root, unless their job names one. Default: root as well. Ranks of
     /// another user get PATH, LD_LIBRARY_PATH, language, time zone, proxies and the variables of CUDA, NCCL, UCX and the
     /// like from the daemon's environment, and nothing else of it.
-    #[arg(long, value_name = "USER", value_parser = user_name)]
+    #[arg(long, env = "MUSTER_RUN_AS", value_name = "USER", value_parser = user_name)]
     pub run_as: Option<UserName>,
     /// Directory for logs; one daemon at a time.
     #[arg(long, default_value = "muster-worker", value_name = "DIR")]
