@@ -193,8 +193,13 @@ fn find_ranks(mark: &str) -> Vec<PathBuf> {
 }
 
 fn peak_mib(process: &Path) -> Option<f64> {
+    memory_mib(process, "VmHWM:")
+}
+
+/// A line of a process's status that is an amount of memory.
+fn memory_mib(process: &Path, name: &str) -> Option<f64> {
     let status = std::fs::read_to_string(process.join("status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.trim().trim_end_matches("kB").trim().parse::<f64>().ok()? / 1024.0)
 }
 

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use muster_tests::{Cluster, Daemon, Settings, eventually, http_address, http_get};
@@ -21,6 +22,10 @@ const SAMPLE: Duration = Duration::from_millis(100);
 const CATCH_UP_MAX: Duration = Duration::from_mins(5);
 /// Time without a point after which none is on its way.
 const QUIET: Duration = Duration::from_secs(5);
+/// Time after which memory that was in use for observers is to be given back.
+const GIVEN_BACK: Duration = Duration::from_mins(1);
+/// Jobs that wait beside the one that runs, to be listed.
+const WAITING: usize = 1500;
 /// Time between two writes of a rank that floods.
 const SLICE: Duration = Duration::from_millis(10);
 
@@ -28,7 +33,7 @@ const SLICE: Duration = Duration::from_millis(10);
 type Scenario = fn(&Options) -> Value;
 
 /// The scenarios by name.
-const SCENARIOS: [(&str, Scenario); 2] = [("flood", flood), ("outage", outage)];
+const SCENARIOS: [(&str, Scenario); 3] = [("flood", flood), ("outage", outage), ("all", all_at_once)];
 
 /// What the command line says.
 #[derive(Clone, Debug)]
@@ -87,6 +92,8 @@ pub(crate) fn rank(points_per_second: u64, dir: &Path) {
             writeln!(lines, "{{\"step\":{step},\"values\":{{\"loss\":0.5}}}}").unwrap();
         }
         socket.write_all(&lines).unwrap();
+        // For those who follow its log.
+        println!("step {step}: loss 0.5, as a program prints it that is watched by somebody");
         step = step.max(due);
         std::thread::sleep(SLICE);
     }
@@ -111,6 +118,36 @@ fn outage(options: &Options) -> Value {
     // Ranks were lost more than a lease after it was back.
     bench.watch_for(Duration::from_secs(options.seconds.max(60)));
     bench.end(options)
+}
+
+/// The same, beside readers that do not read, stalled followers of logs, lists and idle connections.
+fn all_at_once(options: &Options) -> Value {
+    let mut bench = Bench::start(options, options.points_per_second);
+    let load = std::env::current_exe().unwrap().with_file_name("reconnect");
+    let url = bench.cluster.url();
+    let readers = |more: &[&str]| {
+        let mut command = Command::new(&load);
+        command.args(["readers", "--coordinator", &url]).args(more).stdout(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    readers(&["--submit", &WAITING.to_string()]).wait().unwrap();
+    let idle_mib = resident_mib(&bench.cluster.coordinator);
+    let (id, seconds) = (bench.id.clone(), options.seconds.to_string());
+    let mut reading = readers(&["--job", &id, "--seconds", &seconds]);
+    while reading.try_wait().unwrap().is_none() {
+        bench.look();
+        std::thread::sleep(SAMPLE);
+    }
+    let said = reading.wait_with_output().unwrap().stdout;
+    let read: Value = serde_json::from_slice(&said).expect("the readers say what they saw");
+    let mut figures = bench.end(options);
+    std::thread::sleep(GIVEN_BACK);
+    let after_mib = resident_mib(&bench.cluster.coordinator);
+    figures["coordinator_idle_mib"] = idle_mib.round().into();
+    figures["coordinator_a_minute_later_mib"] = after_mib.round().into();
+    figures["a_minute_later_over_idle"] = (after_mib / idle_mib).into();
+    figures["readers"] = read;
+    figures
 }
 
 /// A cluster with a job, and what was seen of it.
@@ -274,6 +311,11 @@ fn largest_ack(metrics: &BTreeMap<String, f64>) -> Option<f64> {
         (count >= all).then_some(bound)
     };
     metrics.iter().filter_map(bucket).min_by(f64::total_cmp).map(|bound| bound * 1000.0)
+}
+
+/// Memory that a daemon has now.
+fn resident_mib(daemon: &Daemon) -> f64 {
+    crate::memory_mib(&PathBuf::from(format!("/proc/{}", daemon.pid())), "VmRSS:").unwrap_or(0.0)
 }
 
 /// Most memory that a daemon has had.

@@ -33,9 +33,10 @@ pub fn run(args: &[OsString]) -> Result<()> {
     cargo::become_command(&mut Command::new(bench), args)
 }
 
-/// Real daemons, whose ranks are the bench program itself.
+/// Real daemons, whose ranks are the bench program itself, and readers of the load generator.
 fn observers(args: &[OsString]) -> Result<()> {
-    let build = ["cargo", "build", "--release", "--package", "muster-cli", "--package", "muster-tests"];
+    let packages = ["muster-cli", "muster-tests", "muster-reconnect"].map(|package| ["--package", package]);
+    let build = [&["cargo", "build", "--release"][..], &packages.concat()].concat();
     cargo::run(&mut cargo::command(&build)).context("failed to build")?;
     let bench = cargo::debug_dir().with_file_name("release").join("bench");
     cargo::become_command(&mut Command::new(bench), args)

@@ -1,12 +1,13 @@
 //! `cargo xtask bench reconnect`: thousands of nodes, each with the real session and core of the node daemon, hold jobs
 //! of a real coordinator, which is killed and started again. How soon they are all back, what is lost (nothing may
 //! be), and what it costs. The last line is a JSON object. `cargo xtask bench agents` is in `agents.rs`, `bench durable` in
-//! `durable.rs`.
+//! `durable.rs`, and the readers of `bench observers` in `readers.rs`.
 
 mod agents;
 mod coordinator;
 mod durable;
 mod node;
+mod readers;
 mod stats;
 
 use std::collections::HashMap;
@@ -47,6 +48,8 @@ enum Bench {
     Agents(agents::Options),
     /// Durable submissions, failover, and a restart with a large store
     Durable(durable::Options),
+    /// Readers that do not read, beside one that does; a part of `bench observers`
+    Readers(readers::Options),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -85,6 +88,10 @@ fn main() {
             (runtime.block_on(agents::bench(&options)), true)
         }
         Bench::Durable(options) => (runtime.block_on(durable::bench(&options)), true),
+        Bench::Readers(options) => {
+            raise_files(options.connections());
+            (runtime.block_on(readers::bench(&options)), true)
+        }
     };
     println!("{result}");
     // Ten thousand sessions need not be closed one by one.
