@@ -1,6 +1,7 @@
 //! Who calls, and whether they may. Secrets are hashed here and go no further.
 
 pub(crate) mod layer;
+mod local;
 pub(crate) mod rules;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,8 @@ use std::ops::Bound;
 
 use http::{HeaderMap, header};
 use muster_core::access::{Digest, Role, Token};
-use muster_core::types::{Millis, NodeName, TokenName, UserName};
-use muster_core::{Core, Write};
+use muster_core::types::{Millis, NodeName, Owner, TokenName, UserName};
+use muster_core::{Caller, Core, Rights, Write};
 use muster_proto::convert;
 use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
@@ -63,8 +64,8 @@ impl Tokens {
 /// Who calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Identity {
-    /// Somebody on this machine, by its Unix socket or where nothing is encrypted: may do everything.
-    Local,
+    /// Somebody on this machine, by its Unix socket or where nothing is encrypted.
+    Local(Caller),
     /// Whoever has this token.
     Bearer(Box<Token>),
     /// A node with a certificate of ours.
@@ -80,10 +81,25 @@ pub(crate) struct NodeCertificate {
 }
 
 impl Identity {
+    /// Returns who it is where jobs have owners.
+    pub fn caller(&self) -> Caller {
+        match self {
+            Self::Local(caller) => caller.clone(),
+            Self::Bearer(token) => {
+                let rights = if token.role.covers(Role::Operator) { Rights::All } else { Rights::Own };
+                Caller { name: Owner::new(token.name.as_str()).ok(), rights }
+            }
+            Self::Node(own) => {
+                let name = Owner::new(format!("{NODE_PREFIX}{}", own.node)).ok();
+                Caller { name, rights: Rights::Own }
+            }
+        }
+    }
+
     /// Whether it may speak for this node.
     pub fn check_node(&self, node: &NodeName) -> Result<(), Status> {
         match self {
-            Self::Local => Ok(()),
+            Self::Local(_) => Ok(()),
             Self::Node(own) if own.node == *node => Ok(()),
             Self::Node(own) => Err(denied(format!(
                 "the certificate is that of node {}, which cannot speak for node {node}; start the daemon with --name {}, or \
@@ -96,13 +112,17 @@ impl Identity {
 
     /// As whom ranks run that it submits, who asked for this user.
     pub fn runs_as(&self, asked: Option<UserName>) -> Result<Option<UserName>, Status> {
-        let token = match self {
-            Self::Local => return Ok(asked),
+        let allowed = match self {
+            Self::Local(Caller { rights: Rights::All, .. }) => return Ok(asked),
             Self::Bearer(token) if token.role == Role::Admin => return Ok(asked),
-            Self::Bearer(token) => Some(&**token),
+            Self::Local(caller) => {
+                // By its own name, if it wants to.
+                let own = caller.name.as_ref().and_then(|name| UserName::new(name.as_str()).ok());
+                own.filter(|_| asked.is_some())
+            }
+            Self::Bearer(token) => token.run_as.clone(),
             Self::Node(_) => None,
         };
-        let allowed = token.and_then(|token| token.run_as.clone());
         match (asked, allowed) {
             (None, allowed) => Ok(allowed),
             (Some(asked), Some(allowed)) if asked == allowed => Ok(Some(allowed)),
@@ -121,7 +141,7 @@ impl Identity {
     /// How it is named in audit lines.
     pub fn role(&self) -> &'static str {
         match self {
-            Self::Local => "local",
+            Self::Local(_) => "local",
             Self::Bearer(token) => token.role.name(),
             Self::Node(_) => Role::Node.name(),
         }
@@ -131,7 +151,8 @@ impl Identity {
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local => f.write_str("local"),
+            Self::Local(Caller { name: Some(name), .. }) => write!(f, "user:{name}"),
+            Self::Local(Caller { name: None, .. }) => f.write_str("local"),
             Self::Bearer(token) => write!(f, "token:{}", token.name),
             Self::Node(own) => write!(f, "{NODE_PREFIX}{}", own.node),
         }
@@ -267,9 +288,16 @@ mod tests {
             let (_, token) = token("t", role, None);
             Identity::Bearer(Box::new(Token { run_as: run_as.map(user), ..token }))
         };
+        let listed = |name| {
+            let name = Some(Owner::new(name).unwrap());
+            Identity::Local(Caller { name, rights: Rights::OwnAndUnowned })
+        };
         let of_ann = bearer(Role::Submitter, Some("ann"));
         let table = [
-            (Identity::Local, Some("bob"), Ok(Some("bob"))),
+            (Identity::Local(Caller::trusted()), Some("bob"), Ok(Some("bob"))),
+            (listed("bob"), Some("bob"), Ok(Some("bob"))),
+            (listed("bob"), None, Ok(None)),
+            (listed("ann"), Some("bob"), Err("user:ann runs ranks as ann, not as bob")),
             (bearer(Role::Admin, None), Some("bob"), Ok(Some("bob"))),
             (bearer(Role::Operator, None), None, Ok(None)),
             (bearer(Role::Operator, None), Some("bob"), Err("token:t may not have ranks run as bob")),

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use muster_core::agents::{Hello, Link, Run, Said, Tell, Tells};
-use muster_core::types::{Incarnation, RequestId, limits};
+use muster_core::types::{Incarnation, Owner, RequestId, limits};
+use muster_core::{Caller, not_owned};
 use muster_proto::{convert, v1};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -71,10 +72,22 @@ impl Drop for Client {
     }
 }
 
+/// A run that there is.
+#[derive(Debug)]
+struct Listed {
+    /// Who began it, where that is known. It stays theirs until nobody is left and it is forgotten.
+    owner: Option<Owner>,
+    inbox: mpsc::Sender<Command>,
+}
+
+fn full(what: String) -> Status {
+    convert::refusal(Code::ResourceExhausted, "TOO_MANY_AGENTS", what)
+}
+
 /// All runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
-    inboxes: Arc<Mutex<HashMap<RequestId, mpsc::Sender<Command>>>>,
+    by_id: Arc<Mutex<HashMap<RequestId, Listed>>>,
     places: Arc<Semaphore>,
     links: Arc<AtomicU64>,
     clock: Clock,
@@ -84,17 +97,15 @@ pub(crate) struct Runs {
 impl Runs {
     pub fn new(clock: Clock, shutdown: CancellationToken) -> Self {
         let places = Arc::new(Semaphore::new(AGENTS_MAX));
-        Self { inboxes: Arc::default(), places, links: Arc::default(), clock, shutdown }
+        Self { by_id: Arc::default(), places, links: Arc::default(), clock, shutdown }
     }
 
     /// An agent's stream begins.
-    pub async fn join(&self, hello: Hello, outbox: Outbox) -> Result<Joined, Status> {
-        let full = |what: String| convert::refusal(Code::ResourceExhausted, "TOO_MANY_AGENTS", what);
+    pub async fn join(&self, hello: Hello, by: &Caller, outbox: Outbox) -> Result<Joined, Status> {
         let place = (self.places.clone().try_acquire_owned())
             .map_err(|_| full(format!("{AGENTS_MAX} agents are here, the most that are served")))?;
         let (agent, link) = (hello.agent.clone(), self.links.fetch_add(1, Ordering::Relaxed));
-        let run = (self.inbox(&hello))
-            .ok_or_else(|| full(format!("there are {RUNS_MAX} runs of agents, the most that are served")))?;
+        let run = self.inbox(&hello, by)?;
         let over = CancellationToken::new();
         let client = Client { outbox, over: over.clone() };
         let (answer, answered) = oneshot::channel();
@@ -107,28 +118,36 @@ impl Runs {
         Ok(Joined { agent, link, run, over, place })
     }
 
-    /// Where the run of this agent listens, which begins if there is none; none if there are too many.
-    fn inbox(&self, hello: &Hello) -> Option<mpsc::Sender<Command>> {
-        let mut inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(inbox) = inboxes.get(&hello.run) {
-            return Some(inbox.clone());
+    /// Where the run of this agent listens, which begins if there is none.
+    fn inbox(&self, hello: &Hello, by: &Caller) -> Result<mpsc::Sender<Command>, Status> {
+        let mut runs = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(run) = runs.get(&hello.run) {
+            if by.may_change(run.owner.as_ref()) {
+                return Ok(run.inbox.clone());
+            }
+            let message = format!(
+                "run {} {}; a run of your own needs another --rdzv-id",
+                hello.run,
+                not_owned(run.owner.as_ref())
+            );
+            return Err(convert::refusal(Code::PermissionDenied, "NOT_OWNER", message));
         }
-        if inboxes.len() >= RUNS_MAX {
-            return None;
+        if runs.len() >= RUNS_MAX {
+            return Err(full(format!("there are {RUNS_MAX} runs of agents, the most that are served")));
         }
         let (sender, inbox) = mpsc::channel(INBOX_MAX);
-        inboxes.insert(hello.run.clone(), sender.clone());
+        runs.insert(hello.run.clone(), Listed { owner: by.name.clone(), inbox: sender.clone() });
         let run = Run::new(hello.spec, self.clock.started());
         tokio::spawn(self.clone().drive(hello.run.clone(), run, inbox));
-        Some(sender)
+        Ok(sender)
     }
 
     /// Forgets the run unless somebody is about to come.
     fn forget(&self, id: &RequestId, inbox: &mpsc::Receiver<Command>) -> bool {
-        let mut inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runs = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         // One sender is the map's own; others are only made under its lock.
         let unused = inbox.sender_strong_count() == 1 && inbox.is_empty();
-        unused && inboxes.remove(id).is_some()
+        unused && runs.remove(id).is_some()
     }
 
     async fn drive(self, id: RequestId, mut run: Run, mut inbox: mpsc::Receiver<Command>) {

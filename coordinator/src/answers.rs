@@ -135,7 +135,7 @@ fn caller(extensions: &Extensions) -> Caller {
     }
     match extensions.get::<Identity>() {
         Some(known @ (Identity::Bearer(_) | Identity::Node(_))) => Caller::Known(known.to_string().into()),
-        Some(Identity::Local) | None => {
+        Some(Identity::Local(_)) | None => {
             let peer = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
             Caller::Peer(peer.map(|peer| peer.ip()))
         }

@@ -40,7 +40,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) struct Record {
     /// When it was answered, in RFC 3339.
     pub time: String,
-    /// Who asked: `token:NAME`, `node:NAME`, `local` or `nobody`.
+    /// Who asked: `token:NAME`, `node:NAME`, `user:NAME` of this machine, `local` where that is not known, or `nobody`.
     pub who: String,
     pub role: &'static str,
     /// Address of the peer, or `local` for the Unix socket.

@@ -61,7 +61,8 @@ pub struct Held<C> {
 /// What is found out about a connection while it is open.
 #[derive(Debug, Default)]
 struct State {
-    may_call: OnceLock<Result<(), Status>>,
+    /// Whose it is, if that may call.
+    may_call: OnceLock<Result<Option<u32>, Status>>,
     /// A call has come whose caller is known.
     identified: AtomicBool,
     /// None on the Unix socket, whose connections are counted apart.
@@ -138,8 +139,9 @@ impl<I> Known<I> {
 }
 
 impl Known<TcpConnectInfo> {
-    /// Refuses a connection whose user may not call. The kernel is asked at its first call alone.
-    pub(crate) fn check_user(&self, users: &LoopbackUsers) -> Result<(), Status> {
+    /// Returns whose the connection is, as far as that can be told, or refuses one whose user may not call. The kernel is
+    /// asked at its first call alone.
+    pub(crate) fn check_user(&self, users: &LoopbackUsers) -> Result<Option<u32>, Status> {
         let look = || match (self.inner.remote_addr(), self.inner.local_addr()) {
             (Some(peer), Some(local)) => users.check(peer, local),
             _ => Err(access::denied("the connection is closed")),

@@ -10,7 +10,7 @@ mod samples;
 use std::sync::Arc;
 
 use muster_core::types::{GangReport, Generation, limits};
-use muster_core::{Input, Plan, Reply, solve};
+use muster_core::{Caller, Input, Plan, Reply, solve};
 use muster_decoders::{Decoder, check_refusal};
 use muster_proto::convert::{self, FieldError};
 use muster_proto::v1::{self, session_request::Message as Up};
@@ -21,7 +21,7 @@ use tonic::Status;
 use crate::grpc::{jobs, logs, nodes, points, worker};
 use crate::links::Link;
 use crate::metrics::{Latest, Point, Series};
-use crate::view;
+use crate::view::{self, Sight};
 use cluster::{Cluster, NOW};
 
 /// Every decoder of this crate.
@@ -85,7 +85,7 @@ fn join_request(bytes: &[u8]) {
     cluster.feed(Input::Join(Box::new(join)));
     cluster.feed(Input::Hello { node, incarnation, gangs: Vec::new(), leaving: None, number: 1 });
     for other in ["node-1", "node-2"].into_iter().filter(|other| *other != name) {
-        cluster.feed(Input::SetCordon { node: other.into(), cordon: Some(String::new()) });
+        cluster.feed(Input::SetCordon { by: None, node: other.into(), cordon: Some(String::new()) });
     }
     // No device is given to two ranks, whatever the node says it has.
     for gpus in 1..4 {
@@ -170,16 +170,24 @@ fn submit_request(bytes: &[u8]) {
         return;
     };
     let mut cluster = Cluster::new();
-    let input = Input::Submit { request_id: request_id.clone(), spec };
+    let input = Input::Submit { by: Caller::trusted(), request_id: request_id.clone(), spec };
     let Some(Reply::Job(job)) = cluster.feed(input.clone()) else { panic!("a checked spec was not taken") };
-    assert!(view::job(&job, Latest::default()).encoded_len() < 3 << 20, "a job fits a page");
+    for sight in [Sight::Whole, Sight::Redacted] {
+        let shown = view::job(&job, Latest::default(), sight);
+        assert!(shown.encoded_len() < 3 << 20, "a job fits a page");
+    }
     if request_id.is_some() {
         let Some(Reply::Job(again)) = cluster.feed(input) else {
             panic!("a repeated submission was refused")
         };
         assert_eq!(again.id, job.id, "the same request makes one job");
     }
-    cluster.feed(Input::Cancel { job: job.id.to_string(), reason: String::new(), signal: None });
+    cluster.feed(Input::Cancel {
+        by: Caller::trusted(),
+        job: job.id.to_string(),
+        reason: String::new(),
+        signal: None,
+    });
     cluster.check();
 }
 
@@ -198,19 +206,21 @@ fn cancel_request(bytes: &[u8]) {
     let Some(reason) = accepted(jobs::checked_reason(wire.reason)) else { return };
     let Some(signal) = convert::optional_stop_signal("stop_signal", &wire.stop_signal).ok() else { return };
     let mut cluster = Cluster::new();
-    cluster.feed(Input::Cancel { job: wire.job_id, reason, signal });
+    cluster.feed(Input::Cancel { by: Caller::trusted(), job: wire.job_id, reason, signal });
     cluster.check();
 }
 
 fn drain_request(bytes: &[u8]) {
-    let Some(input) = message(bytes).and_then(|wire| accepted(nodes::checked_drain(wire))) else { return };
+    let Some(input) = message(bytes).and_then(|wire| accepted(nodes::checked_drain(None, wire))) else {
+        return;
+    };
     let mut cluster = Cluster::new();
     if let Some(Reply::Node(node)) = cluster.feed(input.clone()) {
         let deadline = node.drain.as_ref().and_then(|drain| drain.deadline);
         assert!(deadline.is_none_or(|at| at.since(NOW) <= limits::SPAN_MAX));
     }
     if let Input::Drain { node, reason, .. } = input {
-        cluster.feed(Input::SetCordon { node, cordon: Some(reason) });
+        cluster.feed(Input::SetCordon { by: None, node, cordon: Some(reason) });
     }
     cluster.check();
 }

@@ -39,6 +39,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use muster_core::QueueMax;
 use muster_core::access::CERTIFICATE_LIFE_MAX;
 use muster_core::types::Millis;
 pub use muster_monitor::{Http, Listen};
@@ -88,6 +89,12 @@ pub struct Config {
     pub loopback_names_only: bool,
     /// Who may call on such a port.
     pub loopback_users: LoopbackUsers,
+    /// Have everybody who may see jobs see all of each: commands, variables and output.
+    pub open_jobs: bool,
+    /// Most that may wait.
+    pub queue_max: QueueMax,
+    /// Highest priority of a job that no operator submits.
+    pub priority_max: i32,
     /// Serve reflection, for which every descriptor is read at the start.
     pub reflection: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are.
@@ -122,6 +129,9 @@ impl Config {
             socket: None,
             loopback_names_only: false,
             loopback_users: LoopbackUsers::Own,
+            open_jobs: false,
+            queue_max: QueueMax::default(),
+            priority_max: muster_core::Config::default().priority_max,
             reflection: true,
             http: Http::OFF,
             data_dir,
@@ -132,6 +142,18 @@ impl Config {
             advertise: None,
             leader_lease: Duration::from_secs(3),
             accept_restored_store: false,
+        }
+    }
+}
+
+impl Config {
+    /// What of it is the core's.
+    fn of_core(&self) -> muster_core::Config {
+        muster_core::Config {
+            lease: millis(self.lease),
+            queue_max: self.queue_max.clone(),
+            priority_max: self.priority_max,
+            ..muster_core::Config::default()
         }
     }
 }
@@ -285,9 +307,8 @@ where
             return served;
         }
     };
-    let core_config = muster_core::Config { lease: millis(config.lease), ..muster_core::Config::default() };
     let (handle, mut driver) =
-        driver::start(store, core_config, metrics.clone(), monitor.clone(), clock, Arc::new(|| true))?;
+        driver::start(store, config.of_core(), metrics.clone(), monitor.clone(), clock, Arc::new(|| true))?;
     let over = shutdown.child_token();
     let reign = Reign {
         agents: agents::Runs::new(clock, over.clone()),

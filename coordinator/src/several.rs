@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use muster_core::types::Millis;
 use muster_proto::convert::NotLeader;
 use muster_store::{
     Election, Error as StoreError, Etcd, EtcdConfig, EtcdStore, Standing as Elected, Term, View,
@@ -207,8 +206,7 @@ impl Candidate {
     /// Reads everything, off these threads.
     async fn load(&self, etcd: &Etcd, term: &Term) -> Result<(driver::Handle, Driver), Error> {
         let store = Box::new(EtcdStore::lead(etcd, term.clone()));
-        let lease: Millis = crate::millis(self.config.lease);
-        let config = muster_core::Config { lease, ..muster_core::Config::default() };
+        let config = self.config.of_core();
         let (metrics, monitor) = (self.metrics.clone(), self.monitor.clone());
         let (clock, held) = (Clock::start(), term.clone());
         let leads: Leads = Arc::new(move || held.is_held());

@@ -223,6 +223,7 @@ fn sample_spec() -> v1::JobSpec {
         name: "vision".into(),
         command: vec!["/usr/bin/python3".into(), "train.py".into(), "--lr=0.1".into()],
         env: [pair("OMP_NUM_THREADS", "4"), pair("A", "")].into(),
+        env_files: [pair("API_KEY", "/run/secrets/key")].into(),
         working_dir: "/shared/code".into(),
         min_nodes: Some(1),
         max_nodes: 2,

@@ -31,7 +31,7 @@ pub use several::{FAST, Several};
 pub use slurm::Slurm;
 pub use tools::{
     Outcome, binary, brought, deployed, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors,
-    prometheus_path, python, skip, torch_python, torchrun_python, trainer,
+    prometheus_path, python, skip, torch_python, torchrun_python, trainer, user,
 };
 
 /// Longest wait for anything: far above what a loaded two-core machine needs.

@@ -147,6 +147,13 @@ pub fn torchrun_python(what: &str) -> Option<PathBuf> {
     found
 }
 
+/// Returns what the user who runs the tests is called where jobs have owners.
+pub fn user() -> String {
+    let uid = nix::unistd::geteuid();
+    let user = nix::unistd::User::from_uid(uid).ok().flatten();
+    user.map_or_else(|| format!("uid:{uid}"), |user| user.name)
+}
+
 /// Says visibly that something is not tested here, and why.
 pub fn skip(what: &str, why: &str) {
     // Written to the stream itself, past the test runner's capture, so that it is seen.

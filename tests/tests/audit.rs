@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use muster_tests::{Cluster, Settings, eventually};
+use muster_tests::{Cluster, Settings, eventually, user};
 use serde_json::Value;
 
 /// The line about a method's call on an object, once it is there.
@@ -27,7 +27,7 @@ fn changes_are_recorded_with_their_objects_and_reads_are_not() {
     cluster.muster(&["cancel", &id, "--reason", "wrong data"]).ok();
     cluster.muster(&["cordon", "n1"]).ok();
     cluster.muster(&["uncordon", "n2"]);
-    let job = format!("job:{id}");
+    let (job, who) = (format!("job:{id}"), format!("user:{}", user()));
     for (method, object, outcome) in [
         ("SubmitJob", job.as_str(), "Ok"),
         ("CancelJob", &job, "Ok"),
@@ -35,7 +35,7 @@ fn changes_are_recorded_with_their_objects_and_reads_are_not() {
         ("UncordonNode", "node:n2", "NotFound"),
     ] {
         let line = line(&file, method, object);
-        assert_eq!((&line["outcome"], &line["who"]), (&outcome.into(), &"local".into()), "{line}");
+        assert_eq!((&line["outcome"], &line["who"]), (&outcome.into(), &who.clone().into()), "{line}");
         assert!(line["from"].as_str().unwrap().starts_with("127.0.0.1:"), "{line}");
     }
     assert!(!std::fs::read_to_string(&file).unwrap().contains("GetJob"));

@@ -3,7 +3,9 @@
 
 use std::process::Command;
 
-use muster_tests::{Cluster, Outcome, Settings, eventually, grpcurl_path, python, skip, torch_python};
+use muster_tests::{
+    Cluster, Outcome, Settings, eventually, grpcurl_path, python, skip, torch_python, user,
+};
 
 const JOBS: &str = "muster.v1.JobService";
 
@@ -90,7 +92,7 @@ fn a_job_is_cancelled() {
     cluster.wait_for(id, "RUNNING");
     let cancel = format!(r#"{{"jobId":"{id}","reason":"by hand"}}"#);
     cluster.grpcurl(&["-d", &cancel, "--", &format!("{JOBS}/CancelJob")]).ok();
-    assert_eq!(cluster.wait_for(id, "CANCELLED")["reason"], "cancelled: by hand");
+    assert_eq!(cluster.wait_for(id, "CANCELLED")["reason"], format!("cancelled by {}: by hand", user()));
     let nodes = cluster.grpcurl(&["muster.v1.NodeService/ListNodes"]).json().remove(0);
     assert!(nodes["nodes"][0].get("jobIds").is_none(), "the node is free again: {nodes}");
 }

@@ -1,6 +1,6 @@
 //! Jobs from the outside: what ranks see, what users see, and what happens when something is wrong.
 
-use muster_tests::{Cluster, Settings, eventually, is_running, processes_with, python};
+use muster_tests::{Cluster, Settings, eventually, is_running, processes_with, python, user};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -94,7 +94,7 @@ fn stopping_is_term_then_grace_then_kill_for_everything_a_rank_started() {
     assert!(is_running(child));
     cluster.muster(&["cancel", &id, "--reason", "enough"]).ok();
     let job = cluster.wait_for(&id, "CANCELLED");
-    assert_eq!(job["reason"], "cancelled: enough");
+    assert_eq!(job["reason"], format!("cancelled by {}: enough", user()));
     assert!(cluster.output(&id, 0).contains("asked to stop"), "SIGTERM comes first");
     eventually("the child's end", || if is_running(child) { Err(child) } else { Ok(()) });
 }

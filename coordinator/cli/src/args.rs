@@ -1,6 +1,7 @@
 //! Every flag. Names are those of torchrun and Slurm where they have one.
 
 mod daemon;
+mod limits;
 mod submit;
 mod worker;
 
@@ -12,6 +13,7 @@ use muster_coordinator::LoopbackUsers;
 use muster_worker::trust::{Token, Trust};
 
 pub(crate) use daemon::{DaemonArgs, LogFormat};
+pub(crate) use limits::LimitArgs;
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
 pub(crate) use worker::{DoctorArgs, HealthcheckArgs, WorkerArgs};
 
@@ -227,6 +229,8 @@ pub(crate) struct CoordinatorArgs {
     /// the coordinator; or `any`. Ranks and node daemons of other users need it.
     #[arg(long, default_value = "", hide_default_value = true, value_parser = loopback_users, value_name = "NAME,…|any")]
     pub loopback_users: LoopbackUsers,
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,
     /// which neither encrypt nor say who they are. Ready is who leads; the service `live` is well while the process is.
     #[arg(long, value_name = "ADDRESS")]
@@ -256,6 +260,12 @@ pub(crate) struct JobsArgs {
     /// Only jobs in this state, such as running; may be repeated.
     #[arg(long = "state", value_name = "STATE")]
     pub states: Vec<String>,
+    /// Only jobs of this owner, as the list names it.
+    #[arg(long, value_name = "NAME")]
+    pub owner: Option<String>,
+    /// Only jobs of who calls.
+    #[arg(long, conflicts_with = "owner")]
+    pub mine: bool,
     /// Jobs that have ended, too; without it the last ten of them.
     #[arg(long, short)]
     pub all: bool,

@@ -50,9 +50,14 @@ fn node_state(node: &v1::Node) -> String {
         "" => format!(", {what}"),
         why => format!(", {what} ({why})"),
     };
-    let cordon = if node.cordoned { because("cordoned", &node.cordon_reason) } else { String::new() };
+    let by = |what: &str, who: &str| match who {
+        "" => what.to_owned(),
+        who => format!("{what} by {who}"),
+    };
+    let cordoned = by("cordoned", &node.cordoned_by);
+    let cordon = if node.cordoned { because(&cordoned, &node.cordon_reason) } else { String::new() };
     let what = if node.job_ids.is_empty() { "drained" } else { "draining" };
-    let drain = node.drain.as_ref().map(|drain| because(what, &drain.reason));
+    let drain = node.drain.as_ref().map(|drain| because(&by(what, &drain.drained_by), &drain.reason));
     let health = node.health.as_ref().and_then(|health| match health.verdict() {
         v1::HealthVerdict::Unspecified | v1::HealthVerdict::Healthy => None,
         v1::HealthVerdict::Degraded => Some(because("degraded", &health.reason)),
@@ -87,6 +92,9 @@ fn print_node(node: &v1::Node, global: &Global) -> Result<(), Failure> {
     out!("host {}, muster {}", inventory.hostname, inventory.version);
     if !node.leftover_gangs.is_empty() {
         out!("processes are left of {}; what they hold is not free", node.leftover_gangs.join(", "));
+    }
+    if !node.uncordoned_by.is_empty() {
+        out!("given back by {}", node.uncordoned_by);
     }
     for (key, value) in &inventory.labels {
         out!("label {key}={value}");

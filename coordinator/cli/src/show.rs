@@ -33,7 +33,13 @@ pub(crate) async fn jobs(args: &JobsArgs, global: &Global) -> Result<(), Failure
     let (mut rows, mut ended, mut hidden) = (Vec::new(), 0, false);
     let mut page_token = String::new();
     loop {
-        let request = v1::ListJobsRequest { page_size: 0, page_token, states: states.clone() };
+        let request = v1::ListJobsRequest {
+            page_size: 0,
+            page_token,
+            states: states.clone(),
+            owner: args.owner.clone().unwrap_or_default(),
+            mine: args.mine,
+        };
         let page = client.jobs().list_jobs(request).await?.into_inner();
         for job in page.jobs {
             ended += usize::from(is_terminal(&job));
@@ -53,7 +59,7 @@ pub(crate) async fn jobs(args: &JobsArgs, global: &Global) -> Result<(), Failure
         }
     }
     if global.output == Output::Text {
-        lines(table(&["ID", "NAME", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows))?;
+        lines(table(&["ID", "NAME", "OWNER", "STATE", "RANKS", "STEP", "LOSS", "TIME", "REASON"], &rows))?;
         if hidden {
             say!("older jobs that have ended are listed with --all");
         }
@@ -76,6 +82,7 @@ fn job_row(job: &v1::Job) -> Vec<String> {
     vec![
         job.id.clone(),
         job.name.clone(),
+        if job.owner.is_empty() { "-".to_owned() } else { job.owner.clone() },
         job_state(job),
         job.world_size.filter(|ranks| *ranks > 0).map_or("-".to_owned(), |ranks| ranks.to_string()),
         job.latest_step.map_or("-".to_owned(), |step| step.to_string()),
@@ -113,6 +120,7 @@ pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failu
     let mut rows = vec![
         ("job", job.id.clone()),
         ("name", job.name.clone()),
+        ("owner", if job.owner.is_empty() { "not known".to_owned() } else { job.owner.clone() }),
         ("state", job_state(&job)),
         ("reason", job.reason.clone()),
         ("command", spec.command.join(" ")),

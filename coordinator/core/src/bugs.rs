@@ -27,6 +27,7 @@ pub enum Bug {
     WaitsByWallClock,
     RoomForgottenWhileStarting,
     StrangersCount,
+    PlacedJobsWait,
     // In the node's core.
     OldGenerationLaunches,
     AdoptByPidAlone,
@@ -41,7 +42,7 @@ pub enum Bug {
 }
 
 /// Every bug.
-pub const ALL: [Bug; 28] = [
+pub const ALL: [Bug; 29] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -61,6 +62,7 @@ pub const ALL: [Bug; 28] = [
     Bug::WaitsByWallClock,
     Bug::RoomForgottenWhileStarting,
     Bug::StrangersCount,
+    Bug::PlacedJobsWait,
     Bug::OldGenerationLaunches,
     Bug::AdoptByPidAlone,
     Bug::NoSelfFence,

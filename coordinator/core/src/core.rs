@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use crate::access::{Barred, Token};
 use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
+use crate::gang::Cancel;
 use crate::health::Fleet;
 use crate::input::Input;
 use crate::job::{Job, Observed};
 use crate::lease::Hello;
-use crate::node::{Node, NodeState, Reserved};
-use crate::types::{Generation, JobId, Millis, NodeName, RequestId, TokenName};
+use crate::node::{Drain, Node, NodeState, Reserved};
+use crate::quota::{Backlog, QueueMax};
+use crate::types::{Generation, JobId, Millis, NodeName, Owner, RequestId, TokenName};
 use crate::waiting::Room;
 
 /// Settings and bounds of the core.
@@ -22,8 +24,10 @@ use crate::waiting::Room;
 pub struct Config {
     /// Time without a heartbeat after which a node is lost.
     pub lease: Millis,
-    /// Most jobs that wait. Each costs up to a spec's 256 KiB of memory.
-    pub queued_max: usize,
+    /// Most that waits.
+    pub queue_max: QueueMax,
+    /// Highest priority that a job has unless an operator submits it: people ask for more than the others until all do.
+    pub priority_max: i32,
     /// Ended jobs that are kept for listings; the oldest go first.
     pub ended_max: usize,
     /// Most nodes, ten times the largest cluster aimed at.
@@ -43,7 +47,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             lease: Millis::from_secs(10),
-            queued_max: 100_000,
+            queue_max: QueueMax::default(),
+            priority_max: 100,
             ended_max: 10_000,
             nodes_max: 100_000,
             node_memory: Millis::from_secs(24 * 3600),
@@ -92,6 +97,9 @@ pub(crate) enum Timer {
     Pass,
 }
 
+/// A submission: an id of a request is its owner's.
+pub(crate) type RequestKey = (Option<Owner>, RequestId);
+
 pub(crate) type QueueKey = (Reverse<i32>, u64, JobId);
 
 /// The state machine. See the crate's documentation for the contract.
@@ -100,8 +108,10 @@ pub struct Core {
     pub(crate) config: Config,
     pub(crate) meta: Meta,
     pub(crate) jobs: BTreeMap<JobId, Job>,
-    pub(crate) requests: BTreeMap<RequestId, JobId>,
+    pub(crate) requests: BTreeMap<RequestKey, JobId>,
     pub(crate) queue: BTreeSet<QueueKey>,
+    /// How much waits.
+    pub(crate) backlog: Backlog,
     pub(crate) by_order: BTreeMap<u64, JobId>,
     pub(crate) ended: BTreeSet<(Millis, JobId)>,
     pub(crate) nodes: BTreeMap<NodeName, Node>,
@@ -127,6 +137,7 @@ impl Core {
             jobs: BTreeMap::new(),
             requests: BTreeMap::new(),
             queue: BTreeSet::new(),
+            backlog: Backlog::default(),
             by_order: BTreeMap::new(),
             ended: BTreeSet::new(),
             nodes: BTreeMap::new(),
@@ -163,7 +174,7 @@ impl Core {
             job.not_before = job.not_before.min(now.plus(self.config.backoff_max));
         }
         if let Some(request) = job.request_id.as_ref().filter(|_| !planted(Bug::RequestsForgotten)) {
-            self.requests.insert(request.clone(), id.clone());
+            self.requests.insert((job.owner.clone(), request.clone()), id.clone());
         }
         self.by_order.insert(job.order, id.clone());
         if let Some(gang) = &mut job.gang {
@@ -192,6 +203,7 @@ impl Core {
         } else {
             self.timers.insert((job.not_before, Timer::Requeue(id.clone())));
         }
+        self.backlog.note(&job);
         self.jobs.insert(id.clone(), job);
         self.note_growable(&id);
     }
@@ -200,17 +212,19 @@ impl Core {
     pub fn step(&mut self, now: Millis, input: Input) -> Effects {
         let mut fx = Effects::default();
         match input {
-            Input::Submit { request_id, spec } => {
-                fx.reply = Some(self.submit(now, request_id, *spec, &mut fx).map(Reply::from));
+            Input::Submit { by, request_id, spec } => {
+                fx.reply = Some(self.submit(now, by, request_id, *spec, &mut fx).map(Reply::from));
             }
-            Input::Cancel { job, reason, signal } => {
-                fx.reply = Some(self.cancel(now, &job, &reason, signal, &mut fx).map(Reply::from));
+            Input::Cancel { by, job, reason, signal } => {
+                let cancel = Cancel { by, reason, signal };
+                fx.reply = Some(self.cancel(now, &job, cancel, &mut fx).map(Reply::from));
             }
-            Input::SetCordon { node, cordon } => {
-                fx.reply = Some(self.set_cordon(now, &node, cordon, &mut fx));
+            Input::SetCordon { by, node, cordon } => {
+                fx.reply = Some(self.set_cordon(now, by, &node, cordon, &mut fx));
             }
-            Input::Drain { node, reason, timeout } => {
-                fx.reply = Some(self.drain(now, &node, reason, timeout, &mut fx));
+            Input::Drain { by, node, reason, timeout } => {
+                let drain = Drain { reason, by, deadline: timeout.map(|span| now.plus(span)) };
+                fx.reply = Some(self.drain(now, &node, drain, &mut fx));
             }
             Input::CreateToken(token) => fx.reply = Some(self.create_token(now, *token, &mut fx)),
             Input::RevokeToken { name } => fx.reply = Some(self.revoke_token(&name, &mut fx)),
@@ -313,7 +327,7 @@ impl Core {
             if let Some(job) = self.jobs.remove(&id) {
                 self.by_order.remove(&job.order);
                 if let Some(request) = job.request_id {
-                    self.requests.remove(&request);
+                    self.requests.remove(&(job.owner, request));
                 }
             }
             fx.stored_jobs.insert(id.clone());
@@ -323,6 +337,12 @@ impl Core {
             fx.writes.push(Write::Meta(self.meta));
         }
         for id in std::mem::take(&mut fx.stored_jobs) {
+            // Whatever begins or ceases to wait is stored.
+            match self.jobs.get(&id) {
+                Some(job) if planted(Bug::PlacedJobsWait) && job.gang.is_some() => {}
+                Some(job) => self.backlog.note(job),
+                None => self.backlog.forget(&id),
+            }
             fx.writes.push(match self.jobs.get(&id) {
                 Some(job) => Write::Job(Box::new(job.clone())),
                 None => Write::DeleteJob(id),

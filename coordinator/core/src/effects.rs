@@ -7,7 +7,8 @@ use crate::access::{Barred, Token};
 use crate::core::Meta;
 use crate::job::Job;
 use crate::node::Node;
-use crate::types::{Assignment, JobId, NodeName, Session, TokenName};
+use crate::quota::QueueFull;
+use crate::types::{Assignment, JobId, NodeName, Owner, Session, TokenName};
 
 /// Everything one step asks for.
 #[derive(Debug, Default)]
@@ -125,6 +126,18 @@ pub enum Reply {
     Barred(Barred),
 }
 
+/// Says of what is not the caller's own whose it is, and who may change it.
+pub fn not_owned(owner: Option<&Owner>) -> String {
+    let (whose, who) = match owner {
+        Some(owner) => (format!("belongs to {owner}"), format!("{owner} or an operator")),
+        None => ("has no known owner".to_owned(), "an operator".to_owned()),
+    };
+    format!(
+        "{whose}, and only {who} may change it or see all of it; ask {who}, or use a token of the role \
+         operator (`muster token create --role operator`)"
+    )
+}
+
 /// Why a request is refused, in the words shown to the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -134,6 +147,14 @@ pub enum Refusal {
     /// There is no such node.
     #[error("no node {0} is known; `muster nodes` lists those that are")]
     NoNode(String),
+    /// The job is somebody else's.
+    #[error("job {job} {}", not_owned(.owner.as_ref()))]
+    NotOwner {
+        /// The job.
+        job: JobId,
+        /// Whose it is, where that is known.
+        owner: Option<Owner>,
+    },
     /// The request id was used for something else.
     #[error(
         "request_id {request_id:?} was already used to submit job {job}, with another spec; choose a new one"
@@ -144,11 +165,19 @@ pub enum Refusal {
         /// The job it made.
         job: JobId,
     },
-    /// Too many jobs wait.
-    #[error("{queued} jobs are waiting already, the most that are kept; try again when some have run")]
-    QueueFull {
-        /// How many wait.
-        queued: usize,
+    /// Too much waits.
+    #[error(transparent)]
+    QueueFull(#[from] QueueFull),
+    /// Only operators have jobs placed so early.
+    #[error(
+        "priority {asked} is above {most}, and only an operator submits such a job; ask for {most} or less, or \
+         use a token of the role operator (`muster token create --role operator`)"
+    )]
+    Priority {
+        /// What was asked for.
+        asked: i32,
+        /// The highest that others may ask for.
+        most: i32,
     },
     /// Too many nodes.
     #[error("{nodes} nodes are known already, the most that are kept")]

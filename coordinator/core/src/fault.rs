@@ -6,6 +6,7 @@ use crate::core::{Core, Timer};
 use crate::effects::Effects;
 use crate::gang::counted;
 use crate::job::{JobState, Observed, Outcome, RootCause};
+use crate::types::text::REDACTED;
 use crate::types::{
     DesiredPhase, Generation, JobId, JobSpec, Millis, NodeName, Rank, RankExit, RankProgress,
 };
@@ -189,10 +190,22 @@ fn describe_exit(spec: &JobSpec, node: &NodeName, exit: &RankExit) -> String {
         (Some(code), None) => format!("ended with exit code {code}"),
         (None, None) => "ended".to_owned(),
     };
+    format!("rank {} on node {node} {how}{}", exit.rank, said(exit).unwrap_or_default())
+}
+
+/// What a rank wrote itself about its end, as reasons quote it.
+fn said(exit: &RankExit) -> Option<String> {
     let last = exit.stderr_tail.lines().rev().find(|line| !line.trim().is_empty());
     let said = exit.error.as_deref().or(last);
-    let said = said.map(|line| format!(": {}", line.chars().take(200).collect::<String>()));
-    format!("rank {} on node {node} {how}{}", exit.rank, said.unwrap_or_default())
+    said.map(|line| format!(": {}", line.chars().take(200).collect::<String>()))
+}
+
+impl RootCause {
+    /// Returns a reason without what the rank wrote.
+    pub(crate) fn redact(&self, reason: &str) -> String {
+        let said = said(&self.exit);
+        said.map_or_else(|| reason.to_owned(), |said| reason.replace(&said, &format!(": {REDACTED}")))
+    }
 }
 
 fn signal_name(signal: i32) -> &'static str {

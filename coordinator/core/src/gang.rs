@@ -11,10 +11,18 @@ use crate::effects::{Effects, Refusal, ToNode};
 use crate::fault::Cause;
 use crate::job::{Gang, Job, JobState, Observed, Outcome, PAST_GENERATIONS_MAX, PastGeneration};
 use crate::node::NodeState;
+use crate::owners::{Caller, by};
 use crate::types::{
     DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase, RankExit,
     RankProgress, StopSignal,
 };
+
+/// A user's wish that a job ends.
+pub(crate) struct Cancel {
+    pub by: Caller,
+    pub reason: String,
+    pub signal: Option<StopSignal>,
+}
 
 /// So many of them, in words.
 pub(crate) fn counted(count: usize, what: &str) -> String {
@@ -224,16 +232,17 @@ impl Core {
         &mut self,
         now: Millis,
         id: &str,
-        reason: &str,
-        signal: Option<StopSignal>,
+        cancel: Cancel,
         fx: &mut Effects,
     ) -> Result<&Job, Refusal> {
-        let id = self.job(id)?.id.clone();
+        let id = self.changeable(&cancel.by, id)?.id.clone();
         self.dequeue(&id);
         let Some(job) = self.jobs.get_mut(&id) else { return Err(Refusal::NoJob(id.to_string())) };
         if !job.state.is_terminal() || planted(Bug::CancelOverridesEnd) {
-            let why = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
-            job.reason = why;
+            let Cancel { by: Caller { name, .. }, reason, signal } = cancel;
+            let by = by(name.as_ref());
+            let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            (job.reason, job.cancelled_by) = (format!("cancelled{by}{why}"), name);
             match job.gang.as_mut() {
                 Some(gang) if gang.outcome != Some(Outcome::Cancel) => {
                     gang.outcome = Some(Outcome::Cancel);
@@ -283,6 +292,7 @@ impl Core {
             generation: job.generation,
             placements: gang.placements,
             reason: job.reason.clone(),
+            exit: job.exit.clone().filter(|cause| cause.generation == job.generation),
             placed: gang.placed,
             ended: now,
         });

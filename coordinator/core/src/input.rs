@@ -4,8 +4,9 @@ use crate::access::{Digest, NewToken};
 use crate::health::Finding;
 use crate::inventory::Inventory;
 use crate::node::Join;
+use crate::owners::Caller;
 use crate::types::{
-    GangReport, Incarnation, JobSpec, Millis, NodeName, RequestId, Session, StopSignal, TokenName,
+    GangReport, Incarnation, JobSpec, Millis, NodeName, Owner, RequestId, Session, StopSignal, TokenName,
 };
 
 /// Something that happened.
@@ -13,6 +14,8 @@ use crate::types::{
 pub enum Input {
     /// A user submits a job.
     Submit {
+        /// Who it is.
+        by: Caller,
         /// Makes a repetition harmless.
         request_id: Option<RequestId>,
         /// The checked spec.
@@ -20,6 +23,8 @@ pub enum Input {
     },
     /// A user stops a job.
     Cancel {
+        /// Who it is.
+        by: Caller,
         /// The job's id as given.
         job: String,
         /// In words.
@@ -29,6 +34,8 @@ pub enum Input {
     },
     /// A user takes a node out of scheduling or gives it back.
     SetCordon {
+        /// Who it is, where that is known.
+        by: Option<Owner>,
         /// The node's name as given.
         node: String,
         /// Why; none gives it back.
@@ -36,6 +43,8 @@ pub enum Input {
     },
     /// A user empties a node.
     Drain {
+        /// Who it is, where that is known.
+        by: Option<Owner>,
         /// The node's name as given.
         node: String,
         /// In words.

@@ -55,6 +55,7 @@ impl Core {
                 }
             }
         }
+        self.check_backlog()?;
         self.check_room()?;
         self.check_growth()
     }

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
 use crate::types::{
-    Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, RankExit,
-    RankProgress, RendezvousReport, RequestId, StopSignal, Surroundings,
+    Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Owner,
+    RankExit, RankProgress, RendezvousReport, RequestId, StopSignal, Surroundings,
 };
 
 /// Past generations kept with a job, so that their logs can still be found: a bound on the record's size.
@@ -51,7 +51,13 @@ pub struct Job {
     pub id: JobId,
     /// Position among all submissions; the queue's order among equal priorities.
     pub order: u64,
-    /// The caller's id for the submission.
+    /// Who submitted it, where that was known.
+    #[serde(default)]
+    pub owner: Option<Owner>,
+    /// Who cancelled it last, where that was known.
+    #[serde(default)]
+    pub cancelled_by: Option<Owner>,
+    /// The owner's id for the submission.
     pub request_id: Option<RequestId>,
     /// What was asked for.
     pub spec: JobSpec,
@@ -106,6 +112,9 @@ pub struct PastGeneration {
     /// What ended it, in words.
     #[serde(default)]
     pub reason: String,
+    /// The failure that ended it, where it was a rank's.
+    #[serde(default)]
+    pub exit: Option<RootCause>,
     /// When it was placed.
     #[serde(default)]
     pub placed: Millis,
@@ -266,6 +275,13 @@ impl Gang {
     }
 }
 
+impl PastGeneration {
+    /// Returns the reason without what a rank of it wrote.
+    pub fn reason_redacted(&self) -> String {
+        self.exit.as_ref().map_or_else(|| self.reason.clone(), |cause| cause.redact(&self.reason))
+    }
+}
+
 impl Job {
     /// Notes the first start. Not before it was made: a coordinator may come back on a clock that was set back.
     pub(crate) fn begin(&mut self, now: Millis) {
@@ -277,6 +293,16 @@ impl Job {
         let finished = now.max(self.started.unwrap_or(self.created));
         self.finished = Some(finished);
         finished
+    }
+
+    /// Returns the reason without what a rank of it wrote.
+    pub fn reason_redacted(&self) -> String {
+        self.exit.as_ref().map_or_else(|| self.reason.clone(), |cause| cause.redact(&self.reason))
+    }
+
+    /// Whether it waits for nodes, or for the time at which it may have some.
+    pub fn waits(&self) -> bool {
+        self.gang.is_none() && !self.state.is_terminal()
     }
 
     /// The current gang's id.

@@ -9,6 +9,7 @@ use crate::effects::{Effects, Refusal, Reply, ToNode};
 use crate::fault::Cause;
 use crate::job::{Job, JobState};
 use crate::node::{Drain, Node};
+use crate::owners::by;
 use crate::schedule::{Plan, solve};
 use crate::types::{
     Assignment, DesiredPhase, GangId, GangReport, Generation, JobId, Millis, NodeName, ObservedPhase,
@@ -21,23 +22,23 @@ impl Core {
         &mut self,
         now: Millis,
         name: &str,
-        reason: String,
-        timeout: Option<Millis>,
+        drain: Drain,
         fx: &mut Effects,
     ) -> Result<Reply, Refusal> {
         let name = self.node(name)?.name.clone();
-        self.begin_drain(now, &name, Drain { reason, deadline: timeout.map(|span| now.plus(span)) }, fx);
+        self.begin_drain(now, &name, drain, fx);
         Ok(Reply::Node(Box::new(self.node(name.as_str())?.clone())))
     }
 
     fn begin_drain(&mut self, now: Millis, name: &NodeName, drain: Drain, fx: &mut Effects) {
         let Some(node) = self.nodes.get_mut(name) else { return };
+        let by = by(drain.by.as_ref());
         let why = match drain.reason.as_str() {
-            "" => format!("node {name} is drained"),
-            reason => format!("node {name} is drained ({reason})"),
+            "" => format!("node {name} is drained{by}"),
+            reason => format!("node {name} is drained{by} ({reason})"),
         };
         let limit = drain.deadline.map(|deadline| deadline.since(now));
-        node.drain = Some(drain);
+        (node.drain, node.uncordoned_by) = (Some(drain), None);
         node.changed = now;
         fx.store_node(name);
         self.move_gangs(now, name, &why, limit, fx);
@@ -80,7 +81,7 @@ impl Core {
     pub(crate) fn drain_stuck(&mut self, now: Millis, name: &NodeName, gang: &GangId, fx: &mut Effects) {
         if self.nodes.get(name).is_some_and(|node| node.drain.is_none()) {
             let reason = format!("ranks of {gang} were killed and the kernel holds them; reboot it");
-            self.begin_drain(now, name, Drain { reason, deadline: None }, fx);
+            self.begin_drain(now, name, Drain { reason, by: None, deadline: None }, fx);
         }
     }
 

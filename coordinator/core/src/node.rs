@@ -11,7 +11,8 @@ use crate::health::Health;
 use crate::inventory::{Device, Inventory};
 use crate::topology::Location;
 use crate::types::{
-    GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, RUN_RANK_LABEL, Resources, Session,
+    GangId, Incarnation, JobId, JobSpec, Millis, NodeName, NodePlacement, Owner, RUN_RANK_LABEL, Resources,
+    Session,
 };
 
 /// A daemon's registration.
@@ -75,6 +76,9 @@ pub struct Held {
 pub struct Drain {
     /// Why, in words.
     pub reason: String,
+    /// Who asked for it, where that is known.
+    #[serde(default)]
+    pub by: Option<Owner>,
     /// When ranks that are still being stopped are killed.
     pub deadline: Option<Millis>,
 }
@@ -97,6 +101,12 @@ pub struct Node {
     pub data_id: String,
     /// Why it is cordoned, if it is.
     pub cordon: Option<String>,
+    /// Who cordoned it, where that is known.
+    #[serde(default)]
+    pub cordoned_by: Option<Owner>,
+    /// Who gave it back last, unless it was cordoned or drained since.
+    #[serde(default)]
+    pub uncordoned_by: Option<Owner>,
     /// Set while it is being emptied, and once it is empty.
     #[serde(default)]
     pub drain: Option<Drain>,
@@ -146,6 +156,8 @@ impl Node {
             inventory: Arc::new(join.inventory),
             data_id: join.data_id,
             cordon: None,
+            cordoned_by: None,
+            uncordoned_by: None,
             drain: None,
             joined: now,
             changed: now,

@@ -4,6 +4,7 @@ use crate::core::{Core, Meta};
 use crate::effects::Refusal;
 use crate::job::Job;
 use crate::node::Node;
+use crate::owners::Caller;
 use crate::types::{JobId, NodeName};
 
 impl Core {
@@ -11,6 +12,15 @@ impl Core {
     pub fn job(&self, id: &str) -> Result<&Job, Refusal> {
         let job = JobId::new(id).ok().and_then(|id| self.jobs.get(&id));
         job.ok_or_else(|| Refusal::NoJob(id.chars().take(64).collect()))
+    }
+
+    /// One job, for somebody who wants to change it.
+    pub(crate) fn changeable(&self, by: &Caller, id: &str) -> Result<&Job, Refusal> {
+        let job = self.job(id)?;
+        if by.may_change(job.owner.as_ref()) {
+            return Ok(job);
+        }
+        Err(Refusal::NotOwner { job: job.id.clone(), owner: job.owner.clone() })
     }
 
     /// One node.

@@ -3,35 +3,43 @@
 use crate::core::Core;
 use crate::effects::{Effects, Refusal, Reply};
 use crate::job::{Job, JobState};
-use crate::types::{Generation, JobId, JobSpec, Millis, RequestId};
+use crate::owners::{Caller, Rights};
+use crate::types::{Generation, JobId, JobSpec, Millis, Owner, RequestId};
 
 impl Core {
     pub(crate) fn submit(
         &mut self,
         now: Millis,
+        by: Caller,
         request_id: Option<RequestId>,
         spec: JobSpec,
         fx: &mut Effects,
     ) -> Result<&Job, Refusal> {
-        if let Some(id) = request_id.as_ref().and_then(|request| self.requests.get(request)) {
+        let Caller { name: owner, rights } = by;
+        let request = request_id.clone().map(|request| (owner.clone(), request));
+        if let Some((id, (_, request))) =
+            request.as_ref().and_then(|request| Some((self.requests.get(request)?, request)))
+        {
             let job = &self.jobs[id];
             if job.spec == spec {
                 return Ok(job);
             }
-            let request_id = request_id.map(|id| id.to_string()).unwrap_or_default();
-            return Err(Refusal::RequestReused { request_id, job: id.clone() });
+            return Err(Refusal::RequestReused { request_id: request.to_string(), job: id.clone() });
         }
-        if self.queue.len() >= self.config.queued_max {
-            return Err(Refusal::QueueFull { queued: self.queue.len() });
+        if rights != Rights::All && spec.priority > self.config.priority_max {
+            return Err(Refusal::Priority { asked: spec.priority, most: self.config.priority_max });
         }
+        self.backlog.admit(owner.as_ref(), &spec, &self.config.queue_max)?;
         let id = self.mint_job_id();
         fx.meta_changed = true;
-        if let Some(request) = &request_id {
-            self.requests.insert(request.clone(), id.clone());
+        if let Some(request) = request {
+            self.requests.insert(request, id.clone());
         }
         let job = Job {
             id: id.clone(),
             order: self.meta.orders,
+            owner,
+            cancelled_by: None,
             request_id,
             spec,
             state: JobState::Queued,
@@ -80,6 +88,7 @@ impl Core {
     pub(crate) fn set_cordon(
         &mut self,
         now: Millis,
+        by: Option<Owner>,
         name: &str,
         cordon: Option<String>,
         fx: &mut Effects,
@@ -91,8 +100,12 @@ impl Core {
         // So does it end a quarantine whose cause is gone.
         let forgiven = cordon.is_none() && node.health.forgive(now);
         if node.cordon != cordon || node.drain != drain || forgiven {
+            (node.cordoned_by, node.uncordoned_by) = (None, None);
             if cordon.is_none() {
                 self.room.appear();
+                node.uncordoned_by = by;
+            } else {
+                node.cordoned_by = by;
             }
             (node.cordon, node.drain) = (cordon, drain);
             node.changed = now;

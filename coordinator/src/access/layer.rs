@@ -5,13 +5,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use http::{Extensions, Request, Response};
+use muster_core::Caller;
 use tonic::body::Body;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use super::rules::{self, Rule};
-use super::{Identity, denied, identify, unauthenticated};
+use super::{Identity, denied, identify, local, unauthenticated};
 use crate::audit::subject::{Kind, Subject};
 use crate::audit::{Audit, Record};
 use crate::edge::peer::LoopbackUsers;
@@ -66,19 +67,36 @@ pub(crate) struct Guarded<S> {
 type Judged = (Option<Identity>, Result<Option<Kind>, Status>);
 
 impl Guard {
+    /// Returns who of this machine calls; none where calls are authenticated.
+    fn local<Q>(&self, request: &Request<Q>) -> Option<Result<Caller, Status>> {
+        let found = request.extensions();
+        match &self.door {
+            Door::Encrypted => None,
+            Door::Trusted => {
+                let known = found.get::<Known<UdsConnectInfo>>().map(|known| &known.inner);
+                let peer = known.or_else(|| found.get()).and_then(|info| info.peer_cred);
+                Some(Ok(local::trusted(peer.map(|peer| peer.uid()))))
+            }
+            Door::Loopback(users) => {
+                let user = found.get::<Known<TcpConnectInfo>>().map(|known| known.check_user(users));
+                let user = user.unwrap_or(Ok(None));
+                let by_name = edge::only_by_loopback_names(request.uri());
+                Some(user.and_then(|user| by_name.map(|()| local::caller(user))))
+            }
+        }
+    }
+
     /// Returns whether the call may go on, and what it changes.
     fn judge<Q>(&self, request: &Request<Q>) -> Judged {
         let rule = rules::rule(request.uri().path());
-        if let Door::Loopback(users) = &self.door {
-            let known = request.extensions().get::<Known<TcpConnectInfo>>();
-            let may_call = known.map_or(Ok(()), |known| known.check_user(users));
-            if let Err(status) = may_call.and_then(|()| edge::only_by_loopback_names(request.uri())) {
-                return (None, Err(status));
-            }
-        }
-        if self.door != Door::Encrypted {
+        if let Some(caller) = self.local(request) {
+            let identity = match caller {
+                Ok(caller) => Identity::Local(caller),
+                Err(status) => return (None, Err(status)),
+            };
             // What does not exist is answered so by the router.
-            return (Some(Identity::Local), Ok(rule.and_then(|(_, changes)| changes)));
+            let may = rule.map_or(Ok(()), |(rule, _)| rules::check(rule, &identity));
+            return (Some(identity), may.map(|()| rule.and_then(|(_, changes)| changes)));
         }
         let Some((rule, changes)) = rule else {
             return (None, Err(denied("this coordinator has no such method")));

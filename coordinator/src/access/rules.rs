@@ -1,6 +1,7 @@
 //! Who may call which method: one table, and whatever is not in it is refused.
 
 use muster_core::access::Role;
+use muster_core::{Caller, Rights};
 use tonic::Status;
 
 use super::{Identity, denied};
@@ -88,7 +89,8 @@ pub(crate) fn served() -> impl Iterator<Item = &'static str> {
 /// Whether somebody may do what the rule is for. The refusal says what would.
 pub(crate) fn check(rule: Rule, identity: &Identity) -> Result<(), Status> {
     let role = match identity {
-        Identity::Local => return Ok(()),
+        Identity::Local(Caller { rights: Rights::All, .. }) => return Ok(()),
+        Identity::Local(_) => return check_listed(rule, identity),
         Identity::Bearer(token) => Some(token.role),
         Identity::Node(_) => None,
     };
@@ -109,6 +111,20 @@ pub(crate) fn check(rule: Rule, identity: &Identity) -> Result<(), Status> {
         return Ok(());
     }
     Err(denied(format!("{identity} has the role {} and may not do this; it needs {needs}", identity.role())))
+}
+
+/// Whether a user of this machine may do it who was let in, and is neither root nor who runs the coordinator: what
+/// submitters and nodes may.
+fn check_listed(rule: Rule, identity: &Identity) -> Result<(), Status> {
+    match rule {
+        Rule::Least(needed) if !Role::Submitter.covers(needed) => Err(denied(format!(
+            "{identity} may submit jobs here and change its own, and may not do this; call as root or as the \
+             user who runs the coordinator"
+        ))),
+        Rule::Open | Rule::Known | Rule::Least(_) | Rule::LeastOrNode(_) | Rule::Node | Rule::Joining => {
+            Ok(())
+        }
+    }
 }
 
 fn needs(role: Role) -> String {
@@ -171,7 +187,8 @@ mod tests {
             ("admin", bearer(Role::Admin)),
             ("join", bearer(Role::Node)),
             ("node", node),
-            ("local", Identity::Local),
+            ("local", Identity::Local(Caller::trusted())),
+            ("listed", Identity::Local(Caller { name: None, rights: Rights::OwnAndUnowned })),
         ];
         let reads = ["Get", "List", "Watch", "Stream", "Plan"];
         let methods = methods();
@@ -195,7 +212,12 @@ mod tests {
                 other => panic!("{other} is a service of which this test does not know"),
             };
             for (caller, identity) in &table {
-                let expected = *caller == "local" || may.contains(caller);
+                let expected = match *caller {
+                    "local" => true,
+                    // Its daemons call as it does.
+                    "listed" => may.contains(&"submitter") || may.contains(&"node"),
+                    caller => may.contains(&caller),
+                };
                 assert_eq!(check(rule, identity).is_ok(), expected, "{caller} calls {method}");
             }
             let reads_only =

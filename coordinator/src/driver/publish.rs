@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use super::{Deferred, Driver};
 #[cfg(debug_assertions)]
-use crate::{metrics::Latest, view};
+use crate::{metrics::Latest, view, view::Sight};
 
 /// Time between two publications of what nodes add to the records of their gangs. A record is as large as its gang, and each
 /// node of it reports: published with each report, it would cost the square of the gang's size.
@@ -86,7 +86,9 @@ impl Driver {
             assert_eq!(seen, Ok(view::node(node)), "nodes are published as they are");
         }
         for job in self.core.jobs_before(u64::MAX).filter(|job| !self.details.contains(&job.id)) {
-            let show = |job: &Job| (view::job(job, Latest::default()), view::environments(job));
+            let show = |job: &Job| {
+                (view::job(job, Latest::default(), Sight::Whole), view::environments(job, Sight::Whole))
+            };
             let seen = state.job(job.id.as_str()).map(|seen| show(seen));
             assert_eq!(seen, Ok(show(job)), "jobs are published as they are");
         }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use muster_core::types::{Incarnation, JobSpec, Millis, NodeName};
-use muster_core::{Inventory, Join, NodeState};
+use muster_core::{Caller, Inventory, Join, NodeState};
 use muster_store::MemoryStore;
 use tokio_util::sync::CancellationToken;
 
@@ -48,7 +48,7 @@ fn run(store: Box<dyn Store>) -> (Handle, CancellationToken, Running) {
 
 fn submission() -> Input {
     let spec = JobSpec::new(vec!["train".to_owned()]).check().unwrap();
-    Input::Submit { request_id: None, spec: Box::new(spec) }
+    Input::Submit { by: Caller::trusted(), request_id: None, spec: Box::new(spec) }
 }
 
 async fn submit(handle: &Handle) -> JobId {
@@ -150,7 +150,7 @@ async fn no_lease_ends_while_its_heartbeat_waits() {
         handle.inbox.send((heard, command)).await.unwrap();
     }
     // Refused once everything before it has been published.
-    let nobody = Input::SetCordon { node: "nobody".to_owned(), cordon: None };
+    let nobody = Input::SetCordon { by: None, node: "nobody".to_owned(), cordon: None };
     handle.request(nobody).await.unwrap_err();
     let states = handle.read(|state| state.nodes_after(None).map(|node| node.state).collect::<Vec<_>>());
     assert_eq!(states.unwrap(), [NodeState::Ready, NodeState::Ready]);

@@ -35,17 +35,18 @@ pub enum LoopbackUsers {
 }
 
 impl LoopbackUsers {
-    /// Refuses, in words, a connection of a user who may not call.
-    pub(crate) fn check(&self, peer: SocketAddr, local: SocketAddr) -> Result<(), Status> {
+    /// Returns whose a connection is, or refuses, in words, one of a user who may not call. Where everybody may, it may
+    /// not be known.
+    pub(crate) fn check(&self, peer: SocketAddr, local: SocketAddr) -> Result<Option<u32>, Status> {
         let also = match self {
-            Self::Any => return Ok(()),
+            Self::Any => return Ok(user(peer, local).ok()),
             Self::Own => None,
             Self::Also(users) => Some(users),
         };
         let own = geteuid().as_raw();
         let words = match user(peer, local) {
-            Ok(user) if user == 0 || user == own => return Ok(()),
-            Ok(user) if also.is_some_and(|users| users.contains(&user)) => return Ok(()),
+            Ok(user) if user == 0 || user == own => return Ok(Some(user)),
+            Ok(user) if also.is_some_and(|users| users.contains(&user)) => return Ok(Some(user)),
             Ok(user) => format!(
                 "this coordinator runs as user {own} and takes calls on loopback from that user and root, not \
                  from user {user}; start it with --loopback-users {user}, or with --tls-dir and tokens"
@@ -128,11 +129,11 @@ mod tests {
             let (taken, peer) = listener.accept().unwrap();
             let local = taken.local_addr().unwrap();
             assert_eq!(user(peer, local).unwrap(), own, "{address}");
-            LoopbackUsers::Own.check(peer, local).unwrap();
+            assert_eq!(LoopbackUsers::Own.check(peer, local).unwrap(), Some(own));
             drop(client);
             let refused = LoopbackUsers::Own.check(peer, local).unwrap_err();
             assert!(refused.message().contains("its socket is closed"), "{refused}");
-            LoopbackUsers::Any.check(peer, local).unwrap();
+            assert_eq!(LoopbackUsers::Any.check(peer, local).unwrap(), None);
         }
     }
 }

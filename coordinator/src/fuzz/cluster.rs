@@ -6,7 +6,7 @@ use muster_core::types::{GangReport, JobId};
 use muster_core::types::{
     Incarnation, JobSpec, Millis, NodeName, ObservedPhase, Resources, Session, TokenName,
 };
-use muster_core::{Config, Core, Device, Effects, Input, Inventory, Job, Join, Reply, Snapshot};
+use muster_core::{Caller, Config, Core, Device, Effects, Input, Inventory, Job, Join, Reply, Snapshot};
 use muster_decoders::check_refusal;
 use muster_store::{Batch, Fence, MemoryStore, Store};
 use tonic::Status;
@@ -108,7 +108,11 @@ impl Cluster {
     }
 
     pub fn submit(&mut self, spec: &JobSpec) -> Job {
-        match self.feed(Input::Submit { request_id: None, spec: Box::new(spec.clone()) }) {
+        match self.feed(Input::Submit {
+            by: Caller::trusted(),
+            request_id: None,
+            spec: Box::new(spec.clone()),
+        }) {
             Some(Reply::Job(job)) => *job,
             other => panic!("a valid spec was not taken: {other:?}"),
         }

@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use muster_core::types::Millis;
-use muster_core::{Config, Core, Input, Snapshot};
+use muster_core::{Caller, Config, Core, Input, Snapshot};
 use muster_store::{Batch, MemoryStore, Store};
 use serde::Serialize;
 use serde_json::Value;
@@ -99,7 +99,7 @@ fn same_again<T: Serialize + serde::de::DeserializeOwned>(record: &T) {
 /// A coordinator starts on it, and goes on until every deadline has passed.
 fn run(snapshot: Snapshot) {
     let (mut core, _) = Core::load(NOW, Config::default(), 1, snapshot);
-    core.step(NOW, Input::Submit { request_id: None, spec: Box::new(spec(1, 1, 0)) });
+    core.step(NOW, Input::Submit { by: Caller::trusted(), request_id: None, spec: Box::new(spec(1, 1, 0)) });
     for at in [NOW, NOW.plus(Millis::from_secs(48 * 3600)), Millis(u64::MAX)] {
         core.step(at, Input::Tick);
     }
@@ -109,7 +109,12 @@ fn run(snapshot: Snapshot) {
 pub(super) fn samples(prefix: &str) -> Vec<Vec<u8>> {
     let mut cluster = Cluster::new();
     let running = RECORDS.1.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, value)| value.clone());
-    cluster.feed(Input::Cancel { job: cluster.job.to_string(), reason: "by hand".into(), signal: None });
+    cluster.feed(Input::Cancel {
+        by: Caller::trusted(),
+        job: cluster.job.to_string(),
+        reason: "by hand".into(),
+        signal: None,
+    });
     let (node, session) = (cluster.node.clone(), cluster.session);
     cluster.feed(Input::Goodbye { node, session });
     let ended = cluster.store.load().expect("memory can be read").into_iter();

@@ -179,7 +179,13 @@ pub(super) fn drains() -> Vec<Vec<u8>> {
 
 pub(super) fn job_pages() -> Vec<Vec<u8>> {
     let states = vec![v1::JobState::Running.into(), v1::JobState::Queued.into()];
-    encoded([v1::ListJobsRequest { page_size: 10, page_token: "17".into(), states }])
+    encoded([v1::ListJobsRequest {
+        page_size: 10,
+        page_token: "17".into(),
+        states,
+        owner: "ann".into(),
+        mine: false,
+    }])
 }
 
 pub(super) fn node_pages() -> Vec<Vec<u8>> {

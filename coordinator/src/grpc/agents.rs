@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use muster_core::agents::Said;
+use muster_core::{Caller, Rights};
 use muster_proto::convert;
 use muster_proto::v1::{self, rendezvous_service_server::RendezvousService};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Api, Stream};
+use super::{Api, Stream, caller};
+use crate::access::Identity;
 use crate::agents::{Joined, OUTBOX_MAX};
 
 /// A stream that opens and then says nothing is not held open for longer.
@@ -22,6 +24,7 @@ impl RendezvousService for Api {
         &self,
         request: Request<Streaming<v1::RendezvousServiceJoinRequest>>,
     ) -> Result<Response<Self::JoinStream>, Status> {
+        let by = agent(&caller(&request)?);
         let mut incoming = request.into_inner();
         let first = tokio::time::timeout(HELLO_WITHIN, incoming.message())
             .await
@@ -29,10 +32,19 @@ impl RendezvousService for Api {
         let hello =
             convert::agent_first_from_wire(first).map_err(|error| convert::invalid_argument(&[error]))?;
         let (outbox, stream) = mpsc::channel(OUTBOX_MAX);
-        let joined = self.office.reign()?.agents.join(hello, outbox.clone()).await?;
+        let joined = self.office.reign()?.agents.join(hello, &by, outbox.clone()).await?;
         // Weak: the stream ends when its run lets go of it.
         tokio::spawn(listen(joined, incoming, outbox.downgrade()));
         Ok(Response::new(Stream::new(stream)))
+    }
+}
+
+/// Returns whom a run belongs to that this caller begins, and what it may do with those of others: a node is trusted with
+/// the ranks of anybody, and the agents on it may join any run.
+pub(super) fn agent(identity: &Identity) -> Caller {
+    match identity {
+        Identity::Node(_) => Caller { rights: Rights::All, ..identity.caller() },
+        Identity::Local(_) | Identity::Bearer(_) => identity.caller(),
     }
 }
 

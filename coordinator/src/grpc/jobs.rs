@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use muster_core::types::{Generation, RequestId};
-use muster_core::{Input, Job, Node, Plan, Reply, solve};
+use muster_core::types::{Generation, Owner, RequestId};
+use muster_core::{Caller, Input, Job, Node, Plan, Reply, solve};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, job_service_server::JobService};
 use tonic::{Request, Response, Status};
@@ -12,7 +12,7 @@ use super::{Api, Followed, caller, unexpected_reply};
 use crate::audit::subject as audit;
 use crate::driver::RequestError;
 use crate::metrics::Latest;
-use crate::view;
+use crate::view::{self, Sight};
 
 /// Jobs on a page if the caller does not say.
 const PAGE_DEFAULT: u32 = 100;
@@ -26,9 +26,14 @@ pub(super) const SHOWN_AT_ONCE: usize = 128;
 pub(super) const REASON_BYTES_MAX: usize = 1024;
 
 impl Api {
-    async fn job_with_metrics(&self, job: &Job) -> v1::Job {
+    async fn job_with_metrics(&self, job: &Job, by: &Caller) -> v1::Job {
         let latest = self.metrics.series(&job.id).await.latest(job.generation);
-        view::job(job, latest)
+        view::job(job, latest, self.sight(job, by))
+    }
+
+    /// Returns how much of a job somebody sees.
+    pub(super) fn sight(&self, job: &Job, by: &Caller) -> Sight {
+        if by.may_see(job.owner.as_ref(), self.open_jobs) { Sight::Whole } else { Sight::Redacted }
     }
 }
 
@@ -56,6 +61,34 @@ pub(crate) fn checked_page(request: &v1::ListJobsRequest) -> Result<(u64, usize)
     };
     let size = if request.page_size == 0 { PAGE_DEFAULT } else { request.page_size.min(PAGE_MAX) };
     Ok((before, size as usize))
+}
+
+/// Which jobs a list has.
+pub(crate) struct Wanted {
+    /// Empty: in any.
+    states: Vec<v1::JobState>,
+    /// None: anybody's.
+    owner: Option<Owner>,
+}
+
+impl Wanted {
+    pub fn checked(request: &v1::ListJobsRequest, by: &Caller) -> Result<Self, Status> {
+        let wrong = |field, why: String| convert::invalid_argument(&[field_error(field, why)]);
+        let owner = match (request.mine, request.owner.as_str()) {
+            (false, "") => None,
+            (false, name) => Some(Owner::new(name).map_err(|why| wrong("owner", why))?),
+            (true, "") => Some(by.name.clone().ok_or_else(|| {
+                wrong("mine", "is asked for, and nobody knows here who calls; set owner".to_owned())
+            })?),
+            (true, _) => return Err(wrong("mine", "is set, and so is owner; set one of them".to_owned())),
+        };
+        Ok(Self { states: request.states().collect(), owner })
+    }
+
+    fn is(&self, job: &Job) -> bool {
+        let is_in = self.states.is_empty() || self.states.contains(&view::job_state(job.state));
+        is_in && (self.owner.is_none() || self.owner == job.owner)
+    }
 }
 
 fn checked_spec(spec: Option<v1::JobSpec>) -> Result<Box<muster_core::types::JobSpec>, Status> {
@@ -91,9 +124,11 @@ impl JobService for Api {
         let (identity, made) = (caller(&request)?, audit::tell(&request));
         let (request_id, mut spec) = checked_submit(request.into_inner())?;
         spec.run_as = identity.runs_as(spec.run_as.take())?;
-        let job = job_reply(self.driver()?.request(Input::Submit { request_id, spec }).await?)?;
+        let by = identity.caller();
+        let submit = Input::Submit { by: by.clone(), request_id, spec };
+        let job = job_reply(self.driver()?.request(submit).await?)?;
         made(job.id.as_str());
-        let job = Some(self.job_with_metrics(&job).await);
+        let job = Some(self.job_with_metrics(&job, &by).await);
         Ok(Response::new(v1::SubmitJobResponse { job }))
     }
 
@@ -118,8 +153,9 @@ impl JobService for Api {
         &self,
         request: Request<v1::GetJobRequest>,
     ) -> Result<Response<v1::GetJobResponse>, Status> {
+        let by = caller(&request)?.caller();
         let job = self.find_job(&request.into_inner().job_id)?;
-        let job = Some(self.job_with_metrics(&job).await);
+        let job = Some(self.job_with_metrics(&job, &by).await);
         Ok(Response::new(v1::GetJobResponse { job }))
     }
 
@@ -127,30 +163,34 @@ impl JobService for Api {
         &self,
         request: Request<v1::GetJobEnvironmentRequest>,
     ) -> Result<Response<v1::GetJobEnvironmentResponse>, Status> {
+        let by = caller(&request)?.caller();
         let job = self.find_job(&request.into_inner().job_id)?;
-        Ok(Response::new(view::environments(&job)))
+        Ok(Response::new(view::environments(&job, self.sight(&job, &by))))
     }
 
     async fn list_jobs(
         &self,
         request: Request<v1::ListJobsRequest>,
     ) -> Result<Response<v1::ListJobsResponse>, Status> {
+        let by = caller(&request)?.caller();
         let request = request.into_inner();
         let (before, size) = checked_page(&request)?;
-        let states: Vec<v1::JobState> = request.states().collect();
-        self.fill_page(before, size, &states).await.map(Response::new)
+        let wanted = Wanted::checked(&request, &by)?;
+        self.fill_page(before, size, &wanted, &by).await.map(Response::new)
     }
 
     async fn cancel_job(
         &self,
         request: Request<v1::CancelJobRequest>,
     ) -> Result<Response<v1::CancelJobResponse>, Status> {
+        let by = caller(&request)?.caller();
         let v1::CancelJobRequest { job_id, reason, stop_signal } = request.into_inner();
         let reason = checked_reason(reason)?;
         let signal = convert::optional_stop_signal("stop_signal", &stop_signal);
         let signal = signal.map_err(|error| convert::invalid_argument(&[error]))?;
-        let job = job_reply(self.driver()?.request(Input::Cancel { job: job_id, reason, signal }).await?)?;
-        let job = Some(self.job_with_metrics(&job).await);
+        let cancel = Input::Cancel { by: by.clone(), job: job_id, reason, signal };
+        let job = job_reply(self.driver()?.request(cancel).await?)?;
+        let job = Some(self.job_with_metrics(&job, &by).await);
         Ok(Response::new(v1::CancelJobResponse { job }))
     }
 
@@ -160,7 +200,8 @@ impl JobService for Api {
         &self,
         request: Request<v1::WatchJobRequest>,
     ) -> Result<Response<Self::WatchJobStream>, Status> {
-        self.clone().stream_job(&request.into_inner().job_id).map(Response::new)
+        let by = caller(&request)?.caller();
+        self.clone().stream_job(&request.into_inner().job_id, &by).map(Response::new)
     }
 
     type StreamMetricsStream = Followed<v1::StreamMetricsResponse>;
@@ -178,7 +219,8 @@ impl JobService for Api {
         &self,
         request: Request<v1::StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
-        self.clone().stream_output(request.into_inner()).map(Response::new)
+        let by = caller(&request)?.caller();
+        self.clone().stream_output(request.into_inner(), &by).map(Response::new)
     }
 }
 
@@ -193,7 +235,8 @@ impl Api {
         &self,
         mut before: u64,
         size: usize,
-        states: &[v1::JobState],
+        wanted: &Wanted,
+        by: &Caller,
     ) -> Result<v1::ListJobsResponse, Status> {
         let driver = self.driver()?;
         let (mut page, mut bytes, mut last): (Vec<v1::Job>, usize, u64) = (Vec::new(), 0, before);
@@ -203,12 +246,10 @@ impl Api {
             })?;
             let Some(oldest) = some.last() else { break };
             before = oldest.order;
-            let is_wanted =
-                |job: &Arc<Job>| states.is_empty() || states.contains(&view::job_state(job.state));
-            let wanted: Vec<Arc<Job>> = some.into_iter().filter(is_wanted).collect();
-            let latest = self.latest(&wanted).await;
-            for (job, latest) in wanted.into_iter().zip(latest) {
-                let shown = view::job(&job, latest);
+            let found: Vec<Arc<Job>> = some.into_iter().filter(|job| wanted.is(job)).collect();
+            let latest = self.latest(&found).await;
+            for (job, latest) in found.into_iter().zip(latest) {
+                let shown = view::job(&job, latest, self.sight(&job, by));
                 bytes += prost::Message::encoded_len(&shown);
                 if page.len() >= size || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
                     let next_page_token = last.to_string();

@@ -1,13 +1,14 @@
 //! StreamLogs: output is pulled from the nodes that hold it, rank by rank, no faster than the client reads.
 
-use muster_core::Job;
 use muster_core::types::{Generation, NodeName, Rank};
+use muster_core::{Caller, Job, not_owned};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1;
 use tokio::sync::mpsc;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{Api, Followed, followed};
+use crate::view::Sight;
 
 /// Bytes that nodes may send ahead of one client, over all ranks and streams that are read at once. As much waits for it in
 /// [`QUEUE`], and twice as much encoded: 128 KiB for each of those that `answers/share.rs` lets in.
@@ -36,8 +37,14 @@ impl Api {
     pub(super) fn stream_output(
         self,
         request: v1::StreamLogsRequest,
+        by: &Caller,
     ) -> Result<Followed<v1::StreamLogsResponse>, Status> {
         let job = self.find_job(&request.job_id)?;
+        if self.sight(&job, by) == Sight::Redacted {
+            let message =
+                format!("the output of job {} is not shown: it {}", job.id, not_owned(job.owner.as_ref()));
+            return Err(convert::refusal(Code::PermissionDenied, "NOT_OWNER", message));
+        }
         let generation = request.generation.map_or(job.generation, Generation);
         let sources = sources(&job, generation, &request)?;
         let (sender, receiver) = mpsc::channel(QUEUE);

@@ -5,6 +5,8 @@ mod cluster;
 pub(crate) mod jobs;
 pub(crate) mod logs;
 pub(crate) mod nodes;
+#[cfg(test)]
+mod ownership_tests;
 pub(crate) mod points;
 mod streams;
 pub(crate) mod tokens;
@@ -61,6 +63,8 @@ pub(crate) struct Api {
     pub intake: Intake,
     pub lease: Duration,
     pub heartbeat: Duration,
+    /// Whether everybody who may see jobs sees all of each.
+    open_jobs: bool,
     /// Where connections are encrypted.
     authority: Option<Authority>,
     arrivals: Arc<Semaphore>,
@@ -73,7 +77,17 @@ impl Api {
         let life = config.node_certificate_life;
         let authority = config.tls_dir.as_deref().map(|dir| Authority::new(dir, life));
         let intake = Intake::new();
-        Self { office, metrics, monitor, intake, lease, heartbeat, authority, arrivals }
+        Self {
+            office,
+            metrics,
+            monitor,
+            intake,
+            lease,
+            heartbeat,
+            open_jobs: config.open_jobs,
+            authority,
+            arrivals,
+        }
     }
 
     /// The driver of the present time of leading.
@@ -113,7 +127,9 @@ fn refused(refusal: &Refusal, message: String) -> Status {
         Refusal::NoJob(_) => convert::refusal(Code::NotFound, "NO_SUCH_JOB", message),
         Refusal::NoNode(_) => convert::refusal(Code::NotFound, "NO_SUCH_NODE", message),
         Refusal::RequestReused { .. } => convert::refusal(Code::AlreadyExists, "REQUEST_ID_REUSED", message),
-        Refusal::QueueFull { .. } => convert::refusal(Code::ResourceExhausted, "QUEUE_FULL", message),
+        Refusal::QueueFull(_) => convert::refusal(Code::ResourceExhausted, "QUEUE_FULL", message),
+        Refusal::NotOwner { .. } => convert::refusal(Code::PermissionDenied, "NOT_OWNER", message),
+        Refusal::Priority { .. } => convert::refusal(Code::PermissionDenied, "PRIORITY_TOO_HIGH", message),
         Refusal::TooManyNodes { .. } => convert::refusal(Code::ResourceExhausted, "TOO_MANY_NODES", message),
         Refusal::NameHeld(_) => convert::refusal(Code::AlreadyExists, "NODE_NAME_HELD", message),
         Refusal::LeaseHeld { millis, .. } => {

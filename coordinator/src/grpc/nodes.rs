@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use muster_core::types::{Millis, NodeName, limits};
+use muster_core::types::{Millis, NodeName, Owner, limits};
 use muster_core::{Input, Node, Reply};
 use muster_proto::convert::{self, field_error};
 use muster_proto::v1::{self, node_service_server::NodeService};
 use tonic::{Request, Response, Status};
 
 use super::jobs::{PAGE_BYTES_MAX, REASON_BYTES_MAX, SHOWN_AT_ONCE};
-use super::{Api, Followed, unexpected_reply};
+use super::{Api, Followed, caller, unexpected_reply};
 use crate::view;
 
 /// Nodes on a page.
@@ -68,9 +68,10 @@ impl NodeService for Api {
         &self,
         request: Request<v1::CordonNodeRequest>,
     ) -> Result<Response<v1::CordonNodeResponse>, Status> {
+        let by = caller(&request)?.caller().name;
         let v1::CordonNodeRequest { node_name, reason } = request.into_inner();
         check_reason(&reason)?;
-        let node = Some(self.change(Input::SetCordon { node: node_name, cordon: Some(reason) }).await?);
+        let node = Some(self.change(Input::SetCordon { by, node: node_name, cordon: Some(reason) }).await?);
         Ok(Response::new(v1::CordonNodeResponse { node }))
     }
 
@@ -78,7 +79,8 @@ impl NodeService for Api {
         &self,
         request: Request<v1::DrainNodeRequest>,
     ) -> Result<Response<v1::DrainNodeResponse>, Status> {
-        let node = Some(self.change(checked_drain(request.into_inner())?).await?);
+        let by = caller(&request)?.caller().name;
+        let node = Some(self.change(checked_drain(by, request.into_inner())?).await?);
         Ok(Response::new(v1::DrainNodeResponse { node }))
     }
 
@@ -86,8 +88,9 @@ impl NodeService for Api {
         &self,
         request: Request<v1::UncordonNodeRequest>,
     ) -> Result<Response<v1::UncordonNodeResponse>, Status> {
+        let by = caller(&request)?.caller().name;
         let node_name = request.into_inner().node_name;
-        let node = Some(self.change(Input::SetCordon { node: node_name, cordon: None }).await?);
+        let node = Some(self.change(Input::SetCordon { by, node: node_name, cordon: None }).await?);
         Ok(Response::new(v1::UncordonNodeResponse { node }))
     }
 }
@@ -105,7 +108,7 @@ pub(crate) fn checked_page(request: v1::ListNodesRequest) -> Result<(Option<Node
     Ok((after, size as usize))
 }
 
-pub(crate) fn checked_drain(request: v1::DrainNodeRequest) -> Result<Input, Status> {
+pub(crate) fn checked_drain(by: Option<Owner>, request: v1::DrainNodeRequest) -> Result<Input, Status> {
     let v1::DrainNodeRequest { node_name, reason, timeout } = request;
     check_reason(&reason)?;
     let span = convert::span_from_wire("timeout", timeout.as_ref(), Millis(0));
@@ -113,7 +116,7 @@ pub(crate) fn checked_drain(request: v1::DrainNodeRequest) -> Result<Input, Stat
     if span > limits::SPAN_MAX {
         return Err(convert::invalid_argument(&[field_error("timeout", "is longer than 24h")]));
     }
-    Ok(Input::Drain { node: node_name, reason, timeout: timeout.map(|_| span) })
+    Ok(Input::Drain { by, node: node_name, reason, timeout: timeout.map(|_| span) })
 }
 
 fn check_reason(reason: &str) -> Result<(), Status> {

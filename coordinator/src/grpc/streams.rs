@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_core::types::{JobId, Rank};
-use muster_core::{Job, Node};
+use muster_core::{Caller, Job, Node};
 use muster_proto::{convert, v1};
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::mpsc;
@@ -35,9 +35,15 @@ fn stopping() -> Status {
 }
 
 impl Api {
-    pub(super) fn stream_job(self, job_id: &str) -> Result<Followed<v1::WatchJobResponse>, Status> {
+    pub(super) fn stream_job(
+        self,
+        job_id: &str,
+        by: &Caller,
+    ) -> Result<Followed<v1::WatchJobResponse>, Status> {
         let Reign { driver, over, .. } = self.office.reign()?;
         let (mut job, mut changes) = driver.watch_job(job_id)?;
+        // Whose a job is never changes.
+        let sight = self.sight(&job, by);
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
         tokio::spawn(async move {
             loop {
@@ -59,8 +65,8 @@ impl Api {
                 };
             }
         });
-        Ok(followed(receiver, |(job, latest): (Arc<Job>, _)| {
-            let job = Some(view::job(&job, latest));
+        Ok(followed(receiver, move |(job, latest): (Arc<Job>, _)| {
+            let job = Some(view::job(&job, latest, sight));
             v1::WatchJobResponse { job }
         }))
     }

@@ -93,7 +93,7 @@ impl WorkerService for Api {
                 let spent = Input::SpendToken { name: token.name.clone(), hash: token.hash.clone() };
                 self.token(spent).await?;
             }
-            Identity::Local | Identity::Node(_) => identity.check_node(&node)?,
+            Identity::Local(_) | Identity::Node(_) => identity.check_node(&node)?,
         }
         let issued = signing.sign(&node, now, life)?;
         info!(%node, by = %identity, "a certificate was issued");
@@ -155,7 +155,7 @@ impl Api {
                     let left = own.expires.since(clock.now());
                     tokio::time::sleep(Duration::from_millis(left.0)).await;
                 }
-                Identity::Local | Identity::Bearer(_) => std::future::pending().await,
+                Identity::Local(_) | Identity::Bearer(_) => std::future::pending().await,
             }
         };
         tokio::pin!(expired);

@@ -1,5 +1,8 @@
 //! The job specification.
 
+use std::collections::BTreeMap;
+
+use muster_core::types::text::REDACTED;
 use muster_core::types::{
     CoordinatorLoss, JobSpec, Millis, Resources, SpecError, StopSignal, UserName, limits,
 };
@@ -44,6 +47,7 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
         name: wire.name,
         command: wire.command,
         env: wire.env,
+        env_files: wire.env_files,
         working_dir: non_empty(wire.working_dir),
         min_nodes: wire.min_nodes.unwrap_or(1),
         max_nodes: wire.max_nodes,
@@ -74,9 +78,33 @@ pub fn spec_from_wire(wire: v1::JobSpec) -> Result<JobSpec, Vec<SpecError>> {
 /// A specification with its defaults filled in.
 pub fn spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
     v1::JobSpec {
-        name: spec.name.clone(),
         command: spec.command.clone(),
         env: spec.env.clone(),
+        env_files: spec.env_files.clone(),
+        ..others_to_wire(spec)
+    }
+}
+
+/// The same for those who may not see what it runs, and with which values.
+pub fn spec_to_wire_redacted(spec: &JobSpec) -> v1::JobSpec {
+    let hidden = |map: &BTreeMap<String, String>| {
+        map.keys().map(|key| (key.clone(), REDACTED.to_owned())).collect::<BTreeMap<_, _>>()
+    };
+    v1::JobSpec {
+        command: vec![REDACTED.to_owned()],
+        env: hidden(&spec.env),
+        env_files: hidden(&spec.env_files),
+        ..others_to_wire(spec)
+    }
+}
+
+/// What everybody sees who sees the job.
+fn others_to_wire(spec: &JobSpec) -> v1::JobSpec {
+    v1::JobSpec {
+        name: spec.name.clone(),
+        command: Vec::new(),
+        env: BTreeMap::new(),
+        env_files: BTreeMap::new(),
         working_dir: spec.working_dir.clone().unwrap_or_default(),
         min_nodes: Some(spec.min_nodes),
         max_nodes: spec.max_nodes,

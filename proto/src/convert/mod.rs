@@ -20,7 +20,10 @@ pub use gang::{
     placement_from_wire, placement_to_wire, rank_exit_from_wire, rank_exit_to_wire,
 };
 pub use inventory::{finding_to_wire, findings_from_wire, inventory_from_wire, inventory_to_wire};
-pub use job::{optional_stop_signal, resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire};
+pub use job::{
+    optional_stop_signal, resources_from_wire, resources_to_wire, spec_from_wire, spec_to_wire,
+    spec_to_wire_redacted,
+};
 pub use status::{NotLeader, invalid_argument, precondition, refusal, unavailable};
 pub use surroundings::{surroundings_from_wire, surroundings_to_wire};
 pub use time::{

@@ -126,7 +126,7 @@ impl Coordinator {
         let mut client = JobServiceClient::new(self.channel().await).max_decoding_message_size(8 << 20);
         let (mut all, mut page_token) = (Vec::new(), String::new());
         loop {
-            let request = v1::ListJobsRequest { page_size: PAGE, page_token, states: Vec::new() };
+            let request = v1::ListJobsRequest { page_size: PAGE, page_token, ..Default::default() };
             let page = client.list_jobs(request).await.expect("jobs are listed").into_inner();
             all.extend(page.jobs);
             page_token = page.next_page_token;

@@ -1,7 +1,7 @@
 //! The cluster before the faults and after them, and its users.
 
 use muster_core::types::{CoordinatorLoss, JobSpec, Millis, RequestId, Resources};
-use muster_core::{Input, Job, Refusal, Reply};
+use muster_core::{Caller, Input, Job, Refusal, Reply};
 use rand::RngExt;
 
 use crate::coordinator::{Asked, LEASE};
@@ -60,7 +60,10 @@ impl World {
             self.daemon_thaws(machine);
             self.end_what_hangs(machine);
             let node = self.machines[machine].name.clone();
-            self.ask(Asked::User { caller: u64::MAX, input: Input::SetCordon { node, cordon: None } });
+            self.ask(Asked::User {
+                caller: u64::MAX,
+                input: Input::SetCordon { by: None, node, cordon: None },
+            });
         }
     }
 
@@ -143,7 +146,8 @@ impl World {
     pub fn ask_to_submit(&mut self, index: usize) {
         let Submission { request, wanted, .. } = &self.submissions[index];
         let (Ok(request_id), Some(spec)) = (RequestId::new(request.clone()), spec(wanted)) else { return };
-        let input = Input::Submit { request_id: Some(request_id), spec: Box::new(spec) };
+        let input =
+            Input::Submit { by: Caller::trusted(), request_id: Some(request_id), spec: Box::new(spec) };
         self.ask(Asked::User { caller: index as u64, input });
     }
 

@@ -1,7 +1,7 @@
 //! The schedule's entries, carried out, and their ends.
 
-use muster_core::Input;
 use muster_core::types::{GangId, Millis};
+use muster_core::{Caller, Input};
 use rand::RngExt;
 
 use crate::coordinator::{Asked, LEASE};
@@ -35,18 +35,26 @@ impl World {
             }
             Fault::Cancel(job) => {
                 if let Some(id) = self.job(job) {
-                    let input = Input::Cancel { job: id.to_string(), reason: String::new(), signal: None };
+                    let input = Input::Cancel {
+                        by: Caller::trusted(),
+                        job: id.to_string(),
+                        reason: String::new(),
+                        signal: None,
+                    };
                     self.ask(Asked::User { caller: u64::MAX, input });
                 }
             }
             Fault::Drain { node, timeout } => {
                 let (node, reason) = (self.machines[node].name.clone(), String::new());
-                let input = Input::Drain { node, reason, timeout: timeout.map(Millis) };
+                let input = Input::Drain { by: None, node, reason, timeout: timeout.map(Millis) };
                 self.ask(Asked::User { caller: u64::MAX, input });
             }
             Fault::Uncordon(node) => {
                 let node = self.machines[node].name.clone();
-                self.ask(Asked::User { caller: u64::MAX, input: Input::SetCordon { node, cordon: None } });
+                self.ask(Asked::User {
+                    caller: u64::MAX,
+                    input: Input::SetCordon { by: None, node, cordon: None },
+                });
             }
             Fault::KillRank { job, rank, code } => {
                 if let Some((machine, pid, index)) = self.rank(job, rank) {

@@ -35,6 +35,10 @@ pub(crate) struct SubmitArgs {
     /// Variable for every rank, or the name of one that has the value it has here; may be repeated.
     #[arg(long = "env", value_name = "KEY[=VALUE]")]
     pub env: Vec<Variable>,
+    /// Variable for every rank whose value each node reads from a file of its own, right before the ranks start and as their
+    /// user: an absolute path on the nodes. The value is stored and shown nowhere. May be repeated.
+    #[arg(long = "env-file", value_name = "NAME=FILE")]
+    pub env_file: Vec<KeyValue>,
     /// Python that runs a script.py: a path, or a name in the PATH of the nodes. Default: PYTHON_EXEC, that of the virtual
     /// environment that is active here, or python3.
     #[arg(long, value_name = "PATH")]
@@ -57,7 +61,7 @@ pub(crate) struct SubmitArgs {
     /// User of the nodes as whom the ranks run, where their daemons run as root. Default: the token's, else the nodes'.
     #[arg(long, value_name = "USER")]
     pub run_as: Option<String>,
-    /// Jobs of a higher priority are placed first.
+    /// Jobs of a higher priority are placed first. Above 100, or what the coordinator was told, only operators submit.
     #[arg(long, allow_negative_numbers = true)]
     pub priority: Option<i32>,
     /// Label that a node must carry; may be repeated.

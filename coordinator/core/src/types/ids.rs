@@ -12,6 +12,8 @@ pub const JOB_ID_BYTES_MAX: usize = 64;
 pub const TOKEN_NAME_BYTES_MAX: usize = 64;
 /// Longest name of a user in bytes, as useradd has it.
 pub const USER_NAME_BYTES_MAX: usize = 32;
+/// Longest name of an owner in bytes: a node's, with what says that it is one.
+pub const OWNER_BYTES_MAX: usize = NODE_NAME_BYTES_MAX + 8;
 /// Longest request id in bytes.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -90,6 +92,10 @@ text_id!(
 text_id!(
     /// Name of a user of the nodes, as whom ranks run.
     UserName, "name of a user", USER_NAME_BYTES_MAX, is_name_char
+);
+text_id!(
+    /// Whose a job is: the name of a token or of a user of the coordinator's machine, or `node:NAME`.
+    Owner, "owner", OWNER_BYTES_MAX, |c| !c.is_control()
 );
 text_id!(
     /// One start of a node daemon.

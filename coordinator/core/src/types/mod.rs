@@ -17,7 +17,7 @@ pub use assignment::{
 };
 pub use cpus::CpuList;
 pub use ids::{
-    GangId, Generation, Incarnation, JobId, NodeName, Rank, RequestId, Session, TokenName, UserName,
+    GangId, Generation, Incarnation, JobId, NodeName, Owner, Rank, RequestId, Session, TokenName, UserName,
 };
 pub use pattern::{Matched, MetricPattern};
 pub use rendezvous::RendezvousReport;

@@ -1,8 +1,12 @@
 //! The job specification: checked, with its defaults filled in.
 
+mod environment;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+pub use environment::RESERVED_ENV;
 
 use super::{CoordinatorLoss, MetricPattern, Millis, Resources, StopSignal, UserName, ids::is_name_char};
 
@@ -20,6 +24,8 @@ pub mod limits {
     pub const SPEC_BYTES_MAX: usize = 256 * 1024;
     /// Most environment variables.
     pub const ENV_VARS_MAX: usize = 1024;
+    /// Most variables that come from files: each is read before the ranks start.
+    pub const ENV_FILES_MAX: usize = 64;
     /// Longest path, Linux's PATH_MAX.
     pub const PATH_BYTES_MAX: usize = 4096;
     /// Most labels in a node selector.
@@ -42,25 +48,6 @@ pub mod limits {
     pub const START_TIMEOUT_DEFAULT: Millis = Millis::from_secs(120);
 }
 
-/// Variables that the worker sets for every rank; a job cannot set them.
-pub const RESERVED_ENV: [&str; 15] = [
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "ROLE_NAME",
-    "LOCAL_WORLD_SIZE",
-    "WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_USE_AGENT_STORE",
-];
-
 /// Label of nodes that a `muster run` has brought, with its run's id: they take that run's job and no other.
 pub const RUN_LABEL: &str = "muster.run";
 /// Label of such a node: which of the run's nodes it is, from 0, where whoever started it says so.
@@ -75,6 +62,9 @@ pub struct JobSpec {
     pub command: Vec<String>,
     /// Variables added to every rank's environment.
     pub env: BTreeMap<String, String>,
+    /// Variables whose values each node reads from a file of its own: the name, and the file's absolute path.
+    #[serde(default)]
+    pub env_files: BTreeMap<String, String>,
     /// Absolute directory the ranks start in; none means the log directory.
     pub working_dir: Option<String>,
     /// Fewest nodes.
@@ -137,6 +127,7 @@ impl JobSpec {
             name: String::new(),
             command,
             env: BTreeMap::new(),
+            env_files: BTreeMap::new(),
             working_dir: None,
             min_nodes: 1,
             max_nodes: 0,
@@ -174,6 +165,18 @@ impl JobSpec {
         nodes * self.procs_per_node
     }
 
+    /// Bytes of all its texts, which are most of what it costs to keep.
+    pub fn bytes(&self) -> usize {
+        let pairs = |map: &BTreeMap<String, String>| -> usize {
+            map.iter().map(|(key, value)| key.len() + value.len()).sum()
+        };
+        let texts = [&self.working_dir, &self.checkpoint_dir, &self.tensorboard_dir, &self.metric_pattern];
+        let command: usize = self.command.iter().map(String::len).sum();
+        let texts: usize = texts.into_iter().flatten().map(String::len).sum();
+        let maps = pairs(&self.env) + pairs(&self.env_files) + pairs(&self.node_selector);
+        self.name.len() + command + texts + maps
+    }
+
     fn check_command(&mut self, errors: &mut Errors) {
         match self.command.first() {
             None => errors.add("command", "is empty: name the program and its arguments".into()),
@@ -194,33 +197,6 @@ impl JobSpec {
             errors.check_text(&format!("command[{i}]"), arg, limits::ARG_BYTES_MAX);
         }
         errors.check_name("name", &self.name);
-    }
-
-    fn check_env(&self, errors: &mut Errors) {
-        if self.env.len() > limits::ENV_VARS_MAX {
-            errors
-                .add("env", format!("has {} entries; at most {} fit", self.env.len(), limits::ENV_VARS_MAX));
-        }
-        for (key, value) in &self.env {
-            let shown: String = key.chars().take(64).collect();
-            let field = format!("env[{shown:?}]");
-            if key.is_empty() || key.contains('=') {
-                errors.add(&field, "is not a variable name: it is empty or contains '='".into());
-            }
-            errors.check_text(&field, key, limits::NAME_BYTES_MAX);
-            errors.check_text(&field, value, limits::ARG_BYTES_MAX);
-            if key.starts_with("MUSTER_") || RESERVED_ENV.contains(&key.as_str()) {
-                errors.add(&field, "is set by Muster for each rank; remove it from the job".into());
-            }
-        }
-        let bytes: usize = self.command.iter().map(String::len).sum::<usize>()
-            + self.env.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
-        if bytes > limits::SPEC_BYTES_MAX {
-            errors.add(
-                "command",
-                format!("and env have {bytes} bytes together; at most {} fit", limits::SPEC_BYTES_MAX),
-            );
-        }
     }
 
     fn check_counts(&mut self, errors: &mut Errors) {
@@ -334,6 +310,10 @@ mod tests {
         JobSpec::new(vec!["/usr/bin/env".into(), "true".into()])
     }
 
+    fn one(key: &str, value: &str) -> BTreeMap<String, String> {
+        [(key.to_owned(), value.to_owned())].into()
+    }
+
     #[test]
     fn defaults_are_filled_in() {
         let spec = valid().check().unwrap();
@@ -343,7 +323,7 @@ mod tests {
     #[test]
     fn each_violation_names_its_field() {
         type Break = fn(&mut JobSpec);
-        let table: [(&str, Break); 18] = [
+        let table: [(&str, Break); 22] = [
             ("command", |s| s.command.clear()),
             ("command[0]", |s| s.command[0] = " ".into()),
             ("command[1]", |s| s.command[1] = "a\0b".into()),
@@ -357,6 +337,10 @@ mod tests {
             ("procs_per_node", |s| s.procs_per_node = 1025),
             ("env[\"RANK\"]", |s| _ = s.env.insert("RANK".into(), "1".into())),
             ("env[\"A=B\"]", |s| _ = s.env.insert("A=B".into(), "1".into())),
+            ("env_files[\"RANK\"]", |s| _ = s.env_files.insert("RANK".into(), "/x".into())),
+            ("env_files[\"A\"]", |s| _ = s.env_files.insert("A".into(), "x".into())),
+            ("env_files[\"A\"]", |s| (s.env, s.env_files) = (one("A", "1"), one("A", "/x"))),
+            ("env_files", |s| s.env_files = (0..65).map(|i| (format!("A{i}"), "/x".into())).collect()),
             ("last_call", |s| s.last_call = Millis(limits::SPAN_MAX.0 + 1)),
             ("working_dir", |s| s.working_dir = Some("relative".into())),
             ("tensorboard_dir", |s| s.tensorboard_dir = Some("s3://bucket/runs".into())),

@@ -6,6 +6,9 @@
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 
+/// Stands for what is not shown to everybody.
+pub const REDACTED: &str = "[redacted]";
+
 /// Returns whether a character controls a terminal or the layout of a line.
 pub fn is_control(c: char) -> bool {
     // C0, DEL and C1; the separators of lines and paragraphs; and what sets the direction of text.

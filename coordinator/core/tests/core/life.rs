@@ -316,7 +316,7 @@ fn cordoned_nodes_and_foreign_labels_are_passed_over() {
     picky.node_selector.insert("zone".into(), "y".into());
     let job = world.submit(picky);
     assert_eq!(world.job(&job).reason, r#"waiting: 0 of 1 nodes; a refused: label zone is "x", not "y""#);
-    let cordon = |cordon| muster_core::Input::SetCordon { node: "a".into(), cordon };
+    let cordon = |cordon| muster_core::Input::SetCordon { by: None, node: "a".into(), cordon };
     world.input(cordon(Some("bad fan".into())));
     let plain = world.submit(spec(1, 1));
     assert_eq!(world.job(&plain).reason, "waiting: 0 of 1 nodes; a refused: cordoned (bad fan)");

@@ -9,8 +9,8 @@ use std::net::IpAddr;
 use muster_core::health::{Finding, Severity, Verdict};
 use muster_core::types::{Incarnation, JobSpec, Millis, NodePlacement, Resources};
 use muster_core::{
-    Config, Core, Device, FabricPort, Input, Inventory, JobState, Join, Location, Node, Plan, PortState,
-    Reply, Snapshot, solve,
+    Caller, Config, Core, Device, FabricPort, Input, Inventory, JobState, Join, Location, Node, Plan,
+    PortState, Reply, Snapshot, solve,
 };
 use proptest::prelude::*;
 
@@ -56,7 +56,9 @@ fn eight(faulty: &[u32]) -> Inventory {
 
 /// Submits a job, and gives its placement or why it waits.
 fn place(core: &mut Core, spec: JobSpec) -> Result<Vec<NodePlacement>, String> {
-    let reply = core.step(START, Input::Submit { request_id: None, spec: Box::new(spec) }).reply;
+    let reply = core
+        .step(START, Input::Submit { by: Caller::trusted(), request_id: None, spec: Box::new(spec) })
+        .reply;
     let Some(Ok(Reply::Job(job))) = reply else { panic!("{reply:?}") };
     core.check_invariants().unwrap();
     if job.gang.is_some() { Ok(job.placements().to_vec()) } else { Err(job.reason) }

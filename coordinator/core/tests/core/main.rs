@@ -4,6 +4,7 @@ mod access;
 mod agents;
 mod life;
 mod machines;
+mod owners;
 mod properties;
 mod recovery;
 mod rendezvous;

@@ -136,7 +136,7 @@ fn apply(world: &mut World, history: &mut History, op: &Op) {
         }
         Op::Health { node, severity, faulty } => say_health(world, NODES[node], severity, faulty),
         Op::Uncordon(node) => {
-            world.input(Input::SetCordon { node: NODES[node].to_owned(), cordon: None });
+            world.input(Input::SetCordon { by: None, node: NODES[node].to_owned(), cordon: None });
         }
         Op::Pass(millis) => world.pass(millis),
         Op::RestartCoordinator => world.restart_coordinator(),
@@ -154,7 +154,7 @@ fn heal(world: &mut World, history: &History) {
         }
         for node in NODES {
             say_health(world, node, None, None);
-            world.input(Input::SetCordon { node: node.to_owned(), cordon: None });
+            world.input(Input::SetCordon { by: None, node: node.to_owned(), cordon: None });
         }
         world.settle();
         world.pass(if round == 0 { 130_000 } else { 31_000 });

@@ -15,7 +15,7 @@ fn elastic(min: u32, max: u32, restarts: u32) -> muster_core::types::JobSpec {
 
 fn drain(world: &mut World, node: &str, timeout: Option<u64>) {
     let timeout = timeout.map(Millis);
-    let input = Input::Drain { node: node.into(), reason: "new kernel".into(), timeout };
+    let input = Input::Drain { by: None, node: node.into(), reason: "new kernel".into(), timeout };
     world.input(input).unwrap().unwrap();
 }
 
@@ -111,7 +111,7 @@ fn a_drained_node_is_emptied_without_spending_a_restart() {
     assert!(world.core.node("b").unwrap().reserved.jobs.is_empty());
     world.restart_coordinator();
     assert!(world.core.node("b").unwrap().drain.is_some(), "it is stored");
-    world.input(Input::SetCordon { node: "b".into(), cordon: None });
+    world.input(Input::SetCordon { by: None, node: "b".into(), cordon: None });
     assert!(world.core.node("b").unwrap().drain.is_none());
 }
 

@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use muster_core::types::{Incarnation, JobSpec, Millis};
-use muster_core::{Config, Core, Input, Inventory, Job, Join, Snapshot, Write};
+use muster_core::{Caller, Config, Core, Input, Inventory, Job, Join, Snapshot, Write};
 
 use crate::world::{name, spec};
 
@@ -30,7 +30,10 @@ fn stored(nodes: u32, waiting: impl IntoIterator<Item = JobSpec>) -> Snapshot {
         }
     };
     for spec in waiting {
-        take(core.step(now, Input::Submit { request_id: None, spec: Box::new(spec) }).writes);
+        take(
+            core.step(now, Input::Submit { by: Caller::trusted(), request_id: None, spec: Box::new(spec) })
+                .writes,
+        );
     }
     for index in 0..nodes {
         take(core.step(now, Input::Join(Box::new(join(index)))).writes);

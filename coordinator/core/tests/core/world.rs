@@ -11,8 +11,8 @@ use muster_core::types::{
     Rank, RankExit, RequestId, Resources, Session,
 };
 use muster_core::{
-    Config, Core, Device, Effects, Input, Inventory, Job, JobState, Join, Node, Reply, Snapshot, ToNode,
-    Write,
+    Caller, Config, Core, Device, Effects, Input, Inventory, Job, JobState, Join, Node, Reply, Snapshot,
+    ToNode, Write,
 };
 
 /// A node that follows its assignments at once.
@@ -90,16 +90,24 @@ impl World {
 
     pub fn submit_as(&mut self, request: Option<&str>, spec: JobSpec) -> Result<Job, muster_core::Refusal> {
         let request_id = request.map(|id| RequestId::new(id).unwrap());
-        match self.input(Input::Submit { request_id, spec: Box::new(spec) }).unwrap()? {
+        match self
+            .input(Input::Submit { by: Caller::trusted(), request_id, spec: Box::new(spec) })
+            .unwrap()?
+        {
             Reply::Job(job) => Ok(*job),
             other => panic!("{other:?}"),
         }
     }
 
     pub fn cancel(&mut self, job: &str) {
-        self.input(Input::Cancel { job: job.to_owned(), reason: String::new(), signal: None })
-            .unwrap()
-            .unwrap();
+        self.input(Input::Cancel {
+            by: Caller::trusted(),
+            job: job.to_owned(),
+            reason: String::new(),
+            signal: None,
+        })
+        .unwrap()
+        .unwrap();
     }
 
     pub fn job(&self, id: &str) -> &Job {
