@@ -142,6 +142,8 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use muster_core::types::surroundings::Surroundings;
     use muster_core::types::{
         DesiredPhase, GangId, JobId, Millis, NodeName, NodePlacement, Rank, StopMode, StopSignal, UserName,
@@ -154,6 +156,7 @@ mod tests {
         let mine = |text: &str| Some(text.to_owned());
         let spec = JobSpec {
             env: [("LD_PRELOAD".to_owned(), "/tmp/evil.so".to_owned())].into(),
+            env_files: [("KEY".to_owned(), "/home/ann/.ssh/id_ed25519".to_owned())].into(),
             working_dir: mine("/evil"),
             checkpoint_dir: mine("/evil"),
             tensorboard_dir: mine("/home/ann"),
@@ -214,6 +217,7 @@ mod tests {
             attached: Some(&attached),
             surroundings: Some(&surroundings),
             user: None,
+            from_files: &BTreeMap::new(),
         };
         let env = of_rank(&attached.own(hostile()), 0, 1, context, std::iter::empty());
         for name in ["LD_PRELOAD", "MUSTER_CHECKPOINT_DIR"] {

@@ -45,6 +45,7 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
         }
     }
     spec.env.extend(args.env.into_iter().map(|pair| (pair.0, pair.1)));
+    spec.env_files.extend(args.env_file.into_iter().map(|pair| (pair.0, pair.1)));
     spec.node_selector.extend(args.node_selector.into_iter().map(|pair| (pair.0, pair.1)));
     if let Some(dir) = args.working_dir {
         spec.working_dir = dir;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use muster_core::types::surroundings::{DerivedVariable, RankBinding, VALUE_BYTES_MAX, VariableSource};
-use muster_core::types::{Assignment, CpuList, Surroundings};
+use muster_core::types::{Assignment, CpuList, JobSpec, Surroundings};
 use muster_core::{Device, FabricPort, Inventory, LinkLayer};
 
 /// Ports slower than the fastest by more than this factor are for something else than training, where nothing else tells.
@@ -50,7 +50,8 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
         all.push(("GLOO_SOCKET_IFNAME", interface.to_owned(), reason));
     }
     let variables = all.into_iter().map(|(name, value, reason)| {
-        let theirs = (assignment.spec.env.get(name).cloned().map(|own| (own, VariableSource::Job)))
+        let theirs = of_job(&assignment.spec, name)
+            .map(|own| (own, VariableSource::Job))
             .or_else(|| Some(((facts.inherited)(name)?, VariableSource::Daemon)));
         let (value, source, reason) = match theirs {
             Some((own, source)) if own == value => {
@@ -64,6 +65,12 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
         DerivedVariable { name: name.to_owned(), value, source, reason }
     });
     Surroundings { variables: variables.collect(), bindings: bindings(assignment, facts) }
+}
+
+/// What the job sets a variable to; of one whose value nodes have in a file, where it comes from.
+fn of_job(spec: &JobSpec, name: &str) -> Option<String> {
+    let from_file = || spec.env_files.get(name).map(|path| format!("from {path}"));
+    spec.env.get(name).cloned().or_else(from_file)
 }
 
 type PassedOver<'a> = Vec<(&'a FabricPort, String)>;
@@ -142,7 +149,7 @@ fn bindings(assignment: &Assignment, facts: &Facts<'_>) -> Vec<RankBinding> {
     }
     let own = ["KMP_AFFINITY", "GOMP_CPU_AFFINITY"]
         .into_iter()
-        .find(|name| assignment.spec.env.contains_key(*name) || (facts.inherited)(name).is_some());
+        .find(|name| of_job(&assignment.spec, name).is_some() || (facts.inherited)(name).is_some());
     let of_rank = |(local_rank, gpus): (u32, &[u32])| {
         let (cpus, reason) = match own {
             Some(name) => (CpuList::default(), format!("{name} is set: the user places threads")),

@@ -69,6 +69,8 @@ pub(crate) struct RankContext<'a> {
     pub surroundings: Option<&'a Surroundings>,
     /// As whom the rank runs, if not as whom the daemon does.
     pub user: Option<&'a User>,
+    /// Variables whose values were read from files.
+    pub from_files: &'a BTreeMap<OsString, OsString>,
 }
 
 /// Every variable of one rank. `inherited` is the daemon's environment.
@@ -110,6 +112,7 @@ pub(crate) fn of_rank(
     for (key, value) in &spec.env {
         env.insert(key.into(), value.into());
     }
+    env.extend(paths.from_files.iter().map(|(key, value)| (key.clone(), value.clone())));
     let rank = Rank(placement.first_rank.0 + local_rank);
     let mut set = |key: &str, value: String| env.insert(key.into(), value.into());
     set("RANK", rank.to_string());
@@ -230,6 +233,7 @@ mod tests {
             attached: None,
             surroundings: None,
             user,
+            from_files: &[("SECRET".into(), "s3cret".into()), ("RANK".into(), "9".into())].into(),
         };
         let inherited = inherited.iter().map(|(key, value)| (OsString::from(key), OsString::from(value)));
         let text = |text: OsString| text.into_string().unwrap();
@@ -272,6 +276,7 @@ mod tests {
             env(0, &[("MINE", "daemon"), ("HOME", "/root"), ("RANK", "77"), ("NOTIFY_SOCKET", "/run/x")]);
         let get = |name: &str| env.get(name).map(String::as_str);
         assert_eq!((get("MINE"), get("HOME"), get("RANK")), (Some("job"), Some("/root"), Some("2")));
+        assert_eq!(get("SECRET"), Some("s3cret"));
         assert_eq!((get("OMP_NUM_THREADS"), get("NOTIFY_SOCKET")), (Some("4"), None));
     }
 

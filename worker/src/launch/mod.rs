@@ -5,6 +5,7 @@
 
 pub(crate) mod cgroup;
 pub(crate) mod checks;
+pub(crate) mod env_files;
 pub(crate) mod environment;
 pub(crate) mod error_file;
 mod files;

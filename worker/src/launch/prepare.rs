@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use muster_core::types::{Assignment, GangId, Rank};
 use nix::unistd::{AccessFlags, access};
 
+use super::env_files;
 use super::script;
 use super::store::RankStore;
 use super::user::{self, User, work_dir};
@@ -78,6 +79,8 @@ pub(crate) fn prepare(order: &Order, port: u16) -> Result<Prepared, String> {
     }
     let program = find_program(assignment)?;
     check_script(assignment)?;
+    // Read again right before the ranks start: it is kept nowhere meanwhile.
+    env_files::read(spec, user.as_ref())?;
     let gang = &assignment.gang;
     let log_dirs: Vec<PathBuf> =
         (0..assignment.placement.procs).map(|local_rank| log_dir(data_dir, gang, local_rank)).collect();

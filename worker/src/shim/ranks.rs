@@ -18,7 +18,7 @@ use crate::launch::oom::{self, Counts, OutOfMemory};
 use crate::launch::prepare::{Prepared, make_log_dir, start_dir};
 use crate::launch::process::{self, Program, RankProcess};
 use crate::launch::procfs::Process;
-use crate::launch::{error_file, sweep};
+use crate::launch::{env_files, error_file, sweep};
 use crate::telemetry::{Followed, Follower, Looker, RankSocket, Sockets};
 
 /// What a rank has left of its reasons.
@@ -105,6 +105,7 @@ impl Ranks {
         self.are_gone = false;
         let assignment = &order.assignment;
         let mark = order.mark();
+        let from_files = env_files::read(&assignment.spec, prepared.user.as_deref())?;
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
             let local_rank = rank.0 - assignment.placement.first_rank.0;
             let socket = sockets.open(*rank, log_dir, prepared.user.as_deref());
@@ -120,6 +121,7 @@ impl Ranks {
                 attached: order.attached.as_ref(),
                 surroundings: order.surroundings.as_deref(),
                 user: prepared.user.as_deref(),
+                from_files: &from_files,
             };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
             let working_dir = start_dir(assignment, log_dir, prepared.user.as_deref());

@@ -1,5 +1,7 @@
 //! What nodes add to the environment of a job's ranks, and why.
 
+use std::collections::BTreeMap;
+
 use muster_proto::v1::{self, VariableSource};
 
 use crate::args::{Global, JobArgs, Output};
@@ -18,6 +20,13 @@ pub(super) async fn show(client: &Client, args: &JobArgs, global: &Global) -> Re
     if global.output == Output::Json {
         json::print("GetJobEnvironmentResponse", &found)?;
         return Ok(());
+    }
+    let from_files = files(client, args).await?;
+    for (name, path) in &from_files {
+        out!("{name} from {path}");
+    }
+    if !from_files.is_empty() {
+        out!("");
     }
     if found.environments.is_empty() {
         out!(
@@ -46,6 +55,13 @@ pub(super) async fn show(client: &Client, args: &JobArgs, global: &Global) -> Re
         out!("and {} further kinds of nodes", found.environments_more);
     }
     Ok(())
+}
+
+/// Variables of the job whose values its nodes read from files, with the files.
+async fn files(client: &Client, args: &JobArgs) -> Result<BTreeMap<String, String>, Failure> {
+    let request = v1::GetJobRequest { job_id: args.job_id.clone() };
+    let job = client.jobs().get_job(request).await?.into_inner().job.unwrap_or_default();
+    Ok(job.spec.unwrap_or_default().env_files.into_iter().collect())
 }
 
 fn names(all: &[String]) -> String {
