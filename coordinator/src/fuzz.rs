@@ -228,6 +228,7 @@ fn drain_request(bytes: &[u8]) {
 fn list_jobs_request(bytes: &[u8]) {
     let Some(wire) = message::<v1::ListJobsRequest>(bytes) else { return };
     let Some((before, size)) = accepted(jobs::checked_page(&wire)) else { return };
+    accepted(jobs::Wanted::checked(&wire, &Caller::trusted()));
     assert!((1..=1000).contains(&size) && wire.states().count() <= wire.states.len());
     let cluster = Cluster::new();
     let shown: Vec<u64> = cluster.core.jobs_before(before).take(size).map(|job| job.order).collect();

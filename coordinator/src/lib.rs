@@ -147,7 +147,7 @@ impl Config {
 }
 
 impl Config {
-    /// What of it is the core's.
+    /// Returns the settings of the core.
     fn of_core(&self) -> muster_core::Config {
         muster_core::Config {
             lease: millis(self.lease),

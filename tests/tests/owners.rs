@@ -116,6 +116,14 @@ fn others_see_that_a_job_runs_and_not_what_and_cannot_end_it() {
     }
     assert!(bed.by("ops", &["logs", &failed]).ok().contains(&format!("out-{SECRET}")));
 
+    // What a node says of a program that is not there names it.
+    let program = format!("/no/{SECRET}/train");
+    let missing = bed.by("ann", &["submit", "--", &program]).ok().trim().to_owned();
+    assert!(bed.job("ann", &missing, "FAILED").to_string().contains("is not there"));
+    let seen = bed.job("bob", &missing, "FAILED");
+    assert_eq!(seen["reason"], "node n1: [redacted]");
+    assert!(!seen.to_string().contains(SECRET), "{seen}");
+
     let running = bed.submit("ann", &[], "exec sleep 1000");
     bed.job("ann", &running, "RUNNING");
     denied(
@@ -127,7 +135,7 @@ fn others_see_that_a_job_runs_and_not_what_and_cannot_end_it() {
         let listed = bed.by(who, &[&["jobs", "-a", "--output", "json"], flags].concat()).json();
         listed.iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect()
     };
-    let anns = vec![running.clone(), failed.clone()];
+    let anns = vec![running.clone(), missing, failed.clone()];
     assert_eq!((ids("ann", &["--mine"]), ids("bob", &["--owner", "ann"])), (anns.clone(), anns));
     assert_eq!(ids("bob", &["--mine"]), Vec::<String>::new());
 

@@ -37,7 +37,8 @@ pub(crate) enum TokenCommand {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CreateArgs {
-    /// What its bearer may do: viewers read, submitters also submit and cancel jobs, operators also cordon and drain nodes,
+    /// What its bearer may do: viewers read, submitters also submit jobs and cancel their own, operators see
+    /// and cancel all of them and also cordon and drain nodes,
     /// admins also make tokens; by one of the role node a node joins, and nothing else.
     #[arg(long, value_parser = role)]
     role: Role,

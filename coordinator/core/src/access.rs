@@ -23,11 +23,11 @@ pub const BARRED_MAX: usize = 100_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Reads.
+    /// Reads, but for what is for the owner of a job alone.
     Viewer,
-    /// Reads, submits and cancels jobs.
+    /// The same, and submits jobs and cancels its own.
     Submitter,
-    /// The same, and cordons and drains nodes.
+    /// The same for every job, and cordons and drains nodes.
     Operator,
     /// The same, and makes and revokes tokens.
     Admin,

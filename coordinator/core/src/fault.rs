@@ -6,7 +6,6 @@ use crate::core::{Core, Timer};
 use crate::effects::Effects;
 use crate::gang::counted;
 use crate::job::{JobState, Observed, Outcome, RootCause};
-use crate::types::text::REDACTED;
 use crate::types::{
     DesiredPhase, Generation, JobId, JobSpec, Millis, NodeName, Rank, RankExit, RankProgress,
 };
@@ -26,8 +25,8 @@ pub(crate) enum Cause {
     Fault(String),
     /// No rank shows progress; in words.
     Hang(String),
-    /// In words. A new generation would meet the same.
-    Permanent(String),
+    /// A node could not do what it was told, and says why. `is_permanent`: a new generation would meet the same.
+    Node { name: NodeName, error: String, is_permanent: bool },
     /// The nodes of the gang change, by somebody's will; in words. No fault, so no restart is spent.
     Move(String),
 }
@@ -42,13 +41,16 @@ impl Core {
             && job.port_retries < PORT_RETRIES_MAX;
         job.port_retries += u32::from(port_taken);
         let moves = matches!(cause, Cause::Move(_)) || port_taken;
-        let permanent = matches!(cause, Cause::Permanent(_));
+        let permanent = matches!(cause, Cause::Node { is_permanent: true, .. });
         gang.dump_stacks = matches!(cause, Cause::Hang(_));
-        let (why, exit) = match cause {
-            Cause::Exit(node, exit) => {
-                (describe_exit(&job.spec, &node, &exit), Some(RootCause { generation, node, exit }))
-            }
-            Cause::Fault(why) | Cause::Hang(why) | Cause::Permanent(why) | Cause::Move(why) => (why, None),
+        let (why, quoted, exit) = match cause {
+            Cause::Exit(node, exit) => (
+                describe_exit(&job.spec, &node, &exit),
+                said(&exit),
+                Some(RootCause { generation, node, exit }),
+            ),
+            Cause::Node { name, error, .. } => (format!("node {name}: {error}"), Some(error), None),
+            Cause::Fault(why) | Cause::Hang(why) | Cause::Move(why) => (why, None, None),
         };
         let left = job.spec.max_restarts.saturating_sub(job.restarts_used);
         let outcome = match (moves, permanent, left) {
@@ -65,7 +67,7 @@ impl Core {
             (Outcome::Fail, 0) => why,
             (Outcome::Fail, used) => format!("{why}; after {}", counted(used as usize, "restart")),
         };
-        job.exit = exit;
+        (job.exit, job.quoted) = (exit, quoted);
         let ran = now.since(gang.placed);
         job.not_before = now.plus(if moves || ran >= QUICK_FAILURE || job.restarts_used == 0 {
             Millis(0)
@@ -190,22 +192,15 @@ fn describe_exit(spec: &JobSpec, node: &NodeName, exit: &RankExit) -> String {
         (Some(code), None) => format!("ended with exit code {code}"),
         (None, None) => "ended".to_owned(),
     };
-    format!("rank {} on node {node} {how}{}", exit.rank, said(exit).unwrap_or_default())
+    let said = said(exit).map(|said| format!(": {said}"));
+    format!("rank {} on node {node} {how}{}", exit.rank, said.unwrap_or_default())
 }
 
-/// What a rank wrote itself about its end, as reasons quote it.
+/// Returns the words of a rank about its end that reasons quote.
 fn said(exit: &RankExit) -> Option<String> {
     let last = exit.stderr_tail.lines().rev().find(|line| !line.trim().is_empty());
     let said = exit.error.as_deref().or(last);
-    said.map(|line| format!(": {}", line.chars().take(200).collect::<String>()))
-}
-
-impl RootCause {
-    /// Returns a reason without what the rank wrote.
-    pub(crate) fn redact(&self, reason: &str) -> String {
-        let said = said(&self.exit);
-        said.map_or_else(|| reason.to_owned(), |said| reason.replace(&said, &format!(": {REDACTED}")))
-    }
+    said.map(|line| line.chars().take(200).collect())
 }
 
 fn signal_name(signal: i32) -> &'static str {

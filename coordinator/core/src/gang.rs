@@ -179,8 +179,9 @@ impl Core {
         }
         let exit = exits.into_iter().find(|exit| !exit.is_success());
         let cause = match (&report.error, exit) {
-            (Some(error), _) if preparing => Some(Cause::Permanent(format!("node {name}: {error}"))),
-            (Some(error), _) => Some(Cause::Fault(format!("node {name}: {error}"))),
+            (Some(error), _) => {
+                Some(Cause::Node { name: name.clone(), error: error.clone(), is_permanent: preparing })
+            }
             (None, Some(exit)) => Some(Cause::Exit(name.clone(), exit.clone())),
             (None, None) if seen >= Observed::Killed && !done => {
                 Some(Cause::Fault(format!("node {name} stopped its ranks")))
@@ -292,7 +293,7 @@ impl Core {
             generation: job.generation,
             placements: gang.placements,
             reason: job.reason.clone(),
-            exit: job.exit.clone().filter(|cause| cause.generation == job.generation),
+            quoted: job.quoted.clone(),
             placed: gang.placed,
             ended: now,
         });

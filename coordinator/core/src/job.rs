@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::bugs::{Bug, planted};
+use crate::types::text::REDACTED;
 use crate::types::{
     Assignment, DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Owner,
     RankExit, RankProgress, RendezvousReport, RequestId, StopSignal, Surroundings,
@@ -69,6 +70,9 @@ pub struct Job {
     pub restarts_used: u32,
     /// Why it is where it is.
     pub reason: String,
+    /// The part of the reason that a rank or its node wrote, if it is there still.
+    #[serde(default)]
+    pub quoted: Option<String>,
     /// The gang while the job holds nodes.
     pub gang: Option<Gang>,
     /// The failure that ended the current or last generation.
@@ -112,9 +116,9 @@ pub struct PastGeneration {
     /// What ended it, in words.
     #[serde(default)]
     pub reason: String,
-    /// The failure that ended it, where it was a rank's.
+    /// Part of the reason that a rank or its node wrote, which may quote the command, its variables or its output.
     #[serde(default)]
-    pub exit: Option<RootCause>,
+    pub quoted: Option<String>,
     /// When it was placed.
     #[serde(default)]
     pub placed: Millis,
@@ -276,10 +280,16 @@ impl Gang {
 }
 
 impl PastGeneration {
-    /// Returns the reason without what a rank of it wrote.
+    /// Returns the reason without what a rank or its node wrote.
     pub fn reason_redacted(&self) -> String {
-        self.exit.as_ref().map_or_else(|| self.reason.clone(), |cause| cause.redact(&self.reason))
+        without(&self.reason, self.quoted.as_deref())
     }
+}
+
+fn without(reason: &str, quoted: Option<&str>) -> String {
+    let quoted = quoted.filter(|quoted| !quoted.is_empty());
+    let cut = |quoted| reason.replace(&format!(": {quoted}"), &format!(": {REDACTED}"));
+    quoted.map_or_else(|| reason.to_owned(), cut)
 }
 
 impl Job {
@@ -295,9 +305,9 @@ impl Job {
         finished
     }
 
-    /// Returns the reason without what a rank of it wrote.
+    /// Returns the reason without what a rank or its node wrote.
     pub fn reason_redacted(&self) -> String {
-        self.exit.as_ref().map_or_else(|| self.reason.clone(), |cause| cause.redact(&self.reason))
+        without(&self.reason, self.quoted.as_deref())
     }
 
     /// Whether it waits for nodes, or for the time at which it may have some.

@@ -46,6 +46,7 @@ impl Core {
             generation: Generation(0),
             restarts_used: 0,
             reason: "waiting to be placed".to_owned(),
+            quoted: None,
             gang: None,
             exit: None,
             past: Vec::new(),

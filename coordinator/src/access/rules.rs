@@ -113,8 +113,8 @@ pub(crate) fn check(rule: Rule, identity: &Identity) -> Result<(), Status> {
     Err(denied(format!("{identity} has the role {} and may not do this; it needs {needs}", identity.role())))
 }
 
-/// Whether a user of this machine may do it who was let in, and is neither root nor who runs the coordinator: what
-/// submitters and nodes may.
+/// Checks a call of a user of this machine who was let in, and is neither root nor the one who runs the coordinator. They may
+/// do what submitters and nodes may.
 fn check_listed(rule: Rule, identity: &Identity) -> Result<(), Status> {
     match rule {
         Rule::Least(needed) if !Role::Submitter.covers(needed) => Err(denied(format!(

@@ -1,7 +1,7 @@
 //! The cluster before the faults and after them, and its users.
 
-use muster_core::types::{CoordinatorLoss, JobSpec, Millis, RequestId, Resources};
-use muster_core::{Caller, Input, Job, Refusal, Reply};
+use muster_core::types::{CoordinatorLoss, JobSpec, Millis, Owner, RequestId, Resources};
+use muster_core::{Caller, Input, Job, Refusal, Reply, Rights};
 use rand::RngExt;
 
 use crate::coordinator::{Asked, LEASE};
@@ -9,6 +9,8 @@ use crate::machine::Machine;
 use crate::schedule::{MACHINES, Wanted};
 use crate::world::{Event, Submission, World};
 
+/// Users whose the jobs are.
+const OWNERS: usize = 3;
 /// A user who has no answer asks again.
 const RETRY: u64 = 2_000;
 /// A machine that was in trouble may be the cause of what happens this long after: leases end, timeouts pass.
@@ -146,8 +148,9 @@ impl World {
     pub fn ask_to_submit(&mut self, index: usize) {
         let Submission { request, wanted, .. } = &self.submissions[index];
         let (Ok(request_id), Some(spec)) = (RequestId::new(request.clone()), spec(wanted)) else { return };
-        let input =
-            Input::Submit { by: Caller::trusted(), request_id: Some(request_id), spec: Box::new(spec) };
+        let name = Owner::new(format!("user{}", index % OWNERS)).ok();
+        let by = Caller { name, rights: Rights::Own };
+        let input = Input::Submit { by, request_id: Some(request_id), spec: Box::new(spec) };
         self.ask(Asked::User { caller: index as u64, input });
     }
 

@@ -2,8 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use crate::world::{World, spec};
-use muster_core::types::{JobSpec, Owner, RequestId};
+use crate::world::{World, exit_of, name as node_name, spec};
+use muster_core::types::{JobSpec, Owner, RankExit, RequestId};
 use muster_core::{Caller, Input, Job, JobState, NodeState, QueueFull, QueueMax, Refusal, Reply, Rights};
 
 #[expect(clippy::unnecessary_wraps, reason = "as records have it")]
@@ -66,6 +66,31 @@ fn a_record_without_an_owner_is_read() {
     assert!(fields.remove("owner").is_some() && fields.remove("cancelled_by").is_some());
     let read: Job = serde_json::from_value(record).unwrap();
     assert_eq!((read.owner, read.request_id), (None, job.request_id));
+}
+
+#[test]
+fn reasons_can_be_shown_without_what_a_rank_wrote() {
+    let mut world = World::with_nodes(&["a"]);
+    let spec = JobSpec { max_restarts: 1, ..spec(1, 1) };
+    let id = submit(&mut world, owner("ann"), None, spec).unwrap().id.to_string();
+    let secrets = ["error: s3cret; restart 1 of 1", "s3cret"];
+    for said in secrets {
+        let gang = world.job(&id).gang_id();
+        let mut report = world.node("a").gangs[&gang].1.clone();
+        let exit = exit_of(0, Some(1), None, world.now);
+        report.exits.push(RankExit { stderr_tail: format!("{said}\n"), ..exit });
+        world.report(&node_name("a"), report);
+        world.pass(60_000);
+        let job = world.job(&id);
+        let past = &job.past.iter().find(|past| past.generation == gang.generation).unwrap();
+        let (whole, redacted) = (&past.reason, past.reason_redacted());
+        assert!(whole.contains(said), "{whole}");
+        assert!(!redacted.contains("s3cret") && redacted.contains("exit code 1: [redacted]"), "{redacted}");
+        assert!(!job.reason_redacted().contains("s3cret"), "{}", job.reason_redacted());
+    }
+    assert_eq!(world.state(&id), JobState::Failed);
+    world.restart_coordinator();
+    assert!(!world.job(&id).reason_redacted().contains("s3cret"));
 }
 
 #[test]
