@@ -3,6 +3,8 @@
 //!
 //! See ARCHITECTURE.md beside this crate for the map.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod access;
 mod agents;
 mod answers;
@@ -33,7 +35,7 @@ mod tls;
 pub mod transfer;
 mod view;
 
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -193,8 +195,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let more = at.map(|at| format!(",\"http_listening\":\"{at}\"")).unwrap_or_default();
     let says = format!("{{\"listening\":\"{address}\"{more}}}");
     let ready = move || {
-        // Nobody may be there to read it.
-        writeln!(io::stderr(), "{says}").ok();
+        muster_monitor::announce(&says);
         if let Some(address) = unserved {
             warn!(%address, "metrics are not served, for the port is taken: another --http-listen, or `off`, ends this warning");
         }
@@ -354,7 +355,11 @@ fn advertised(config: &Config) -> String {
     })
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+/// Listens where many may come at once, such as every rank and node of a large run.
+///
+/// # Errors
+/// Those of the kernel: the port is taken, or the address is not this machine's.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address {
         SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
         SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,

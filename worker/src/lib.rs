@@ -4,6 +4,8 @@
 //! A small pure core (`muster-worker-core`) holds what is desired against what runs; one task owns it. The ranks of
 //! each gang belong to a process of their own, its `shim`, and run on when the daemon does not.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod attached;
 mod clock;
 mod daemon;

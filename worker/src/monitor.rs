@@ -1,7 +1,6 @@
 //! What this daemon shows of itself, its machine and its ranks to Prometheus.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -113,9 +112,8 @@ impl Monitor {
         let bound = muster_monitor::bind(config.http).await?;
         let Some(listener) = bound else { return Ok(None) };
         if let Ok(address) = listener.local_addr() {
-            // Nobody may be there to read it.
             let says = serde_json::json!({ "http_listening": address.to_string() });
-            writeln!(io::stderr(), "{says}").ok();
+            muster_monitor::announce(&says.to_string());
         }
         let counts = self.0.clone();
         let ready = move || {

@@ -17,7 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
-use crate::log;
+use crate::{log, output};
 
 /// Where a coordinator's metrics are unless it is told otherwise. A worker's are nowhere: hosts of several workers are the
 /// rule where people try things out, and clusters say where they scrape.
@@ -142,10 +142,14 @@ fn start_logging(args: &DaemonArgs) -> Result<CancellationToken, Failure> {
     match args.log_format {
         LogFormat::Text => {
             use std::io::IsTerminal;
-            log::text(filter, std::io::stderr().is_terminal(), std::io::stderr).init();
+            log::text(filter, std::io::stderr().is_terminal(), || output::Log).init();
         }
-        LogFormat::Json => log::json(filter, std::io::stderr).init(),
+        LogFormat::Json => {
+            output::gaps_in_json();
+            log::json(filter, || output::Log).init();
+        }
     }
+    muster_monitor::announce_by(|line| output::say_lines([line]));
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
@@ -158,6 +162,7 @@ fn start_logging(args: &DaemonArgs) -> Result<CancellationToken, Failure> {
             }
             if count > 1 {
                 warn!("signalled again; ending at once");
+                output::drain([output::PAUSE_MAX; 2]).await.ok();
                 std::process::exit(130);
             }
             info!("signalled; ending in good order");

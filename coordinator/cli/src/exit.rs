@@ -16,6 +16,8 @@ pub(crate) enum Failure {
     JobCancelled,
     /// The command line or a file is wrong.
     Usage(String),
+    /// The command line is wrong; it was said already how.
+    CommandLine,
     /// No coordinator answers.
     Unreachable(String),
     /// The coordinator answered with an error.
@@ -48,7 +50,7 @@ impl Failure {
         match self {
             Self::ReaderGone => 0,
             Self::JobFailed | Self::Unsound | Self::Other(_) => 1,
-            Self::Usage(_) => 2,
+            Self::Usage(_) | Self::CommandLine => 2,
             Self::Unreachable(_) => 3,
             Self::JobCancelled => 6,
             Self::Interrupted => 130,
@@ -80,9 +82,12 @@ impl Failure {
     /// Returns it in words, as lines; none where it was shown already.
     fn lines(&self) -> Vec<String> {
         match self {
-            Self::JobFailed | Self::JobCancelled | Self::Interrupted | Self::Unsound | Self::ReaderGone => {
-                Vec::new()
-            }
+            Self::JobFailed
+            | Self::JobCancelled
+            | Self::Interrupted
+            | Self::Unsound
+            | Self::CommandLine
+            | Self::ReaderGone => Vec::new(),
             Self::Usage(why) | Self::Unreachable(why) => local_lines(why),
             // A file's error shows its place in the file.
             Self::Other(error) => local_lines(&format!("{error:#}")),

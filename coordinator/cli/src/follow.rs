@@ -6,11 +6,13 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use muster_core::types::text::escape;
 use muster_proto::v1;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
-use crate::output::{quoted, raw, say, say_lines};
+use crate::output::bar::Terminal;
+use crate::output::{Target, quoted, raw, room, say, say_lines};
 use crate::progress::Progress;
 use crate::{show, stream};
 
@@ -18,6 +20,8 @@ use crate::{show, stream};
 const EVENTS_MAX: usize = 256;
 /// Where there is no terminal, a line this often.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+/// As often as a terminal's own bar is drawn.
+const DRAWS_PER_SECOND: u8 = 20;
 /// Time for the last points and output after the job's end.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 
@@ -47,6 +51,8 @@ pub(crate) async fn to_the_end(
     job_id: &str,
     options: Options,
 ) -> Result<(v1::Job, Vec<v1::Point>), Failure> {
+    // Listened to from here on: one that comes between two looks is not lost.
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
     let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
     tokio::spawn(watch(client.clone(), job_id.to_owned(), events.clone()));
     tokio::spawn(points(client.clone(), job_id.to_owned(), events.clone()));
@@ -57,7 +63,7 @@ pub(crate) async fn to_the_end(
     while open > 0 {
         let event = tokio::select! {
             event = incoming.recv() => event,
-            _ = tokio::signal::ctrl_c() => {
+            _ = interrupt.recv() => {
                 screen.close();
                 return Err(interrupted(client, job_id, options).await);
             }
@@ -93,7 +99,18 @@ pub(crate) async fn to_the_end(
                 screen.point(&point);
                 points.push(point);
             }
-            Some(Event::Output(chunk)) => screen.output(&chunk, options.logs_on_stderr),
+            Some(Event::Output(chunk)) => {
+                let is_stderr = options.logs_on_stderr || chunk.stream() == v1::LogStream::Stderr;
+                let target = if is_stderr { Target::Stderr } else { Target::Stdout };
+                // Whoever reads our output may pause or go; the job is not to suffer for it.
+                tokio::select! {
+                    () = room(chunk.data.len(), target) => screen.output(chunk.data.into(), target),
+                    _ = interrupt.recv() => {
+                        screen.close();
+                        return Err(interrupted(client, job_id, options).await);
+                    }
+                }
+            }
             Some(Event::Ended) => open -= 1,
             Some(Event::Failed(failure)) => {
                 screen.close();
@@ -210,7 +227,11 @@ struct Screen {
 impl Screen {
     fn new() -> Self {
         let live = std::io::stderr().is_terminal();
-        let target = if live { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = if live {
+            ProgressDrawTarget::term_like_with_hz(Box::new(Terminal::stderr()), DRAWS_PER_SECOND)
+        } else {
+            ProgressDrawTarget::hidden()
+        };
         let bar = ProgressBar::with_draw_target(None, target);
         // The template is a constant; a wrong one would show in every test.
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
@@ -253,12 +274,8 @@ impl Screen {
         self.plain_line(false);
     }
 
-    fn output(&mut self, chunk: &v1::LogChunk, to_stderr: bool) {
-        let to_stderr = to_stderr || chunk.stream() == v1::LogStream::Stderr;
-        self.bar.suspend(|| {
-            // Whoever reads our output may go; the job is not to suffer for it.
-            raw(&chunk.data, to_stderr).ok();
-        });
+    fn output(&self, data: Vec<u8>, target: Target) {
+        self.bar.suspend(|| raw(data, target).ok());
     }
 
     fn plain_line(&mut self, now: bool) {

@@ -27,12 +27,18 @@ mod submit;
 mod token;
 mod units;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
 use args::{Args, Command};
 use exit::Failure;
+use output::Target;
+
+/// Longest pause of a reader at the end of a command whose results are what it is for: `less` stays open all day.
+const READER_PAUSE_MAX: Duration = Duration::from_hours(24 * 365);
 
 fn main() -> ExitCode {
     // One thread and little memory for each gang of a node; its log is a file. Ranks wait for it, and the command line of all
@@ -41,22 +47,82 @@ fn main() -> ExitCode {
         daemons::start_shim_log();
         return muster_worker::shim();
     }
-    let args = Args::parse();
-    let mut runtime = match args.command {
+    std::panic::set_hook(Box::new(output::say_panic));
+    let args = Args::try_parse();
+    let is_run = matches!(&args, Ok(Args { command: Command::Run(_), .. }));
+    let mut runtime = if is_run {
         // It shares the machine with the ranks, and has little to do.
-        Command::Run(_) => tokio::runtime::Builder::new_current_thread(),
-        _ => tokio::runtime::Builder::new_multi_thread(),
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
     };
     let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(anyhow::Error::from(error).context("failed to start")).report(),
     };
-    let result = runtime.block_on(run(args));
+    let code = runtime.block_on(async {
+        let (result, pauses) = match args {
+            Ok(args) => {
+                let pauses = pauses_max(&args.command);
+                (run(args).await, pauses)
+            }
+            Err(said) if said.use_stderr() => (say_usage(&said), [output::PAUSE_MAX; 2]),
+            Err(said) => (say_usage(&said), [READER_PAUSE_MAX; 2]),
+        };
+        // Whoever interrupts does not wait for a reader.
+        let pauses =
+            if matches!(result, Err(Failure::Interrupted)) { [output::PAUSE_MAX; 2] } else { pauses };
+        let code = result.map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
+        ended(code, pauses).await
+    });
     // The process ends, and with it every task: those that wait for a terminal or a peer must not hold that up.
     std::mem::forget(runtime);
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+    code
+}
+
+/// Returns how long what a command has printed waits for readers that take nothing, before the process ends: that of
+/// standard output and that of standard error.
+fn pauses_max(command: &Command) -> [Duration; 2] {
+    match command {
+        // Somebody waits for these to end; nobody may be there to read them.
+        Command::Run(_) | Command::Coordinator(_) | Command::Worker(_) | Command::Healthcheck(_) => {
+            [output::PAUSE_MAX; 2]
+        }
+        Command::Logs(_) => [READER_PAUSE_MAX; 2],
+        _ => [READER_PAUSE_MAX, output::PAUSE_MAX],
+    }
+}
+
+/// Waits for the readers. Ctrl-C ends that, whatever else the command has made of it.
+async fn ended(code: ExitCode, pauses_max: [Duration; 2]) -> ExitCode {
+    tokio::select! {
+        written = output::drain(pauses_max) => match written {
+            // What is there for something else has done that.
+            Err(failure) if code == ExitCode::SUCCESS && pauses_max[0] == READER_PAUSE_MAX => {
+                let code = failure.report();
+                output::drain([output::PAUSE_MAX; 2]).await.ok();
+                code
+            }
+            Ok(_) | Err(_) => code,
+        },
+        _ = tokio::signal::ctrl_c() => code,
+    }
+}
+
+/// Prints help, the version, or what is wrong with the command line.
+fn say_usage(said: &clap::Error) -> Result<(), Failure> {
+    let target = if said.use_stderr() { Target::Stderr } else { Target::Stdout };
+    let is_terminal = match target {
+        Target::Stdout => std::io::stdout().is_terminal(),
+        Target::Stderr => std::io::stderr().is_terminal(),
+    };
+    let has_colors = is_terminal && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+    let text = said.render();
+    let text = if has_colors { text.ansi().to_string() } else { text.to_string() };
+    output::raw(text.into_bytes(), target)?;
+    match target {
+        Target::Stdout => Ok(()),
+        Target::Stderr => Err(Failure::CommandLine),
     }
 }
 

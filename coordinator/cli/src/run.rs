@@ -31,9 +31,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::Global;
 use crate::exit::Failure;
-use crate::log;
 use crate::output::say;
-use crate::{show, submit};
+use crate::{log, output, show, submit};
 use args::{ProcsPerNode, RunArgs};
 use meeting::{Meeting, Place};
 use node::Node;
@@ -45,7 +44,7 @@ const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(3);
 /// `muster run`.
 pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     if std::env::var_os("RUST_LOG").is_some() {
-        log::text(EnvFilter::from_default_env(), std::io::stderr().is_terminal(), std::io::stderr).init();
+        log::text(EnvFilter::from_default_env(), std::io::stderr().is_terminal(), || output::Log).init();
     }
     program::say_what_has_no_effect(&args)?;
     let signals = listen(&args)?;
@@ -73,7 +72,8 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
         .into(),
         ..v1::JobSpec::default()
     };
-    let mut follower = Follower { signals, tees, restarting: 0, stopping: false, waiting: String::new() };
+    let mut follower =
+        Follower { signals, tees, restarting: 0, stopping: false, hurries: false, waiting: String::new() };
     let node = tokio::select! {
         node = Node::enter(&meeting, (&args, global), &run_id, &scratch, attached) => node?,
         signal = any(&mut follower.signals) => {
@@ -82,8 +82,9 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
         }
     };
     let job = follower.follow(&node, &run_id, spec).await;
-    follower.tees.finish().await;
-    let job = node.leave(job).await?;
+    // The other nodes do not wait for a reader here.
+    let (job, ()) = tokio::join!(node.leave(job), follower.tees.finish(follower.hurries));
+    let job = job?;
     if job.state() == v1::JobState::Succeeded {
         return Ok(());
     }
@@ -120,6 +121,8 @@ struct Follower {
     /// The last generation of which it was said that it ends.
     restarting: u32,
     stopping: bool,
+    /// Somebody asked twice.
+    hurries: bool,
     /// What the run waits for.
     waiting: String,
 }
@@ -228,6 +231,7 @@ impl Follower {
     ) -> Result<(), Failure> {
         if std::mem::replace(&mut self.stopping, true) {
             // Whoever asks twice does not want to wait. The shim kills the ranks as this process ends.
+            self.hurries = true;
             return Err(Failure::JobFailed);
         }
         say!(

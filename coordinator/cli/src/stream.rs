@@ -1,7 +1,7 @@
 //! `muster logs` and `muster metrics`.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt::Write;
 use std::future::ready;
 
 use muster_core::types::text::escape_output;
@@ -11,10 +11,8 @@ use crate::args::{Global, LogStream, LogsArgs, MetricsArgs, Output};
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
 use crate::json;
-use crate::output::{out, raw};
-
-/// Longest line held back to prefix it whole; longer ones are cut.
-const LINE_BYTES_MAX: usize = 64 << 10;
+use crate::output::lined::{HELD_MAX, Lined};
+use crate::output::{Target, out, put_stream, raw};
 
 /// `muster logs`.
 pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure> {
@@ -32,18 +30,31 @@ pub(crate) async fn logs(args: &LogsArgs, global: &Global) -> Result<(), Failure
         follow: args.follow,
         offset: 0,
     };
-    let mut lines = Lines::default();
-    let result = copy_logs(client, request, |chunk| {
+    let lines = RefCell::new(Lines::default());
+    let copied = copy_logs(client, request, |chunk| {
         ready(if global.output == Output::Json {
             json::print("LogChunk", &chunk)
         } else if args.rank.is_some() {
-            raw(&chunk.data, chunk.stream() == v1::LogStream::Stderr)
+            let target = target(chunk.stream);
+            raw(chunk.data.into(), target)
         } else {
-            lines.add(&chunk)
+            lines.borrow_mut().add(&chunk)
         })
-    })
-    .await;
-    lines.finish()?;
+    });
+    // What has no end of its line yet is shown as well, such as a prompt.
+    let shown = async {
+        loop {
+            tokio::time::sleep(HELD_MAX / 2).await;
+            if let Err(failure) = lines.borrow_mut().show_due() {
+                return failure;
+            }
+        }
+    };
+    let result = tokio::select! {
+        result = copied => result,
+        failure = shown => Err(failure),
+    };
+    lines.borrow_mut().finish()?;
     result
 }
 
@@ -91,44 +102,33 @@ pub(crate) async fn copy_logs<F: Future<Output = Result<(), Failure>>>(
 
 /// Output of several ranks, a line at a time, each with its rank before it.
 #[derive(Default)]
-struct Lines(HashMap<(u32, i32), Vec<u8>>);
+struct Lines(HashMap<(u32, i32), Lined>);
 
 impl Lines {
     fn add(&mut self, chunk: &v1::LogChunk) -> Result<(), Failure> {
         let rank = chunk.rank.unwrap_or(0);
-        let held = self.0.entry((rank, chunk.stream)).or_default();
-        held.extend_from_slice(&chunk.data);
-        let end = held.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-        let end = if end == 0 && held.len() > LINE_BYTES_MAX { held.len() } else { end };
-        let whole: Vec<u8> = held.drain(..end).collect();
-        print_lines(rank, chunk.stream, &whole)
+        let new = || lined(rank, chunk.stream);
+        let text = self.0.entry((rank, chunk.stream)).or_insert_with(new).add(&chunk.data);
+        text.map_or(Ok(()), put_stream)
+    }
+
+    fn show_due(&mut self) -> Result<(), Failure> {
+        self.0.values_mut().filter_map(Lined::due).try_for_each(put_stream)
     }
 
     fn finish(&mut self) -> Result<(), Failure> {
-        for ((rank, stream), rest) in self.0.drain() {
-            print_lines(rank, stream, &rest)?;
-        }
-        Ok(())
+        self.0.values_mut().filter_map(Lined::end).try_for_each(put_stream)
     }
 }
 
-fn print_lines(rank: u32, stream: i32, bytes: &[u8]) -> Result<(), Failure> {
-    let is_error = stream == i32::from(v1::LogStream::Stderr);
-    raw(prefixed(rank, bytes).as_bytes(), is_error)
+fn lined(rank: u32, stream: i32) -> Lined {
+    let id = u64::from(rank) * 4 + u64::from(stream.unsigned_abs());
+    let shown = |line: &[u8]| escape_output(line).into_bytes();
+    Lined::new(target(stream), id, format!("[{rank}]: ").into(), shown)
 }
 
-/// Returns a rank's output with the rank before each line. What a program draws over itself, such as a bar of
-/// progress, is shown line by line: several ranks share the terminal.
-fn prefixed(rank: u32, bytes: &[u8]) -> String {
-    let mut out = String::with_capacity(bytes.len() + 64);
-    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-        let line = line.strip_suffix(b"\n").unwrap_or(line);
-        let parts: Vec<_> = line.split(|byte| *byte == b'\r').filter(|part| !part.is_empty()).collect();
-        for part in if parts.is_empty() { vec![&b""[..]] } else { parts } {
-            writeln!(out, "[{rank}]: {}", escape_output(part)).ok();
-        }
-    }
-    out
+fn target(stream: i32) -> Target {
+    if stream == i32::from(v1::LogStream::Stderr) { Target::Stderr } else { Target::Stdout }
 }
 
 /// `muster metrics`.
@@ -200,18 +200,28 @@ pub(crate) async fn each_point<F: Future<Output = Result<(), Failure>>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::lined::Text;
+
+    fn shown(text: &Text) -> String {
+        String::from_utf8(text.bytes().to_vec()).unwrap()
+    }
 
     #[test]
     fn no_line_of_a_rank_looks_like_another_ranks() {
         let table: [(&[u8], &str); 5] = [
-            (b"a\nb", "[3]: a\n[3]: b\n"),
-            (b"a\r\n\n", "[3]: a\n[3]: \n"),
-            (b"\r 10%\r 20%\n", "[3]:  10%\n[3]:  20%\n"),
-            (b"a\r[0]: b\n", "[3]: a\n[3]: [0]: b\n"),
-            (b"\x1b[1A[0]: \xff\tx\n", "[3]: \\x1b[1A[0]: \\xff\tx\n"),
+            (b"a\nb", "a\n[3]: b\n"),
+            (b"a\r\n\n", "a\n[3]: \n"),
+            (b"\r 10%\r 20%\n", " 10%\n[3]:  20%\n"),
+            (b"a\r[0]: b\n", "a\n[3]: [0]: b\n"),
+            (b"\x1b[1A[0]: \xff\tx\n", "\\x1b[1A[0]: \\xff\tx\n"),
         ];
         for (bytes, expected) in table {
-            assert_eq!(prefixed(3, bytes), expected);
+            let mut lined = lined(3, v1::LogStream::Stdout.into());
+            let texts =
+                [lined.add(bytes), lined.end()].map(|text| text.as_ref().map_or(String::new(), shown));
+            // The writer's prefix, where a line begins.
+            let texts = texts.iter().filter(|text| !text.is_empty()).map(|text| format!("[3]: {text}"));
+            assert_eq!(texts.collect::<String>(), format!("[3]: {expected}"));
         }
     }
 }

@@ -6,6 +6,8 @@
 //! Time: `now` is Unix time in milliseconds that never goes back while the process lives (the driver takes
 //! the wall clock once and adds monotonic time), so a clock that is set changes no lease.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 pub mod access;
 pub mod agents;
 #[doc(hidden)]

@@ -5,7 +5,10 @@
 //! Labels have few values that are known beforehand: no job, node, rank or user is one. What is counted is kept as it
 //! changes, so that a look costs the same in a cluster of ten thousand nodes.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod address;
+mod announce;
 mod catalogue;
 mod data_dir;
 mod places;
@@ -14,6 +17,7 @@ mod server;
 mod systemd;
 
 pub use address::{AddressError, Http, Listen, bind};
+pub use announce::{announce, announce_by};
 pub use catalogue::{Catalogue, SECONDS};
 pub use data_dir::{DataDirError, own_data_dir};
 pub use places::{NoPlace, Place, PlaceLimits, Places};

@@ -3,6 +3,8 @@
 //! A store holds bytes under keys and knows nothing of jobs. It never holds metrics or logs. A batch is durable
 //! whole or not at all once [`Store::commit`] returns, and only the holder of the newest [`Fence`] can commit.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod clock;
 mod etcd;
 mod memory;

@@ -3,6 +3,8 @@
 //! No I/O, no clock. `now` counts milliseconds on a clock that never goes back and that goes on while the machine is
 //! suspended (CLOCK_BOOTTIME): a node that slept must not take its lease to be younger than it is.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod adopt;
 mod core;
 pub mod doctor;

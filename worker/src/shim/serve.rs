@@ -2,7 +2,7 @@
 
 mod launching;
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -48,7 +48,9 @@ const KILL_INTERVAL: (Millis, Millis) = (Millis(20), Millis(1000));
 /// long as the process.
 pub fn main() -> ExitCode {
     let Some(dir) = std::env::var_os(SHIM_DIR) else {
-        eprintln!("this command is for the node daemon, which starts it with {SHIM_DIR} set");
+        let why = format!("this command is for the node daemon, which starts it with {SHIM_DIR} set\n");
+        // Nobody may be there to read it.
+        io::stderr().write_all(why.as_bytes()).ok();
         return ExitCode::from(2);
     };
     match run(Path::new(&dir)) {

@@ -25,6 +25,8 @@
 //! A store is for one generation: ranks that end their process group and make it again under the same store find the
 //! addresses of before, with torch's own agent store as with this one. A generation that starts anew has a new store.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where nobody reads")]
+
 mod connection;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]

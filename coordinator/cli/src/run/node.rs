@@ -233,7 +233,7 @@ async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener
         } else {
             address
         };
-        match TcpListener::bind(address).await {
+        match muster_coordinator::listen(address) {
             Ok(listener) => return Ok(Some(listener)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && wanted == Serve::IfHere => {
                 return Ok(None);
