@@ -127,7 +127,7 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Shim,
     /// Run a program as torchrun does, with torchrun's command line.
-    #[command(after_help = RUN_EXAMPLES, infer_long_args = true)]
+    #[command(after_help = RUN_EXAMPLES, infer_long_args = true, args_override_self = true)]
     Run(Box<RunArgs>),
     /// Submit a job; prints its id.
     #[command(after_help = SUBMIT_EXAMPLES)]

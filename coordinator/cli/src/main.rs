@@ -26,8 +26,8 @@ mod stream;
 mod submit;
 mod token;
 mod units;
+mod usage;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -35,7 +35,6 @@ use clap::Parser;
 
 use args::{Args, Command};
 use exit::Failure;
-use output::Target;
 
 /// Longest pause of a reader at the end of a command whose results are what it is for: `less` stays open all day.
 const READER_PAUSE_MAX: Duration = Duration::from_hours(24 * 365);
@@ -66,8 +65,8 @@ fn main() -> ExitCode {
                 let pauses = pauses_max(&args.command);
                 (run(args).await, pauses)
             }
-            Err(said) if said.use_stderr() => (say_usage(&said), [output::PAUSE_MAX; 2]),
-            Err(said) => (say_usage(&said), [READER_PAUSE_MAX; 2]),
+            Err(said) if said.use_stderr() => (usage::say(&said), [output::PAUSE_MAX; 2]),
+            Err(said) => (usage::say(&said), [READER_PAUSE_MAX; 2]),
         };
         // Whoever interrupts does not wait for a reader.
         let pauses =
@@ -106,23 +105,6 @@ async fn ended(code: ExitCode, pauses_max: [Duration; 2]) -> ExitCode {
             Ok(_) | Err(_) => code,
         },
         _ = tokio::signal::ctrl_c() => code,
-    }
-}
-
-/// Prints help, the version, or what is wrong with the command line.
-fn say_usage(said: &clap::Error) -> Result<(), Failure> {
-    let target = if said.use_stderr() { Target::Stderr } else { Target::Stdout };
-    let is_terminal = match target {
-        Target::Stdout => std::io::stdout().is_terminal(),
-        Target::Stderr => std::io::stderr().is_terminal(),
-    };
-    let has_colors = is_terminal && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-    let text = said.render();
-    let text = if has_colors { text.ansi().to_string() } else { text.to_string() };
-    output::raw(text.into_bytes(), target)?;
-    match target {
-        Target::Stdout => Ok(()),
-        Target::Stderr => Err(Failure::CommandLine),
     }
 }
 

@@ -146,8 +146,9 @@ impl Write for Log {
 pub(crate) fn say_panic(panic: &PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("<unnamed>");
-    let backtrace = std::backtrace::Backtrace::capture().to_string();
-    let backtrace = if std::env::var_os("RUST_BACKTRACE").is_some() { backtrace } else { String::new() };
+    let backtrace = std::backtrace::Backtrace::capture();
+    let is_wanted = backtrace.status() == std::backtrace::BacktraceStatus::Captured;
+    let backtrace = if is_wanted { backtrace.to_string() } else { String::new() };
     let text = format!("thread '{name}' {panic}\n{backtrace}");
     say_lines(text.lines());
     queue(Target::Stderr).drain_here(PANIC_MAX);

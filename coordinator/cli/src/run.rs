@@ -32,7 +32,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::args::Global;
 use crate::exit::Failure;
 use crate::output::say;
-use crate::{log, output, show, submit};
+use crate::{log, output, show, submit, usage};
 use args::{ProcsPerNode, RunArgs};
 use meeting::{Meeting, Place};
 use node::Node;
@@ -46,11 +46,12 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     if std::env::var_os("RUST_LOG").is_some() {
         log::text(EnvFilter::from_default_env(), std::io::stderr().is_terminal(), || output::Log).init();
     }
+    usage::refuse_unknown_flag(&args.command)?;
     program::say_what_has_no_effect(&args)?;
     let signals = listen(&args)?;
     let meeting = Meeting::of(&args)?;
     let procs = procs_per_node(args.nproc_per_node)?;
-    let run_id = if args.standalone { uuid::Uuid::new_v4().to_string() } else { args.rdzv_id.clone() };
+    let run_id = run_id(&args, &meeting);
     let scratch = Scratch::new()?;
     let (attached, name) = attached(&args, &meeting, procs, &run_id, &scratch)?;
     let tees = Tees::new(&args, attached.clone(), procs);
@@ -90,6 +91,21 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     }
     report::print(&job, &node.name, follower.tees.attached());
     Err(Failure::JobFailed)
+}
+
+/// Names the run. torchrun makes up a name for an empty one, each node its own; nodes that are to meet cannot.
+fn run_id(args: &RunArgs, meeting: &Meeting) -> String {
+    const DEFAULT: &str = "none";
+    let is_alone = meeting.place == Place::Alone;
+    match args.rdzv_id.as_str() {
+        _ if args.standalone => uuid::Uuid::new_v4().to_string(),
+        "" if is_alone => uuid::Uuid::new_v4().to_string(),
+        "" => {
+            say!("muster run: --rdzv-id is empty; the nodes meet as the run {DEFAULT:?}");
+            DEFAULT.to_owned()
+        }
+        id => id.to_owned(),
+    }
 }
 
 /// A directory of this run's own, which goes with it.
@@ -204,7 +220,9 @@ impl Follower {
     fn show(&mut self, node: &Node, job: &v1::Job) {
         let generation = job.generation.unwrap_or(0);
         if matches!(job.state(), v1::JobState::Starting | v1::JobState::Running) {
-            self.tees.follow(Generation(generation));
+            let here = job.placement.iter().find(|part| part.node_name == node.name.as_str());
+            let first_rank = here.and_then(|part| part.first_rank).unwrap_or(0);
+            self.tees.follow(Generation(generation), first_rank);
         }
         node.store.send_replace(job.master.parse().ok());
         let waits = job.state() == v1::JobState::Queued;
@@ -263,7 +281,7 @@ fn listen(args: &RunArgs) -> Result<Vec<(nix::sys::signal::Signal, Signal)>, Fai
         let listener = listener.with_context(|| format!("{of} of --signals-to-handle cannot be handled"));
         Ok::<_, anyhow::Error>((*of, listener?))
     };
-    Ok(args.signals_to_handle.signals.iter().map(listen).collect::<Result<_, _>>()?)
+    Ok(args.signals_to_handle.known.iter().map(listen).collect::<Result<_, _>>()?)
 }
 
 /// The next signal.
@@ -314,7 +332,8 @@ fn attached(
         dir.to_str().ok_or_else(|| Failure::Usage(format!("{} is not UTF-8", dir.display())))?.to_owned();
     let (command, name) = program::command(args, &dir)?;
     let no_logs = args.log_dir.as_deref() == Some(Path::new("/dev/null"));
-    let log_dir = match &args.log_dir {
+    // An empty name is none.
+    let log_dir = match args.log_dir.as_ref().filter(|dir| !dir.as_os_str().is_empty()) {
         Some(dir) if !no_logs => {
             let failed = || format!("failed to make a directory in --log-dir {}", dir.display());
             let dir = std::path::absolute(dir).with_context(failed)?;

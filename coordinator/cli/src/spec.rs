@@ -9,6 +9,7 @@ use muster_proto::v1;
 
 use crate::args::{CoordinatorLoss, SubmitArgs};
 use crate::exit::Failure;
+use crate::run::args::ProcsPerNode;
 
 /// The specification: the file's, with what the flags say in place of what it says.
 pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
@@ -30,7 +31,11 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     if let Some(nodes) = args.nnodes {
         (spec.min_nodes, spec.max_nodes) = (Some(nodes.min), nodes.max);
     }
-    spec.procs_per_node = args.nproc_per_node.or(spec.procs_per_node);
+    match args.nproc_per_node {
+        Some(ProcsPerNode::Count(count)) => spec.procs_per_node = Some(count),
+        // That is for the nodes to say.
+        Some(ProcsPerNode::Auto | ProcsPerNode::Gpu | ProcsPerNode::Cpu) | None => {}
+    }
     spec.max_restarts = args.max_restarts.or(spec.max_restarts);
     spec.priority = args.priority.unwrap_or(spec.priority);
     if args.gpus_per_proc.is_some() || args.cpus_per_proc.is_some() || args.memory_per_proc.is_some() {

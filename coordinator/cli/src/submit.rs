@@ -1,19 +1,26 @@
 //! `muster submit` and `muster cancel`.
 
+mod procs;
+
 use muster_proto::v1;
 
 use crate::args::{CancelArgs, Global, Output, SubmitArgs};
 use crate::client::{Client, Retries};
 use crate::exit::Failure;
 use crate::output::{lines, out, say};
+use crate::run::args::ProcsPerNode;
 use crate::{follow, json, show, spec};
 
 /// `muster submit`.
 pub(crate) async fn run(args: SubmitArgs, global: &Global) -> Result<(), Failure> {
     let request_id = args.request_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
     let (stay, dry_run) = (args.follow, args.dry_run);
-    let spec = spec::from_args(args)?;
+    let procs = args.nproc_per_node;
+    let mut spec = spec::from_args(args)?;
     let client = Client::connect(global).await?;
+    if let Some(kind @ (ProcsPerNode::Auto | ProcsPerNode::Gpu | ProcsPerNode::Cpu)) = procs {
+        procs::of_nodes(&client, kind, &mut spec).await?;
+    }
     if dry_run {
         return plan(&client, spec, global).await;
     }

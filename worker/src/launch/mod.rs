@@ -9,6 +9,7 @@ pub(crate) mod env_files;
 pub(crate) mod environment;
 pub(crate) mod error_file;
 mod files;
+mod interpreter;
 pub(crate) mod oom;
 pub(crate) mod prepare;
 pub(crate) mod process;

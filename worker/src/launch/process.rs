@@ -9,6 +9,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use super::cgroup::Entrance;
+use super::interpreter;
 use super::spawn::{self, inherited};
 use super::user::User;
 use crate::attached::{Output, Sink};
@@ -77,7 +78,9 @@ pub(crate) fn start(
         .map_err(|error| {
             // It may be the directory that is closed to that user.
             let at = |user: &User| format!(" in {} as {}", program.working_dir.display(), user.name);
-            format!("failed to start {}{}: {error}", program.path.display(), user.map(at).unwrap_or_default())
+            let at = user.map(at).unwrap_or_default();
+            let behind = interpreter::explain(program.path, &error);
+            format!("failed to start {}{at}: {error}{behind}", program.path.display())
         })?;
     Ok(RankProcess { rank, pid })
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
+use crate::run::args::ProcsPerNode;
 use crate::units::{Bytes, KeyValue, NodeRange, Span, Variable};
 
 #[derive(Debug, clap::Args)]
@@ -17,9 +18,9 @@ pub(crate) struct SubmitArgs {
     /// Nodes, or the fewest and the most.
     #[arg(long, alias = "nodes", value_name = "N|MIN:MAX")]
     pub nnodes: Option<NodeRange>,
-    /// Ranks per node.
-    #[arg(long, alias = "nproc_per_node", value_name = "P")]
-    pub nproc_per_node: Option<u32>,
+    /// Ranks per node: a number; or auto, gpu or cpu for as many as the nodes have, which must have the same.
+    #[arg(long, alias = "nproc_per_node", value_name = "P|auto|gpu|cpu")]
+    pub nproc_per_node: Option<ProcsPerNode>,
     /// How often the gang may start again after a fault.
     #[arg(long, alias = "max_restarts", value_name = "R")]
     pub max_restarts: Option<u32>,

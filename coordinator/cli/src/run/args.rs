@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::FalseyValueParser;
+use clap::builder::{FalseyValueParser, OsStringValueParser, TypedValueParser};
+use muster_core::types::limits::PROCS_PER_NODE_MAX;
 use muster_worker::NumaBinding;
 
 use crate::units::{NodeRange, Span};
@@ -56,7 +57,7 @@ pub(crate) struct RunArgs {
     /// Ranks are programs of their own here, so this changes nothing.
     #[arg(long, alias = "start_method", env = "PET_START_METHOD", value_parser = ["spawn", "fork", "forkserver"])]
     pub start_method: Option<String>,
-    /// A Python class of torchrun's, which is not there; only null is taken.
+    /// Where torchrun records its events, which are not there: null or console, and neither changes anything.
     #[arg(
         long,
         alias = "event_log_handler",
@@ -78,7 +79,13 @@ pub(crate) struct RunArgs {
     #[arg(long, alias = "run_path", env = "PET_RUN_PATH", value_parser = FalseyValueParser::new())]
     pub run_path: bool,
     /// Directory of the logs, in which each run makes one of its own. Default: a temporary one that goes with the run.
-    #[arg(long, alias = "log_dir", env = "PET_LOG_DIR", value_name = "DIR")]
+    #[arg(
+        long,
+        alias = "log_dir",
+        env = "PET_LOG_DIR",
+        value_name = "DIR",
+        value_parser = OsStringValueParser::new().map(PathBuf::from)
+    )]
     pub log_dir: Option<PathBuf>,
     /// Streams that go to files: 1 standard output, 2 standard error, 3 both; or by local rank, as 0:1,1:2.
     #[arg(short = 'r', long, env = "PET_REDIRECTS", default_value = "0", value_name = "STREAMS")]
@@ -111,18 +118,12 @@ pub(crate) struct RunArgs {
         value_name = "TEXTS"
     )]
     pub duplicate_stderr_filters: Option<Filters>,
-    /// With --rdzv-backend static: which node this is, from 0; the first one serves the rendezvous.
-    #[arg(long, alias = "node_rank", env = "PET_NODE_RANK", default_value_t = 0, value_name = "N")]
-    pub node_rank: u32,
-    /// With --rdzv-backend static: address of the first node.
-    #[arg(
-        long,
-        alias = "master_addr",
-        env = "PET_MASTER_ADDR",
-        default_value = "127.0.0.1",
-        value_name = "HOST"
-    )]
-    pub master_addr: String,
+    /// With --rdzv-backend static: which node this is, from 0, the default; the first one serves the rendezvous.
+    #[arg(long, alias = "node_rank", env = "PET_NODE_RANK", value_name = "N")]
+    pub node_rank: Option<u32>,
+    /// With --rdzv-backend static: address of the first node. Default: 127.0.0.1.
+    #[arg(long, alias = "master_addr", env = "PET_MASTER_ADDR", value_name = "HOST")]
+    pub master_addr: Option<String>,
     /// With --rdzv-backend static: port at which nodes and ranks meet there. Default: 29500, or any that is free where there is
     /// one node.
     #[arg(long, alias = "master_port", env = "PET_MASTER_PORT", value_name = "PORT")]
@@ -133,7 +134,7 @@ pub(crate) struct RunArgs {
     /// With an endpoint of https://, where --token-file is a submitter's: file with a join token, by which this node joins for the run.
     #[arg(long, env = "MUSTER_JOIN_TOKEN_FILE", value_name = "FILE")]
     pub join_token_file: Option<PathBuf>,
-    /// A Python class of torchrun's, which cannot be loaded here.
+    /// A Python class of torchrun's, which cannot be loaded here; only default is taken.
     #[arg(long, alias = "logs_specs", value_name = "NAME")]
     pub logs_specs: Option<String>,
     /// Processors of each rank, near the GPU of its local rank: all of the GPU's NUMA node, all of its socket, a part of the node's
@@ -179,7 +180,8 @@ impl FromStr for ProcsPerNode {
             "gpu" | "cuda" => Ok(Self::Gpu),
             "cpu" => Ok(Self::Cpu),
             _ => match text.parse() {
-                Ok(count @ 1..) => Ok(Self::Count(count)),
+                Ok(count @ 1..=PROCS_PER_NODE_MAX) => Ok(Self::Count(count)),
+                Ok(1..) => Err(format!("{text} is more than a node may have, {PROCS_PER_NODE_MAX}")),
                 _ => Err(format!("{text:?} is neither a number from 1 nor auto, gpu or cpu")),
             },
         }
@@ -265,7 +267,9 @@ impl FromStr for Filters {
 #[derive(Clone, Debug)]
 pub(crate) struct Signals {
     pub text: String,
-    pub signals: Vec<nix::sys::signal::Signal>,
+    pub known: Vec<nix::sys::signal::Signal>,
+    /// Names that are no signal's, which are passed over as torchrun does it.
+    pub unknown: Vec<String>,
 }
 
 impl FromStr for Signals {
@@ -273,15 +277,17 @@ impl FromStr for Signals {
 
     fn from_str(text: &str) -> Result<Self, String> {
         use nix::sys::signal::Signal;
-        let signal = |name: &str| match Signal::from_str(name.trim()) {
-            Ok(Signal::SIGKILL | Signal::SIGSTOP) | Err(_) => {
-                Err(format!("{name:?} is no signal that can be handled"))
+        let (mut known, mut unknown) = (Vec::new(), Vec::new());
+        for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            match Signal::from_str(name) {
+                Ok(Signal::SIGKILL | Signal::SIGSTOP) => {
+                    return Err(format!("{name:?} is no signal that can be handled"));
+                }
+                Ok(signal) => known.push(signal),
+                Err(_) => unknown.push(name.to_owned()),
             }
-            Ok(signal) => Ok(signal),
-        };
-        let signals =
-            text.split(',').filter(|name| !name.trim().is_empty()).map(signal).collect::<Result<_, _>>()?;
-        Ok(Self { text: text.to_owned(), signals })
+        }
+        Ok(Self { text: text.to_owned(), known, unknown })
     }
 }
 
@@ -313,6 +319,15 @@ mod tests {
     }
 
     #[test]
+    fn the_last_of_a_flag_counts_and_what_is_empty_is_as_if_it_were_not_there() {
+        let args = run("--nnodes 1 --standalone --standalone --nnodes=2 --role a --role b x").unwrap();
+        assert_eq!((args.nnodes, args.role.as_str()), (NodeRange { min: 2, max: 2 }, "b"));
+        let args = run("--rdzv-id= --log-dir= --local-addr= --signals-to-handle=TERM,SIGINT x").unwrap();
+        assert_eq!((args.rdzv_id.as_str(), args.log_dir), ("", Some(PathBuf::new())));
+        assert_eq!(args.signals_to_handle.unknown, ["TERM"]);
+    }
+
+    #[test]
     fn streams_and_filters_are_read_as_torchrun_reads_them() {
         let args =
             run("-r 0:1,1:2 -t 3 --local-ranks-filter 0,2 --duplicate-stdout-filters a,,b,c x").unwrap();
@@ -327,6 +342,7 @@ mod tests {
     fn what_is_wrong_is_said() {
         for (line, expected) in [
             ("--nproc-per-node 0 x", "is neither a number from 1"),
+            ("--nproc-per-node 100000000 x", "100000000 is more than a node may have, 1024"),
             ("--nnodes 3:x y", "is neither N nor MIN:MAX"),
             ("-r 4 x", "is neither 0, 1, 2 or 3"),
             ("--signals-to-handle SIGKILL x", "is no signal that can be handled"),

@@ -12,6 +12,8 @@ const MASTER_PORT_DEFAULT: u16 = 29500;
 /// torchrun's time for all nodes to come.
 const JOIN_TIMEOUT_DEFAULT: Duration = Duration::from_mins(10);
 
+/// The same where they meet by static flags.
+const STATIC_TIMEOUT_DEFAULT: Duration = Duration::from_mins(15);
 /// torchrun's time for more than the fewest nodes to come.
 const LAST_CALL_DEFAULT: Duration = Duration::from_secs(30);
 
@@ -65,7 +67,12 @@ impl Meeting {
             join_timeout: JOIN_TIMEOUT_DEFAULT,
             last_call: LAST_CALL_DEFAULT,
         };
-        let is_host = meeting.configure(&args.rdzv_conf)?;
+        let backend = if args.standalone { "standalone" } else { args.rdzv_backend.as_str() };
+        if backend == "static" {
+            meeting.join_timeout = STATIC_TIMEOUT_DEFAULT;
+        }
+        let is_host = meeting.configure(&args.rdzv_conf, backend)?;
+        say_passed_over(args, backend);
         if args.standalone && args.nnodes.max > 1 {
             return Err(Failure::Usage("--standalone is for one node; leave it out, or --nnodes".to_owned()));
         }
@@ -88,14 +95,19 @@ impl Meeting {
                 (meeting.host, meeting.port) = if named {
                     host_and_port(&args.rdzv_endpoint, port)?
                 } else {
-                    (args.master_addr.trim_matches(['[', ']']).to_owned(), port)
+                    let host = args.master_addr.as_deref().unwrap_or("127.0.0.1");
+                    if host.is_empty() {
+                        return Err(Failure::Usage("--master-addr is empty; name the first node".to_owned()));
+                    }
+                    (host.trim_matches(['[', ']']).to_owned(), port)
                 };
-                if args.node_rank >= args.nnodes.max {
-                    let (rank, nodes) = (args.node_rank, args.nnodes.max);
+                let node_rank = args.node_rank.unwrap_or(0);
+                if node_rank >= args.nnodes.max {
+                    let (rank, nodes) = (node_rank, args.nnodes.max);
                     return Err(Failure::Usage(format!("--node-rank {rank} is not below --nnodes {nodes}")));
                 }
-                meeting.rank = Some(args.node_rank);
-                meeting.place = Place::Peers(if args.node_rank == 0 { Serve::Yes } else { Serve::No });
+                meeting.rank = Some(node_rank);
+                meeting.place = Place::Peers(if node_rank == 0 { Serve::Yes } else { Serve::No });
             }
             "c10d" if named => {
                 (meeting.host, meeting.port) = host_and_port(&args.rdzv_endpoint, PORT_DEFAULT)?;
@@ -121,12 +133,21 @@ impl Meeting {
     }
 
     /// Reads --rdzv-conf. Whether it says that this node serves.
-    fn configure(&mut self, conf: &str) -> Result<Option<bool>, Failure> {
+    fn configure(&mut self, conf: &str, backend: &str) -> Result<Option<bool>, Failure> {
         let mut is_host = None;
+        // A launcher without a shell passes the quotes on that its user has written.
+        let quoted = |quote: char| conf.trim().strip_prefix(quote)?.strip_suffix(quote);
+        let conf = quoted('\'').or_else(|| quoted('"')).unwrap_or(conf);
         for pair in conf.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             let bad = || Failure::Usage(format!("--rdzv-conf: {pair:?} is not understood"));
             let (key, value) = pair.split_once('=').ok_or_else(bad)?;
             match key.trim() {
+                // There it is none of torchrun's times for nodes to come.
+                "timeout" if backend == "c10d" => {
+                    say!(
+                        "muster run: --rdzv-conf timeout has no effect with c10d; join_timeout is the time to come"
+                    );
+                }
                 key @ ("join_timeout" | "timeout" | "last_call_timeout") => {
                     let seconds: f64 = value.trim().parse().map_err(|_| bad())?;
                     let span = Duration::try_from_secs_f64(seconds).map_err(|_| bad())?;
@@ -157,6 +178,19 @@ impl Meeting {
         let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
         let scheme = if self.is_encrypted { "https" } else { "http" };
         format!("{scheme}://{host}:{}", self.port)
+    }
+}
+
+/// Says which flags of the rendezvous are for another backend.
+fn say_passed_over(args: &RunArgs, backend: &str) {
+    let is_static = backend == "static" || backend == "standalone";
+    let given = [
+        ("--node-rank", args.node_rank.is_some(), "nodes are numbered as they come"),
+        ("--master-addr", args.master_addr.is_some(), "nodes meet at --rdzv-endpoint"),
+        ("--master-port", args.master_port.is_some(), "the ranks' store takes a free port"),
+    ];
+    for (flag, _, why) in given.into_iter().filter(|(_, given, _)| *given && !is_static) {
+        say!("muster run: {flag} has no effect with --rdzv-backend {backend}: {why}");
     }
 }
 
@@ -218,6 +252,12 @@ mod tests {
                 "http://[fe80::1]:7",
                 None,
             ),
+            (
+                &format!("{c10d} h --rdzv-conf 'is_host=1,join_timeout=5,timeout=7'"),
+                peers(Serve::Yes),
+                "http://h:29400",
+                None,
+            ),
             (&format!("{c10d} fe80::1"), peers(Serve::IfHere), "http://[fe80::1]:29400", None),
             (muster, Place::Coordinator, "http://127.0.0.1:7070", None),
             (
@@ -236,6 +276,22 @@ mod tests {
     }
 
     #[test]
+    fn times_are_those_of_the_backend() {
+        let join = |line: &str| {
+            let words = ["muster", "run", "--nnodes", "2"].into_iter().chain(line.split_whitespace());
+            let args = Args::try_parse_from(words.chain(["x"])).unwrap();
+            let Command::Run(args) = args.command else { panic!("{line}") };
+            Meeting::of(&args).unwrap().join_timeout.as_secs()
+        };
+        let c10d = "--rdzv-backend c10d --rdzv-endpoint h";
+        assert_eq!(join(""), 900);
+        assert_eq!(join("--rdzv-conf timeout=7"), 7);
+        assert_eq!(join(c10d), 600);
+        assert_eq!(join(&format!("{c10d} --rdzv-conf timeout=7")), 600);
+        assert_eq!(join(&format!("{c10d} --rdzv-conf join_timeout=5,timeout=7")), 5);
+    }
+
+    #[test]
     fn what_cannot_be_met_at_is_refused() {
         for (line, words) in [
             ("--nnodes 2 --rdzv-backend etcd", "use static, c10d, or muster"),
@@ -243,6 +299,7 @@ mod tests {
             ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:0", "cannot meet at port 0"),
             ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h:x", "is not host:port"),
             ("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint https://h:7", "only a coordinator speaks TLS"),
+            ("--nnodes 2 --node-rank 1 --master-addr=", "--master-addr is empty"),
             ("--nnodes 2 --node-rank 2", "is not below --nnodes 2"),
             ("--nnodes 2 --standalone", "is for one node"),
             ("--rdzv-conf join_timeout", "is not understood"),

@@ -95,7 +95,7 @@ impl Node {
         let name = node_name(meeting.place == Place::Alone);
         let mut labels = std::collections::BTreeMap::from([(RUN_LABEL.to_owned(), run_id.to_owned())]);
         labels.extend(meeting.rank.map(|rank| (RUN_RANK_LABEL.to_owned(), rank.to_string())));
-        let address = match &args.local_addr {
+        let address = match args.local_addr.as_ref().filter(|host| !host.is_empty()) {
             Some(host) => Some(address_of(host).await?),
             None => None,
         };

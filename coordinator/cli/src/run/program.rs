@@ -1,6 +1,7 @@
 //! What is run as each rank.
 
 use std::path::Path;
+use std::str::FromStr;
 
 use crate::exit::Failure;
 use crate::output::say;
@@ -55,18 +56,24 @@ fn python() -> String {
 
 /// Flags that mean nothing here are not swallowed.
 pub(super) fn say_what_has_no_effect(args: &RunArgs) -> Result<(), Failure> {
-    if let Some(name) = &args.logs_specs {
+    if let Some(name) = args.logs_specs.as_deref().filter(|name| *name != "default") {
         let why = "is a Python class, which cannot be loaded here; --log-dir, --redirects and --tee say where logs go";
         return Err(Failure::Usage(format!("--logs-specs {name} {why}")));
     }
-    if args.event_log_handler != "null" {
-        let name = &args.event_log_handler;
+    let name = args.event_log_handler.as_str();
+    if !matches!(name, "null" | "console") {
         return Err(Failure::Usage(format!(
             "--event-log-handler {name} is a Python class, which cannot be loaded here"
         )));
     }
+    for name in &args.signals_to_handle.unknown {
+        let is_short = nix::sys::signal::Signal::from_str(&format!("SIG{name}")).is_ok();
+        let meant = if is_short { format!("; SIG{name} is one") } else { String::new() };
+        say!("muster run: --signals-to-handle: {name} is no signal, and is passed over{meant}");
+    }
     let given = [
         ("--monitor-interval", args.monitor_interval.is_some(), "the end of a rank is seen at once"),
+        ("--event-log-handler", name == "console", "nothing is recorded but what is printed"),
         ("--start-method", args.start_method.is_some(), "ranks are programs of their own"),
     ];
     for (flag, _, why) in given.into_iter().filter(|(_, given, _)| *given) {

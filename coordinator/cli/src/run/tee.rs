@@ -37,7 +37,7 @@ const TEMPLATE: &str = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE";
 struct Stream {
     local_rank: u32,
     is_error: bool,
-    /// What stands before each line; none if it is not shown.
+    /// Template of what stands before each line; none if it is not shown.
     prefix: Option<String>,
     /// Lines with one of these are copied.
     filters: Vec<String>,
@@ -57,18 +57,15 @@ pub(super) struct Tees {
 
 impl Tees {
     pub fn new(args: &RunArgs, attached: Attached, procs: u32) -> Self {
-        let template = std::env::var(TEMPLATE).unwrap_or_else(|_| "[${role_name}${local_rank}]:".to_owned());
+        let template = std::env::var(TEMPLATE).ok().filter(|template| !template.is_empty());
+        let template = template.unwrap_or_else(|| "[${role_name}${local_rank}]:".to_owned());
         let shown =
             |rank: u32| args.local_ranks_filter.0.is_empty() || args.local_ranks_filter.0.contains(&rank);
         let texts = |filters: &Option<Filters>| filters.clone().map_or(Vec::new(), |filters| filters.0);
         let mut streams = Vec::new();
         for local_rank in 0..procs {
             for (bit, filters) in [(1, &args.duplicate_stdout_filters), (2, &args.duplicate_stderr_filters)] {
-                let prefix = (args.tee.has(local_rank, bit) && shown(local_rank)).then(|| {
-                    template
-                        .replace("${role_name}", &args.role)
-                        .replace("${local_rank}", &local_rank.to_string())
-                });
+                let prefix = (args.tee.has(local_rank, bit) && shown(local_rank)).then(|| template.clone());
                 let is_file = args.tee.has(local_rank, bit) || args.redirects.has(local_rank, bit);
                 let filters = if is_file { texts(filters) } else { Vec::new() };
                 if prefix.is_some() || !filters.is_empty() {
@@ -86,7 +83,9 @@ impl Tees {
     }
 
     /// Follows what the ranks of a generation write, if that is not done already.
-    pub fn follow(&mut self, generation: Generation) {
+    ///
+    /// `first_rank` is the first rank here.
+    pub fn follow(&mut self, generation: Generation, first_rank: u32) {
         if self.streams.is_empty() || !self.followed.insert(generation) {
             return;
         }
@@ -102,7 +101,17 @@ impl Tees {
             if stream.prefix.is_some() {
                 self.files.push((path.clone(), handed.clone()));
             }
-            let shown = Show::new(stream.clone(), copy, self.ended.subscribe(), handed);
+            let mut stream = stream.clone();
+            let (rank, local_rank) = (first_rank + stream.local_rank, stream.local_rank);
+            stream.prefix = stream.prefix.map(|template| {
+                let names = [
+                    ("role_name", self.attached.role.clone()),
+                    ("rank", rank.to_string()),
+                    ("local_rank", local_rank.to_string()),
+                ];
+                substitute(&template, &names)
+            });
+            let shown = Show::new(stream, copy, self.ended.subscribe(), handed);
             self.tasks.spawn(shown.run(path));
         }
     }
@@ -267,4 +276,49 @@ async fn append(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = tokio::fs::OpenOptions::new().create(true).append(true).open(path).await?;
     file.write_all(bytes).await?;
     file.flush().await
+}
+
+/// Fills a template as Python's `Template.safe_substitute` does: `$name`, `${name}`, and `$$` for a dollar. What is no
+/// name of these stays as it is.
+fn substitute(template: &str, names: &[(&str, String)]) -> String {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut out = String::new();
+    let mut rest = template;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        let braced = after.strip_prefix('{').and_then(|inner| inner.split_once('}'));
+        let plain = after.split_at(after.find(|c| !is_name(c)).unwrap_or(after.len()));
+        let (name, next) = braced.unwrap_or(plain);
+        if let Some(next) = after.strip_prefix('$') {
+            out.push('$');
+            rest = next;
+        } else if let Some((_, value)) = names.iter().find(|(known, _)| *known == name) {
+            out.push_str(value);
+            rest = next;
+        } else {
+            out.push('$');
+            rest = after;
+        }
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_are_filled_as_python_fills_them() {
+        let names = [("role_name", "r"), ("rank", "5"), ("local_rank", "1")];
+        let names = names.map(|(name, value)| (name, value.to_owned()));
+        for (template, expected) in [
+            ("[${role_name}${local_rank}]:", "[r1]:"),
+            ("$rank/$local_rank ", "5/1 "),
+            ("[rank${rank}]: ", "[rank5]: "),
+            ("$ranks $$rank ${other} $", "$ranks $rank ${other} $"),
+            ("${rank", "${rank"),
+        ] {
+            assert_eq!(substitute(template, &names), expected, "{template}");
+        }
+    }
 }
