@@ -28,7 +28,7 @@ pub use machine::{FakeMachine, RAILS, Rail};
 pub use netns::{Cut, Netns, address as netns_address};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use several::{FAST, Several};
-pub use slurm::Slurm;
+pub use slurm::{Options as SlurmOptions, Slurm};
 pub use tools::{
     Outcome, binary, brought, deployed, faketime_path, grpcurl, grpcurl_path, ibstat_path, processors,
     prometheus_path, python, skip, torch_python, torchrun_python, trainer, user,

@@ -11,6 +11,16 @@ use crate::tools::binary;
 /// Times that it is started until none of its daemons ends.
 const ATTEMPTS_MAX: usize = 5;
 
+/// Differences from a plain Slurm.
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Its topology.conf.
+    pub topology: Option<&'a str>,
+    /// Whether there are partitions `low` and `high`: jobs of the second have those of the first queued again once they had
+    /// some seconds of grace.
+    pub preempts: bool,
+}
+
 /// A controller and its nodes, n0 first. Dropped, they are killed; and they end when the thread does that started them.
 pub struct Slurm {
     dir: tempfile::TempDir,
@@ -21,27 +31,27 @@ pub struct Slurm {
 impl Slurm {
     /// Starts it and waits until every node is idle. None where `cargo xtask setup --tools` could not bring it.
     pub fn start(nodes: usize) -> Option<Self> {
-        Self::start_with(nodes, None)
+        Self::start_with(nodes, Options::default())
     }
 
-    /// As [`Self::start`], with a topology.conf.
-    pub fn start_with(nodes: usize, topology: Option<&str>) -> Option<Self> {
+    /// As [`Self::start`], and not a plain one.
+    pub fn start_with(nodes: usize, options: Options<'_>) -> Option<Self> {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/slurm").canonicalize().ok()?;
         // Between the choice of a port and its use by a daemon somebody else may take it, and the daemon ends.
-        let slurm = (0..ATTEMPTS_MAX).find_map(|_| Self::attempt(&tree, nodes, topology));
+        let slurm = (0..ATTEMPTS_MAX).find_map(|_| Self::attempt(&tree, nodes, options));
         assert!(slurm.is_some(), "Slurm's daemons do not stay");
         slurm
     }
 
     /// None once one of its daemons has ended.
-    fn attempt(tree: &Path, nodes: usize, topology: Option<&str>) -> Option<Self> {
+    fn attempt(tree: &Path, nodes: usize, options: Options<'_>) -> Option<Self> {
         let tree = tree.to_owned();
         let dir = tempfile::tempdir().unwrap();
         let mut slurm = Self { dir, tree, daemons: Vec::new() };
         std::fs::create_dir(slurm.dir.path().join("state")).unwrap();
         std::fs::write(slurm.dir.path().join("cgroup.conf"), "CgroupAutomount=no\n").unwrap();
-        let mut configuration = slurm.configuration(nodes);
-        if let Some(topology) = topology {
+        let mut configuration = slurm.configuration(nodes, options.preempts);
+        if let Some(topology) = options.topology {
             configuration.push_str("TopologyPlugin=topology/tree\n");
             std::fs::write(slurm.dir.path().join("topology.conf"), topology).unwrap();
         }
@@ -57,7 +67,9 @@ impl Slurm {
             }
             let listed = slurm.command("sinfo").args(["-h", "-N", "-o", "%T"]).output().unwrap();
             let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-            if listed.lines().filter(|state| *state == "idle").count() == nodes {
+            // Once for each partition.
+            let expected = nodes * if options.preempts { 2 } else { 1 };
+            if listed.lines().filter(|state| *state == "idle").count() == expected {
                 Ok(true)
             } else {
                 Err((listed, slurm.log()))
@@ -98,7 +110,7 @@ impl Slurm {
     }
 
     /// Without what it keeps of jobs, and without a key that its parts would share: nobody else reaches them.
-    fn configuration(&self, nodes: usize) -> String {
+    fn configuration(&self, nodes: usize, preempts: bool) -> String {
         let dir = self.dir.path().display();
         let plugins = self.tree.join("usr/lib/x86_64-linux-gnu/slurm-wlm");
         let output = |command: &mut Command| {
@@ -127,12 +139,14 @@ impl Slurm {
             )
             .unwrap();
         }
-        writeln!(
-            text,
-            "PartitionName=all Nodes=n[0-{}] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:64",
-            nodes - 1
-        )
-        .unwrap();
+        let all = format!("Nodes=n[0-{}] MaxTime=INFINITE State=UP", nodes - 1);
+        if preempts {
+            text.push_str("PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n");
+            writeln!(text, "PartitionName=low {all} Default=YES PriorityTier=1 GraceTime=5").unwrap();
+            writeln!(text, "PartitionName=high {all} PriorityTier=10").unwrap();
+        } else {
+            writeln!(text, "PartitionName=all {all} Default=YES OverSubscribe=FORCE:64").unwrap();
+        }
         text
     }
 }

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use muster_tests::{Cluster, Settings, Slurm, binary, skip};
+use muster_tests::{Cluster, Settings, Slurm, SlurmOptions, binary, skip};
 
 #[test]
 fn a_gang_is_placed_by_slurms_topology_so_that_it_crosses_the_fewest_uplinks() {
@@ -44,7 +44,8 @@ impl Drop for Step {
 #[test]
 fn slurms_steps_and_its_topology_conf_say_the_same() {
     let text = "SwitchName=l0 Nodes=n[0-1]\nSwitchName=l1 Nodes=n[2-3]\nSwitchName=top Switches=l[0-1]\n";
-    let Some(slurm) = Slurm::start_with(4, Some(text)) else {
+    let Some(slurm) = Slurm::start_with(4, SlurmOptions { topology: Some(text), ..SlurmOptions::default() })
+    else {
         return skip("nodes in an allocation of Slurm", "`cargo xtask setup --tools` has brought no Slurm");
     };
     let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
