@@ -83,6 +83,13 @@ fn lift_locked_memory() {
 
 /// `muster worker`.
 pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Failure> {
+    if let Some(job) = std::env::var_os("SLURM_JOB_ID").filter(|_| !names_a_coordinator()) {
+        return Err(Failure::Usage(format!(
+            "this is in job {} of Slurm, and no coordinator is named: set MUSTER_COORDINATOR, which srun hands on with --export=ALL, \
+             or --coordinator",
+            job.display()
+        )));
+    }
     let name = match args.name {
         Some(name) => name,
         None => nix::unistd::gethostname()
@@ -121,6 +128,15 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
             Ok(())
         }
     }
+}
+
+/// Whether the command line or the environment names a coordinator. The default is one on this machine, which on the nodes of
+/// an allocation none but the first has.
+fn names_a_coordinator() -> bool {
+    let names = |word: std::ffi::OsString| {
+        word == "--coordinator" || word.as_encoded_bytes().starts_with(b"--coordinator=")
+    };
+    std::env::var_os("MUSTER_COORDINATOR").is_some() || std::env::args_os().any(names)
 }
 
 /// The log of a shim: on standard error, which its daemon has pointed at a file, or in the file that the shim of
