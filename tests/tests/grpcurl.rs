@@ -3,9 +3,7 @@
 
 use std::process::Command;
 
-use muster_tests::{
-    Cluster, Outcome, Settings, eventually, grpcurl_path, python, skip, torch_python, user,
-};
+use muster_tests::{Cluster, Outcome, Settings, eventually, grpcurl_path, python, skip, torch_python, user};
 
 const JOBS: &str = "muster.v1.JobService";
 

@@ -112,6 +112,10 @@ fn others_see_that_a_job_runs_and_not_what_and_cannot_end_it() {
             let shown = bed.by(who, &args).ok();
             assert!(shown.contains(&failed) && !shown.contains(SECRET), "{shown}");
         }
+        for command in ["job", "explain"] {
+            let shown = bed.by(who, &[command, &failed]).ok();
+            assert!(shown.contains("are shown to ann, its owner, and operators alone"), "{shown}");
+        }
         denied(&bed.by(who, &["logs", &failed]), "belongs to ann, and only ann or an operator");
     }
     assert!(bed.by("ops", &["logs", &failed]).ok().contains(&format!("out-{SECRET}")));

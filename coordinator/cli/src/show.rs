@@ -138,6 +138,10 @@ pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failu
     for (name, value) in rows {
         out!("{name:<11} {value}");
     }
+    if job.redacted {
+        out!("");
+        out!("{}", hidden(&job));
+    }
     if !job.placement.is_empty() {
         out!("");
         lines(placement(&job.placement))?;
@@ -156,6 +160,12 @@ pub(crate) async fn job(args: &ShowJobArgs, global: &Global) -> Result<(), Failu
         lines(past(&job.past))?;
     }
     Ok(())
+}
+
+/// Returns why a part of a job is not shown.
+fn hidden(job: &v1::Job) -> String {
+    let owner = if job.owner.is_empty() { "" } else { &format!("{}, its owner, and ", job.owner) };
+    format!("the command, the values of variables and the output are shown to {owner}operators alone")
 }
 
 /// Returns where the ranks are that do not get on at their store.
@@ -225,6 +235,7 @@ pub(crate) async fn explain(args: &JobArgs, global: &Global) -> Result<(), Failu
     }
     let id = &job.id;
     let next = match job.state() {
+        _ if job.redacted => hidden(&job),
         v1::JobState::Queued => {
             let cluster = client.cluster().get_cluster(v1::GetClusterRequest {}).await?.into_inner().cluster;
             let cluster = cluster.unwrap_or_default();

@@ -50,6 +50,7 @@ fn bearer(name: &str, role: Role) -> Identity {
         expires: None,
         uses_left: None,
         run_as: None,
+        node: None,
     }))
 }
 
