@@ -16,6 +16,8 @@ pub enum Rail {
     Down,
     /// It speaks Ethernet.
     Roce,
+    /// No subnet manager has configured it.
+    Init,
     /// It has come up with half of its lanes.
     Slow,
 }
@@ -58,6 +60,7 @@ impl FakeMachine {
             Rail::Well => self.port(index, "4: ACTIVE", "5: LinkUp", "400 Gb/sec (4X NDR)", "InfiniBand"),
             Rail::Down => self.port(index, "1: DOWN", "3: Disabled", "10 Gb/sec (4X SDR)", "InfiniBand"),
             Rail::Roce => self.port(index, "4: ACTIVE", "5: LinkUp", "400 Gb/sec (4X NDR)", "Ethernet"),
+            Rail::Init => self.port(index, "2: INIT", "5: LinkUp", "400 Gb/sec (4X NDR)", "InfiniBand"),
             Rail::Slow => self.port(index, "4: ACTIVE", "5: LinkUp", "200 Gb/sec (2X NDR)", "InfiniBand"),
         }
     }
@@ -122,6 +125,10 @@ impl FakeMachine {
 
     fn port(&self, index: usize, state: &str, physical: &str, rate: &str, layer: &str) {
         let dir = format!("class/infiniband/mlx5_{index}/ports/1");
+        let gid = match layer {
+            "Ethernet" => "0000:0000:0000:0000:0000:ffff:0a00:0001",
+            _ => "fe80:0000:0000:0000:0200:0000:0000:0001",
+        };
         for (file, text) in [
             ("state", state),
             ("phys_state", physical),
@@ -132,7 +139,7 @@ impl FakeMachine {
             ("sm_lid", "0x1"),
             ("sm_sl", "0"),
             ("cap_mask", "0xa651e848"),
-            ("gids/0", "fe80:0000:0000:0000:0200:0000:0000:0001"),
+            ("gids/0", gid),
             ("pkeys/0", "0xffff"),
         ] {
             self.write(&format!("{dir}/{file}"), &format!("{text}\n"));

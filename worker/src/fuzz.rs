@@ -8,7 +8,7 @@ use muster_decoders::Decoder;
 use muster_proto::convert;
 use muster_proto::v1::{self, session_response::Message as Down};
 use muster_worker_core::health::{CheckEnd, judge_check};
-use muster_worker_core::slurm::Switches;
+use muster_worker_core::slurm::{Network, Switches};
 use muster_worker_core::{Core, Effect, Input};
 use prost::Message;
 
@@ -34,20 +34,29 @@ pub const DECODERS: [Decoder; 9] = [
 /// Whatever is in the file, a node is found in it in bounded time, and its labels fit the API.
 fn topology_conf(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    for node in ["n7", "rack1n07", ""] {
-        let labels = Switches::of_file(&text, node).labels(&BTreeMap::new());
+    let networks = ["topology.conf", "topology.yaml"].map(|file| {
+        // One that includes itself ends.
+        Network::read(file, &text, &|_| Ok(text.chars().take(1000).collect())).unwrap_or_default()
+    });
+    let nodes = ["n7", "rack1n07", ""];
+    for (network, node) in networks.iter().flat_map(|network| nodes.map(|node| (network, node))) {
+        let labels = network.find(node).labels(&BTreeMap::new());
         assert!(
             labels.len() <= 3 && labels.keys().all(|key| ["zone", "spine", "leaf"].contains(&key.as_str()))
         );
     }
     let (address, pattern) = text.split_once('\n').unwrap_or((&text, "switch.switch.node"));
-    assert!(Switches::of_environment(address, pattern).labels(&BTreeMap::new()).len() <= 3);
+    assert!(Switches::of_environment(address, pattern, "n7").labels(&BTreeMap::new()).len() <= 3);
 }
 
 fn topology_samples() -> Vec<Vec<u8>> {
-    ["SwitchName=s0 Nodes=n[0-3,7]\nSwitchName=s1 \\\n Nodes=rack[0-1]n[00-15]\nSwitchName=top Switches=s[0-1] # all"]
-        .map(Into::into)
-        .into()
+    [
+        "SwitchName=s0 Nodes=n[0-3,7]\nSwitchName=s1 \\\n Nodes=rack[0-1]n[00-15]\nSwitchName=top Switches=s[0-1] # all",
+        "---\n- topology: t\n  tree:\n    switches:\n      - {switch: s0, nodes: n[0-8/2]}\n",
+        "Include x\nSwitchName = \"s0\" Nodes = n[01-100]",
+    ]
+    .map(Into::into)
+    .into()
 }
 
 /// What a user's check says becomes words that fit a finding and a terminal.

@@ -99,6 +99,9 @@ pub struct FabricPort {
     pub numa_node: Option<u32>,
     /// Network interface of the same port; empty if there is none.
     pub interface: String,
+    /// Why ranks here cannot use it, or are not to, whatever its state is; empty if they can.
+    #[serde(default)]
+    pub unfit: String,
 }
 
 impl FabricPort {
@@ -178,4 +181,7 @@ pub struct Inventory {
     /// Newest CUDA version that the driver can run.
     #[serde(default)]
     pub cuda_version: String,
+    /// Why the GPUs of the machine cannot be asked or used, all of them; empty if they can, or if there are none.
+    #[serde(default)]
+    pub gpu_fault: String,
 }

@@ -88,6 +88,7 @@ pub fn inventory_from_wire(wire: v1::Inventory) -> Result<Inventory, FieldError>
         open_files_max: wire.open_files_max,
         driver_version: wire.driver_version,
         cuda_version: wire.cuda_version,
+        gpu_fault: cut(wire.gpu_fault, FINDING_BYTES_MAX),
     })
 }
 
@@ -135,6 +136,7 @@ fn port_from_wire(wire: v1::FabricPort) -> Result<FabricPort, FieldError> {
         pci_address: wire.pci_address,
         numa_node: wire.numa_node,
         interface: wire.interface,
+        unfit: cut(wire.unfit, FINDING_BYTES_MAX),
     })
 }
 
@@ -201,6 +203,7 @@ pub fn inventory_to_wire(inventory: &Inventory) -> v1::Inventory {
         open_files_max: inventory.open_files_max,
         driver_version: inventory.driver_version.clone(),
         cuda_version: inventory.cuda_version.clone(),
+        gpu_fault: inventory.gpu_fault.clone(),
     }
 }
 
@@ -229,6 +232,7 @@ fn port_to_wire(port: &FabricPort) -> v1::FabricPort {
         pci_address: port.pci_address.clone(),
         numa_node: port.numa_node,
         interface: port.interface.clone(),
+        unfit: port.unfit.clone(),
     }
 }
 

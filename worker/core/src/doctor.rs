@@ -157,11 +157,13 @@ fn ports(inventory: &Inventory) -> Vec<Diagnosis> {
     let gbps = |mbps: u32| f64::from(mbps) / 1000.0;
     // Those elsewhere are for storage or management, and slower on purpose.
     let near: Vec<&String> = inventory.gpus.iter().flat_map(|gpu| &gpu.near_fabric).collect();
-    let for_training = |port: &FabricPort| near.is_empty() || near.contains(&&port.device);
+    let for_training =
+        |port: &FabricPort| port.unfit.is_empty() && (near.is_empty() || near.contains(&&port.device));
     let of = |port: &FabricPort| {
         let check = format!("port {}", port.name());
         let found = format!("is {} ({})", port.state.name(), port.physical_state);
         match port.state {
+            _ if !port.unfit.is_empty() => skipped(&check, &format!("{found}; not used: {}", port.unfit)),
             PortState::Active if port.rate_mbps < usual && for_training(port) => ill(
                 &check,
                 Grade::Warning,
@@ -210,6 +212,15 @@ fn verbs(facts: &Facts) -> Diagnosis {
 
 fn gpus(facts: &Facts) -> Vec<Diagnosis> {
     let gpus = &facts.inventory.gpus;
+    let fault = &facts.inventory.gpu_fault;
+    if !fault.is_empty() {
+        return vec![ill(
+            "GPUs",
+            Grade::Wrong,
+            fault.clone(),
+            "what it says; until then this host takes no jobs",
+        )];
+    }
     if gpus.is_empty() {
         return vec![skipped("GPUs", "there is none, or no NVIDIA driver")];
     }
@@ -324,7 +335,8 @@ mod tests {
         type Break = fn(&mut Facts);
         let worst = |facts: &Facts| examine(facts).into_iter().max_by_key(|one| one.grade).unwrap();
         assert_eq!(worst(&sound()).grade, Grade::Well, "{:?}", examine(&sound()));
-        let table: [(&str, Grade, &str, Break); 14] = [
+        let table: [(&str, Grade, &str, Break); 15] = [
+            ("GPUs", Grade::Wrong, "takes no jobs", |f| f.inventory.gpu_fault = "it refuses".to_owned()),
             ("memlock", Grade::Wrong, "LimitMEMLOCK", |f| f.inventory.memlock_bytes = Some(8 << 20)),
             ("open files", Grade::Warning, "LimitNOFILE", |f| f.inventory.open_files_max = Some(1024)),
             ("/dev/shm", Grade::Wrong, "--shm-size", |f| f.inventory.shm_bytes = 64 << 20),

@@ -8,6 +8,8 @@ use muster_core::types::Millis;
 use muster_core::{FabricPort, Inventory};
 use serde::Deserialize;
 
+use crate::surroundings::awaited_ports;
+
 /// A state counts once it was seen in so many looks, one after the other.
 const LOOKS: u32 = 2;
 /// Counters are looked at over this time.
@@ -154,6 +156,11 @@ impl Monitor {
 
     fn look_at_gpus(&mut self, inventory: &Inventory, all: &mut Vec<Finding>) {
         let ids: BTreeSet<String> = inventory.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
+        if !inventory.gpu_fault.is_empty() {
+            let (severity, reason) = (Severity::Quarantined, inventory.gpu_fault.clone());
+            // What is gone is not known then.
+            return all.push(Finding { subject: "GPUs".into(), severity, reason });
+        }
         let known = self.gpus.get_or_insert_with(|| ids.clone());
         // Those that are faulty may no longer say who they are.
         let faulty = inventory.gpus.iter().filter(|gpu| gpu.fault.is_some()).count();
@@ -173,6 +180,8 @@ impl Monitor {
     }
 
     fn look_at_ports(&mut self, now: Millis, readings: &Readings, all: &mut Vec<Finding>) {
+        let awaited: BTreeSet<String> =
+            awaited_ports(&readings.inventory).into_iter().map(FabricPort::name).collect();
         for port in &readings.inventory.fabric_ports {
             let name = port.name();
             let seen = self.ports.entry(name.clone()).or_default();
@@ -214,6 +223,13 @@ impl Monitor {
                 );
             } else if seen.was_active && seen.down_looks >= LOOKS {
                 add(Severity::Degraded, format!("is {}, and was ACTIVE", port.state.name()));
+            } else if seen.down_looks >= LOOKS && awaited.contains(&name) {
+                // Nobody need compare it with others: it has a link, and is for training.
+                let state = port.state.name();
+                add(
+                    Severity::Degraded,
+                    format!("is {state}: no subnet manager configures it, and ranks do without"),
+                );
             }
             if errors >= ERRORS_DEGRADED {
                 let reason = format!("{errors} errors on its link within 10 minutes; look at its cable");

@@ -148,3 +148,41 @@ fn checks_speak_by_their_exit_code_and_one_line() {
         assert_eq!(words(&found).first().map(String::as_str), expected, "{end:?} {line}");
     }
 }
+
+#[test]
+fn rails_that_no_subnet_manager_configures_degrade_a_node_by_themselves() {
+    let port = |device: &str, state, rate_mbps| FabricPort {
+        device: device.into(),
+        port: 1,
+        state,
+        rate_mbps,
+        ..FabricPort::default()
+    };
+    let look = |rail| {
+        let ports = vec![port("mlx5_0", rail, 400_000), port("mlx5_1", PortState::Active, 100_000)];
+        let inventory = Inventory { fabric_ports: ports, ..Inventory::default() };
+        Readings { inventory, ..Readings::default() }
+    };
+    let mut monitor = Monitor::default();
+    assert_eq!(monitor.look(Millis(0), &look(PortState::Init)), [], "once is no finding");
+    let found = words(&monitor.look(Millis(1), &look(PortState::Init)));
+    let expected = "Degraded mlx5_0:1: is INIT: no subnet manager configures it, and ranks do without";
+    assert_eq!(found, [expected]);
+    assert_eq!(monitor.look(Millis(2), &look(PortState::Active)), []);
+}
+
+#[test]
+fn a_driver_that_refuses_takes_out_the_node() {
+    let mut monitor = Monitor::default();
+    let refused = |why: &str| {
+        let mut readings = gpus(&[]);
+        readings.inventory.gpu_fault = why.to_owned();
+        readings
+    };
+    let found = words(&monitor.look(Millis(0), &refused("versions differ")));
+    assert_eq!(found, ["Quarantined GPUs: versions differ"]);
+    // The first that answers says what there is.
+    assert_eq!(monitor.look(Millis(1), &gpus(&[(0, "A", None)])), []);
+    assert_eq!(words(&monitor.look(Millis(2), &refused("x"))), ["Quarantined GPUs: x"]);
+    assert_eq!(monitor.look(Millis(3), &gpus(&[(0, "A", None)])), []);
+}

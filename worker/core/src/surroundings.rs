@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use muster_core::types::surroundings::{DerivedVariable, RankBinding, VALUE_BYTES_MAX, VariableSource};
 use muster_core::types::{Assignment, CpuList, JobSpec, Surroundings};
-use muster_core::{Device, FabricPort, Inventory, LinkLayer};
+use muster_core::{Device, FabricPort, Inventory, LinkLayer, PortState};
 
 /// Ports slower than the fastest by more than this factor are for something else than training, where nothing else tells.
 const RATE_FACTOR_MAX: u32 = 2;
@@ -36,7 +36,12 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
     }
     if let Some(interface) = facts.interface {
         let here = assignment.placement.address == assignment.master_addr;
-        let reason = if here {
+        let address = assignment.master_addr.to_string();
+        let on_another =
+            inventory.interfaces.iter().any(|nic| nic.name == interface && !nic.addresses.contains(&address));
+        let reason = if here && on_another {
+            format!("this node's address {address} is on loopback, and {interface} leads to the others")
+        } else if here {
             format!(
                 "{interface} has this node's address {}, at which the others reach it",
                 assignment.master_addr
@@ -75,22 +80,34 @@ fn of_job(spec: &JobSpec, name: &str) -> Option<String> {
 
 type PassedOver<'a> = Vec<(&'a FabricPort, String)>;
 
-/// The ports over which ranks shall speak, and those that are passed over, each with why.
+/// Returns the ports over which ranks are to speak, and those that are passed over, each with why. One that has a link and
+/// is not configured yet tells for what the others are: storage does not take the place of rails that no subnet manager has
+/// configured.
 pub fn compute_ports(inventory: &Inventory) -> (Vec<&FabricPort>, PassedOver<'_>) {
+    let (chosen, mut passed) = training_ports(inventory);
+    let (active, waiting): (Vec<_>, Vec<_>) = chosen.into_iter().partition(|port| port.is_active());
+    passed.extend(waiting.into_iter().map(|port| (port, format!("is {}", port.state.name()))));
+    (active, passed)
+}
+
+/// Returns those of the ports that are for training, and not active yet.
+pub(crate) fn awaited_ports(inventory: &Inventory) -> Vec<&FabricPort> {
+    training_ports(inventory).0.into_iter().filter(|port| !port.is_active()).collect()
+}
+
+/// The ports that have a link and are for training, and the others, each with why.
+fn training_ports(inventory: &Inventory) -> (Vec<&FabricPort>, PassedOver<'_>) {
     let (mut chosen, mut passed) = (Vec::new(), Vec::new());
     for port in &inventory.fabric_ports {
-        if port.is_active() {
-            chosen.push(port);
-        } else {
-            passed.push((port, format!("is {}", port.state.name())));
+        match port.state {
+            _ if !port.unfit.is_empty() => passed.push((port, port.unfit.clone())),
+            PortState::Init | PortState::Armed | PortState::Active | PortState::ActiveDefer => {
+                chosen.push(port);
+            }
+            PortState::Down | PortState::Unknown => {
+                passed.push((port, format!("is {}", port.state.name())));
+            }
         }
-    }
-    if chosen.iter().any(|port| port.link_layer == LinkLayer::InfiniBand) {
-        let why = "is Ethernet (RoCE), and the others are InfiniBand: they cannot reach each other";
-        pass_over(&mut chosen, &mut passed, |port| match port.link_layer {
-            LinkLayer::InfiniBand => None,
-            LinkLayer::Ethernet | LinkLayer::Other => Some(why.to_owned()),
-        });
     }
     // Below the same bridge as a GPU: that is what they were put there for. Storage and management are elsewhere.
     let near: BTreeSet<&str> =
@@ -99,6 +116,13 @@ pub fn compute_ports(inventory: &Inventory) -> (Vec<&FabricPort>, PassedOver<'_>
         let why = "is not next to a GPU: it is there for storage or management";
         pass_over(&mut chosen, &mut passed, |port| {
             (!near.contains(port.device.as_str())).then(|| why.to_owned())
+        });
+    }
+    if chosen.iter().any(|port| port.is_active() && port.link_layer == LinkLayer::InfiniBand) {
+        let why = "is Ethernet (RoCE), and the others are InfiniBand: they cannot reach each other";
+        pass_over(&mut chosen, &mut passed, |port| match port.link_layer {
+            LinkLayer::InfiniBand => None,
+            LinkLayer::Ethernet | LinkLayer::Other => Some(why.to_owned()),
         });
     }
     let fastest = chosen.iter().map(|port| port.rate_mbps).max().unwrap_or(0);
@@ -126,10 +150,12 @@ fn pass_over<'a>(
 
 fn hca_list(inventory: &Inventory) -> Option<(String, String)> {
     let (chosen, passed) = compute_ports(inventory);
-    if chosen.is_empty() {
+    // NCCL would take what is active instead, such as the port of the storage: it is told of the right ones all the same.
+    let named = if chosen.is_empty() { awaited_ports(inventory) } else { chosen.clone() };
+    if named.is_empty() {
         return None;
     }
-    let names: Vec<String> = chosen.iter().map(|port| port.name()).collect();
+    let names: Vec<String> = named.iter().map(|port| port.name()).collect();
     // With '=' NCCL takes exactly these; without it mlx5_1 would stand for mlx5_10 as well.
     let value = format!("={}", names.join(","));
     if value.len() > VALUE_BYTES_MAX {

@@ -5,7 +5,7 @@ use muster_core::types::{
     DesiredPhase, GangId, Generation, JobId, JobSpec, Millis, NodeName, NodePlacement, Rank, Resources,
     StopMode, StopSignal,
 };
-use muster_core::{NumaNode, PortState};
+use muster_core::{NetworkInterface, NumaNode, PortState};
 
 use LinkLayer::{Ethernet, InfiniBand};
 
@@ -51,6 +51,60 @@ fn ports_for_training_are_those_that_work_and_can_reach_each_other() {
         let names: Vec<String> = chosen.iter().map(|port| port.name()).collect();
         assert_eq!(names.join(","), expected, "{ports:?} {near:?}: {passed:?}");
         assert_eq!(chosen.len() + passed.len(), ports.len(), "each has its reason");
+    }
+}
+
+/// Rails beside GPUs that no subnet manager has configured, and storage that works.
+#[test]
+fn storage_does_not_take_the_place_of_rails_that_are_not_configured() {
+    let init = |index| FabricPort { state: PortState::Init, ..port(index, InfiniBand, 400) };
+    let mut inventory = Inventory {
+        fabric_ports: vec![init(0), init(1), port(2, InfiniBand, 200)],
+        gpus: vec![gpu(0, 0, &["mlx5_0"]), gpu(1, 0, &["mlx5_1"])],
+        ..Inventory::default()
+    };
+    let value = |inventory: &Inventory| {
+        let all = of(&assignment(&[0], 1), inventory, "0", &[]).variables;
+        let found = all.into_iter().find(|one| one.name == "NCCL_IB_HCA");
+        found.map(|one| (one.value, one.reason)).unwrap_or_default()
+    };
+    let (ports, why) = value(&inventory);
+    assert_eq!(ports, "=mlx5_0:1,mlx5_1:1");
+    assert!(
+        why.starts_with("0 of 3 ports are active and for training; mlx5_2:1 is not next to a GPU"),
+        "{why}"
+    );
+    inventory.fabric_ports[1].state = PortState::Active;
+    assert_eq!(value(&inventory).0, "=mlx5_1:1");
+    // Where it is not known what is next to a GPU, the rate tells.
+    let mut far = Inventory { gpus: vec![gpu(0, 0, &[])], ..inventory.clone() };
+    far.fabric_ports[1].state = PortState::Init;
+    far.fabric_ports[2].rate_mbps = 100_000;
+    assert_eq!(value(&far).0, "=mlx5_0:1,mlx5_1:1");
+    // What cannot be used here is no rail.
+    far.fabric_ports[0].unfit = "is a virtual function of mlx5_1".to_owned();
+    let (ports, why) = value(&far);
+    assert!(
+        ports == "=mlx5_1:1" && why.contains("mlx5_0:1 is a virtual function of mlx5_1"),
+        "{ports} {why}"
+    );
+}
+
+#[test]
+fn an_address_on_loopback_is_said_to_be_there() {
+    let mut first = assignment(&[], 0);
+    first.placement.address = first.master_addr;
+    let nic = |addresses: &[&str]| NetworkInterface {
+        name: "eth0".into(),
+        addresses: addresses.iter().map(ToString::to_string).collect(),
+        ..NetworkInterface::default()
+    };
+    for (addresses, expected) in
+        [(&["10.0.0.1"][..], "eth0 has this node's"), (&["10.9.0.2"], "is on loopback")]
+    {
+        let inventory = Inventory { interfaces: vec![nic(addresses)], ..Inventory::default() };
+        let all = of(&first, &inventory, "0", &[]).variables;
+        assert!(all[0].reason.contains(expected), "{all:?}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! InfiniBand and RoCE ports, and the counters of what goes wrong on them, from sysfs.
 
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 
 use muster_core::{FabricPort, Inventory, LinkLayer, PortState};
@@ -29,6 +30,9 @@ impl Discovery for Fabric<'_> {
             let ports = dir.join(&device).join("ports");
             let numbers = entries(&ports).into_iter().filter_map(|port| port.parse().ok());
             found.fabric_ports.extend(numbers.map(|port| read(&dir.join(&device), &device, port)));
+        }
+        for port in &mut found.fabric_ports {
+            port.unfit = unfit(&dir, port).unwrap_or_default();
         }
         found.fabric_ports.truncate(PORTS_MAX);
     }
@@ -64,6 +68,37 @@ fn read(dir: &Path, device: &str, port: u32) -> FabricPort {
         pci_address: pci::address_in(&hardware).unwrap_or_default(),
         numa_node: pci::numa_of(&hardware),
         interface: interface(&at, &hardware, port).unwrap_or_default(),
+        unfit: String::new(),
+    }
+}
+
+/// Returns why ranks are not to use a port, whatever its state is.
+fn unfit(dir: &Path, port: &FabricPort) -> Option<String> {
+    let own = dir.join(&port.device);
+    // In a machine or container that was given virtual functions alone, they are what is to be used.
+    if let Some(physical) = pci::address_in(&own.join("device/physfn")) {
+        let is_it =
+            |device: &String| pci::address_in(&dir.join(device).join("device")).as_ref() == Some(&physical);
+        if let Some(device) = entries(dir).into_iter().find(is_it) {
+            return Some(format!("is a virtual function of {device}, which is here as well"));
+        }
+    }
+    let gids = own.join("ports").join(port.port.to_string()).join("gids");
+    let is_routable = |index: String| text(&gids.join(index)).is_some_and(|gid| is_routable(&gid));
+    if port.link_layer == LinkLayer::Ethernet && !entries(&gids).into_iter().any(is_routable) {
+        return Some(
+            "has no address that others reach: its network interface has none, or a link-local one".into(),
+        );
+    }
+    None
+}
+
+/// Returns whether others reach a port of RoCE by this GID: not by none, nor by a link-local address.
+fn is_routable(gid: &str) -> bool {
+    let Ok(address) = gid.parse::<Ipv6Addr>() else { return false };
+    match address.to_ipv4_mapped() {
+        Some(v4) => !v4.is_unspecified() && !v4.is_link_local(),
+        None => !address.is_unspecified() && !address.is_unicast_link_local(),
     }
 }
 
@@ -93,5 +128,68 @@ pub(super) fn counters(sys: &Path, port: &FabricPort) -> PortCounters {
     PortCounters {
         link_downed: count("link_downed"),
         errors: ERROR_COUNTERS.iter().map(|name| count(name)).fold(0, u64::saturating_add),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Makes a device with one port at a place on the bus.
+    fn device(sys: &Path, name: &str, pci: &str, layer: &str, gids: &[&str]) {
+        let dir = sys.join("class/infiniband").join(name);
+        let gid_dir = dir.join("ports/1/gids");
+        fs::create_dir_all(&gid_dir).unwrap();
+        fs::create_dir_all(sys.join("devices").join(pci)).unwrap();
+        symlink(sys.join("devices").join(pci), dir.join("device")).unwrap();
+        let port = dir.join("ports/1");
+        fs::write(port.join("state"), "4: ACTIVE\n").unwrap();
+        fs::write(port.join("link_layer"), format!("{layer}\n")).unwrap();
+        for (index, gid) in gids.iter().enumerate() {
+            fs::write(gid_dir.join(index.to_string()), format!("{gid}\n")).unwrap();
+        }
+    }
+
+    fn unfit(sys: &Path) -> Vec<String> {
+        let mut found = Inventory::default();
+        Fabric { sys }.discover(&mut found);
+        found.fabric_ports.into_iter().map(|port| port.unfit).collect()
+    }
+
+    #[test]
+    fn virtual_functions_are_not_used_beside_their_physical_one() {
+        let sys = tempfile::tempdir().unwrap();
+        let link_local = ["fe80:0000:0000:0000:0200:0000:0000:0001"];
+        device(sys.path(), "mlx5_1", "0000:1b:00.1", "InfiniBand", &link_local);
+        let function = sys.path().join("devices/0000:1b:00.1/physfn");
+        fs::create_dir_all(sys.path().join("devices/0000:1b:00.0")).unwrap();
+        symlink(sys.path().join("devices/0000:1b:00.0"), function).unwrap();
+        assert_eq!(unfit(sys.path()), [""], "a machine that was given the virtual one alone");
+        device(sys.path(), "mlx5_0", "0000:1b:00.0", "InfiniBand", &link_local);
+        assert_eq!(unfit(sys.path()), ["", "is a virtual function of mlx5_0, which is here as well"]);
+    }
+
+    #[test]
+    fn ethernet_ports_need_an_address_that_others_reach() {
+        let none = "0000:0000:0000:0000:0000:0000:0000:0000";
+        let link_local = "fe80:0000:0000:0000:0200:00ff:fe00:0001";
+        let table: [(&str, &[&str], bool); 8] = [
+            ("Ethernet", &[], false),
+            ("Ethernet", &[none, link_local], false),
+            ("Ethernet", &[link_local, "0000:0000:0000:0000:0000:ffff:a9fe:0001"], false),
+            ("Ethernet", &[link_local, "0000:0000:0000:0000:0000:ffff:0a00:0001"], true),
+            ("Ethernet", &[link_local, "fd00:0000:0000:0000:0000:0000:0000:0001"], true),
+            ("Ethernet", &["no address"], false),
+            ("InfiniBand", &[link_local], true),
+            ("InfiniBand", &[], true),
+        ];
+        for (layer, gids, fit) in table {
+            let sys = tempfile::tempdir().unwrap();
+            device(sys.path(), "mlx5_0", "0000:1b:00.0", layer, gids);
+            assert_eq!(unfit(sys.path())[0].is_empty(), fit, "{layer} {gids:?}");
+        }
     }
 }

@@ -44,6 +44,7 @@ impl Given {
         replace(&mut found.open_files_max, said.open_files_max);
         replace(&mut found.driver_version, said.driver_version);
         replace(&mut found.cuda_version, said.cuda_version);
+        replace(&mut found.gpu_fault, said.gpu_fault);
         found.labels.extend(said.labels);
         Ok(())
     }

@@ -10,7 +10,7 @@ use muster_core::{Device, Inventory};
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
 use nvml_wrapper::error::NvmlError;
-use tracing::info;
+use tracing::warn;
 
 use super::{Discovery, pci};
 
@@ -22,52 +22,98 @@ pub(super) struct Gpus {
     root: PathBuf,
     /// The daemon's own CUDA_VISIBLE_DEVICES: only those in it are ours to give.
     visible: Option<String>,
-    /// Loaded once, at the first look; none where it cannot be.
-    library: OnceLock<Option<Nvml>>,
+    /// Loaded once, at the first look; none where there is no driver, and else why it refuses.
+    library: OnceLock<Result<Option<Nvml>, String>>,
 }
 
 impl Gpus {
     /// Asks the driver's library.
     pub fn by_driver() -> Self {
         let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+        if let Some(visible) = visible.as_ref().filter(|visible| visible.contains("MIG-")) {
+            warn!(
+                visible,
+                "CUDA_VISIBLE_DEVICES names parts of GPUs (MIG), which are given to no rank; name whole GPUs, or run \
+                 jobs without --gpus-per-proc, whose ranks see what the daemon sees"
+            );
+        }
         Self { root: "/".into(), visible, library: OnceLock::new() }
     }
 
     /// Reads files alone.
     pub fn by_files() -> Self {
-        Self { library: OnceLock::from(None), ..Self::by_driver() }
+        Self { library: OnceLock::from(Ok(None)), ..Self::by_driver() }
     }
 
-    fn library(&self) -> Option<&Nvml> {
+    fn library(&self) -> Result<Option<&Nvml>, &String> {
         let load = || match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
-            Ok(nvml) => Some(nvml),
-            Err(NvmlError::LibloadingError(_)) => None,
+            Ok(nvml) => Ok(Some(nvml)),
             Err(error) => {
-                info!(%error, "the GPU driver's library cannot be used");
-                None
+                let has_driver = self.root.join("proc/driver/nvidia/version").exists();
+                let why = refusal(&error, has_driver);
+                if let Some(why) = &why {
+                    warn!(%error, "{why}");
+                }
+                why.map_or(Ok(None), Err)
             }
         };
-        self.library.get_or_init(load).as_ref()
+        self.library.get_or_init(load).as_ref().map(Option::as_ref)
     }
 }
 
 impl Discovery for Gpus {
     fn discover(&self, found: &mut Inventory) {
         found.gpus = match self.library() {
-            Some(nvml) => {
+            Err(why) => {
+                found.gpu_fault.clone_from(why);
+                Vec::new()
+            }
+            Ok(Some(nvml)) => {
                 found.driver_version = nvml.sys_driver_version().unwrap_or_default();
                 let cuda = nvml.sys_cuda_driver_version().ok();
                 let version = |cuda: i32| format!("{}.{}", cuda / 1000, cuda % 1000 / 10);
                 found.cuda_version = cuda.map(version).unwrap_or_default();
-                (0..nvml.device_count().unwrap_or(0)).map(|index| ask(nvml, index)).collect()
+                let count = nvml.device_count().unwrap_or_else(|error| {
+                    found.gpu_fault = refusal(&error, true).unwrap_or_default();
+                    0
+                });
+                (0..count).map(|index| ask(nvml, index)).collect()
             }
-            None => in_files(&self.root),
+            Ok(None) => in_files(&self.root),
         };
         if let Some(visible) = &self.visible {
             let wanted: Vec<&str> = visible.split(',').map(str::trim).collect();
-            found.gpus.retain(|gpu| wanted.iter().any(|w| *w == gpu.index.to_string() || *w == gpu.uuid));
+            found.gpus.retain(|gpu| wanted.iter().any(|name| is_named(gpu, name)));
         }
     }
+}
+
+/// Returns what it means for the machine that the driver's library cannot be used; none if it means that there are no GPUs.
+fn refusal(error: &NvmlError, has_driver: bool) -> Option<String> {
+    let words = match error {
+        NvmlError::LibloadingError(_) => return None,
+        NvmlError::DriverNotLoaded | NvmlError::LibraryNotFound if !has_driver => return None,
+        NvmlError::LibRmVersionMismatch => {
+            "the NVIDIA driver and its library are of different versions; reboot the machine, or load the driver \
+             again and restart the daemon"
+        }
+        NvmlError::NoPermission => {
+            "the daemon may not use the NVIDIA driver; give its user access to /dev/nvidia*, and restart it"
+        }
+        other => {
+            return Some(format!(
+                "the NVIDIA driver refuses: {other}; look at nvidia-smi and dmesg, and restart the daemon then"
+            ));
+        }
+    };
+    Some(words.to_owned())
+}
+
+/// Returns whether a name of CUDA_VISIBLE_DEVICES is that of a GPU: its index, its UUID, or the beginning of that. A part of
+/// a GPU (MIG) is no GPU that could be given to a rank.
+fn is_named(gpu: &Device, name: &str) -> bool {
+    let is_uuid = name.len() > "GPU-".len() && name.starts_with("GPU-") && gpu.uuid.starts_with(name);
+    is_uuid || name == gpu.index.to_string()
 }
 
 /// What the driver says of one GPU. One that it cannot speak to is there all the same, and is given to no rank: the others
@@ -135,6 +181,38 @@ fn in_files(root: &Path) -> Vec<Device> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_driver_that_refuses_is_a_fault_and_one_that_is_not_there_is_none() {
+        let words = |error: &NvmlError, has_driver| refusal(error, has_driver).unwrap_or_default();
+        assert!(words(&NvmlError::LibRmVersionMismatch, true).contains("different versions; reboot"));
+        assert!(words(&NvmlError::NoPermission, true).contains("access to /dev/nvidia*"));
+        assert!(words(&NvmlError::DriverNotLoaded, true).contains("the NVIDIA driver refuses"));
+        assert_eq!(
+            words(&NvmlError::DriverNotLoaded, false),
+            "",
+            "a machine without GPUs has the library as well"
+        );
+    }
+
+    #[test]
+    fn visible_gpus_are_named_as_cuda_names_them() {
+        let gpu = Device { index: 3, uuid: "GPU-8932f937-d72c".to_owned(), ..Device::default() };
+        let table = [
+            ("3", true),
+            ("GPU-8932f937-d72c", true),
+            ("GPU-8932", true),
+            ("GPU-", false),
+            ("", false),
+            ("33", false),
+            ("GPU-9", false),
+            ("MIG-8932f937-d72c", false),
+            ("MIG-GPU-8932f937-d72c/1/0", false),
+        ];
+        for (name, expected) in table {
+            assert_eq!(is_named(&gpu, name), expected, "{name}");
+        }
+    }
+
     /// As a container shows them that was given the upper GPUs of its machine.
     fn fake_gpus(count: u32) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -154,7 +232,7 @@ mod tests {
         let seen = |visible: Option<&str>| {
             let (root, visible) = (root.path().to_owned(), visible.map(ToOwned::to_owned));
             let mut found = Inventory::default();
-            Gpus { root, visible, library: OnceLock::from(None) }.discover(&mut found);
+            Gpus { root, visible, library: OnceLock::from(Ok(None)) }.discover(&mut found);
             found.gpus
         };
         let indices = |visible| seen(visible).iter().map(|gpu| gpu.index).collect::<Vec<_>>();

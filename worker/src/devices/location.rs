@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use muster_worker_core::slurm::Switches;
+use muster_worker_core::slurm::{Network, Switches};
 use tracing::warn;
 
 /// Most of a topology.conf that is read: that of a hundred thousand nodes has a few MiB.
@@ -22,18 +22,26 @@ pub(crate) fn labels(
     let Some(path) = file else {
         let address = variable("SLURM_TOPOLOGY_ADDR").unwrap_or_default();
         let pattern = variable("SLURM_TOPOLOGY_ADDR_PATTERN").unwrap_or_default();
-        return Ok(Switches::of_environment(&address, &pattern).labels(others));
+        let node = variable("SLURMD_NODENAME").unwrap_or_default();
+        return Ok(Switches::of_environment(&address, &pattern, &node).labels(others));
     };
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text));
-    read.map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+    let text = read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+    // As slurmctld takes it: from where the file is.
+    let beside = path.parent().unwrap_or(Path::new(""));
+    let include = |name: &str| read(&beside.join(name)).map_err(|error| error.to_string());
+    let network = Network::read(&path.display().to_string(), &text, &include)?;
     let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
     let short = host.split('.').next().unwrap_or_default().to_owned();
     let names = [variable("SLURMD_NODENAME").unwrap_or_default(), name.to_owned(), host, short];
-    let found =
-        names.iter().map(|name| Switches::of_file(&text, name)).find(|found| *found != Switches::default());
+    let found = names.iter().map(|name| network.find(name)).find(|found| *found != Switches::default());
     if found.is_none() {
         warn!(file = %path.display(), node = %name, "this node is not in it; where it is in the network is not known");
     }
     Ok(found.unwrap_or_default().labels(others))
+}
+
+fn read(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(FILE_BYTES_MAX).read_to_string(&mut text)?;
+    Ok(text)
 }

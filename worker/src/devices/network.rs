@@ -1,11 +1,12 @@
 //! Network interfaces, and which of them leads where.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, UdpSocket};
 use std::path::Path;
 
 use muster_core::{Inventory, NetworkInterface};
 use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 
 use super::{Discovery, entries, number, pci, text};
 
@@ -21,8 +22,8 @@ impl Discovery for Network<'_> {
     fn discover(&self, found: &mut Inventory) {
         let dir = self.sys.join("class/net");
         let mut addresses: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (name, address) in own_addresses() {
-            addresses.entry(name).or_default().push(address.to_string());
+        for own in own_addresses() {
+            addresses.entry(own.interface).or_default().push(own.ip.to_string());
         }
         // A container's host has hundreds of virtual ones: those with hardware behind them, and bonds of those.
         let real =
@@ -48,8 +49,16 @@ impl Discovery for Network<'_> {
     }
 }
 
+/// One of this machine's addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Own {
+    interface: String,
+    is_loopback: bool,
+    ip: IpAddr,
+}
+
 /// This machine's addresses, each with the interface that has it.
-fn own_addresses() -> Vec<(String, IpAddr)> {
+fn own_addresses() -> Vec<Own> {
     let Ok(all) = getifaddrs() else { return Vec::new() };
     let ip = |one: nix::ifaddrs::InterfaceAddress| {
         let address = one.address?;
@@ -57,7 +66,8 @@ fn own_addresses() -> Vec<(String, IpAddr)> {
         let ip = v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))?;
         // An alias, "eth0:1", is not a name that a socket can be bound to.
         let name = one.interface_name.split(':').next().unwrap_or_default().to_owned();
-        Some((name, ip))
+        let is_loopback = one.flags.contains(InterfaceFlags::IFF_LOOPBACK);
+        Some(Own { interface: name, is_loopback, ip })
     };
     all.filter_map(ip).collect()
 }
@@ -66,27 +76,77 @@ fn own_addresses() -> Vec<(String, IpAddr)> {
 /// for the route.
 pub(crate) fn interface_towards(target: IpAddr) -> Option<String> {
     let all = own_addresses();
-    let with = |wanted: IpAddr| all.iter().find(|(_, ip)| *ip == wanted).map(|(name, _)| name.clone());
-    with(target).or_else(|| {
-        let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-        let socket = UdpSocket::bind((any, 0)).ok()?;
-        socket.connect((target, 9)).ok()?;
-        with(socket.local_addr().ok()?.ip())
-    })
+    if all.iter().any(|own| own.ip == target) {
+        return interface_of(&all, target);
+    }
+    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect((target, 9)).ok()?;
+    interface_of(&all, socket.local_addr().ok()?.ip())
+}
+
+/// The interface that has an address. A host that is routed to (BGP) has its own on loopback, where nobody reaches ranks that
+/// listen on all that the interface has: then it is the only other one with an address. Of several none is named, and NCCL and
+/// Gloo find their way by the routes.
+fn interface_of(all: &[Own], ip: IpAddr) -> Option<String> {
+    let mut with = all.iter().filter(|own| own.ip == ip);
+    if let Some(own) = with.clone().find(|own| !own.is_loopback) {
+        return Some(own.interface.clone());
+    }
+    if ip.is_loopback() {
+        return with.next().map(|own| own.interface.clone());
+    }
+    with.next()?;
+    let usable = |own: &&Own| !own.is_loopback && own.ip.is_ipv4() == ip.is_ipv4() && is_for_others(&own.ip);
+    let others: BTreeSet<&str> = all.iter().filter(usable).map(|own| own.interface.as_str()).collect();
+    if others.len() == 1 { others.first().map(ToString::to_string) } else { None }
+}
+
+fn is_for_others(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    }
 }
 
 /// An address of this host that others may reach.
 pub(super) fn address_for_others() -> Option<IpAddr> {
-    let usable = |ip: &IpAddr| match ip {
-        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-    };
-    own_addresses().into_iter().map(|(_, ip)| ip).find(usable)
+    own_addresses().into_iter().map(|own| own.ip).find(is_for_others)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, Option<&'a str>);
+
+    #[test]
+    fn an_address_on_loopback_that_is_routed_to_does_not_make_loopback_the_way() {
+        let own = |interface: &str, ip: &str| Own {
+            interface: interface.to_owned(),
+            is_loopback: interface == "lo",
+            ip: ip.parse().unwrap(),
+        };
+        let host = |more: &[(&str, &str)]| {
+            let base = [("lo", "127.0.0.1"), ("lo", "10.9.9.9"), ("lo", "fd00::9")];
+            base.iter().chain(more).map(|(name, ip)| own(name, ip)).collect::<Vec<_>>()
+        };
+        let table: [Case<'_>; 8] = [
+            (&[("eth0", "192.0.2.1")], "10.9.9.9", Some("eth0")),
+            (&[("eth0", "192.0.2.1"), ("eth0", "192.0.2.2")], "10.9.9.9", Some("eth0")),
+            (&[("eth0", "192.0.2.1"), ("eth1", "192.0.2.3")], "10.9.9.9", None),
+            // Without numbers of their own.
+            (&[("eth0", "fe80::1"), ("eth1", "fe80::2")], "10.9.9.9", None),
+            (&[("eth0", "fe80::1"), ("eth1", "fd01::2")], "fd00::9", Some("eth1")),
+            // It is on both.
+            (&[("eth1", "10.9.9.9")], "10.9.9.9", Some("eth1")),
+            (&[("eth0", "192.0.2.1")], "127.0.0.1", Some("lo")),
+            (&[("eth0", "192.0.2.1")], "203.0.113.1", None),
+        ];
+        for (more, ip, expected) in table {
+            assert_eq!(interface_of(&host(more), ip.parse().unwrap()).as_deref(), expected, "{more:?} {ip}");
+        }
+    }
 
     #[test]
     fn loopback_is_reached_by_loopback() {

@@ -36,7 +36,11 @@ pub(super) fn show(inventory: &v1::Inventory) -> Vec<String> {
         vec![
             format!("{}:{}", port.device, port.port),
             layer.to_owned(),
-            format!("{state} ({})", port.physical_state),
+            if port.unfit.is_empty() {
+                format!("{state} ({})", port.physical_state)
+            } else {
+                format!("{state}, not used: {}", port.unfit)
+            },
             format!("{} Gb/s {}", f64::from(port.rate_mbps) / 1000.0, port.speed),
             or_dash(&port.pci_address),
             numa(port.numa_node),
