@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use muster_tests::{Cluster, Outcome, Settings, binary};
+use muster_tests::{Cluster, Outcome, Settings, binary, user};
 
 fn muster(args: &[&str]) -> Outcome {
     Outcome::of(Command::new(binary("muster")).args(args).env("MUSTER_COORDINATOR", "http://127.0.0.1:1"))
@@ -106,7 +106,8 @@ fn listings_are_json_with_the_names_of_grpcurl() {
     let text = cluster.muster(&["nodes"]).ok();
     assert!(text.starts_with("NODE  ADDRESS") && text.lines().count() == 3, "{text}");
     let cordoned = cluster.muster(&["cordon", "n1", "--reason", "fan"]).ok();
-    assert!(cordoned.contains("ready, cordoned (fan)"), "{cordoned}");
+    let by = format!("ready, cordoned by {} (fan)", user());
+    assert!(cordoned.contains(&by), "{cordoned}");
     let id = cluster.submit(&["--nnodes", "2"], "true");
     assert_eq!(cluster.job(&id)["reason"], "waiting: 1 of 2 nodes; n1 refused: cordoned (fan)");
     cluster.muster(&["uncordon", "n1"]).ok();

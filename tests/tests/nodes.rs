@@ -93,8 +93,8 @@ fn ranks_find_the_ports_that_work_and_a_user_is_never_overridden() {
     let ports = "=mlx5_0:1,mlx5_1:1,mlx5_2:1,mlx5_4:1,mlx5_6:1,mlx5_7:1";
     let found = derived(&cluster, &id);
     let here = "lo has this node's address 127.0.0.1, at which the others reach it";
-    let why = "6 of 9 ports are active and for training; mlx5_3:1 is DOWN; mlx5_5:1 is Ethernet (RoCE), and the others are \
-               InfiniBand: they cannot reach each other; mlx5_8:1 is not next to a GPU: it is there for storage or management";
+    let why = "6 of 9 ports are active and for training; mlx5_3:1 is DOWN; mlx5_8:1 is not next to a GPU: it is there for \
+               storage or management; mlx5_5:1 is Ethernet (RoCE), and the others are InfiniBand: they cannot reach each other";
     let expected = [
         ("NCCL_IB_HCA", ports, "VARIABLE_SOURCE_NODE", why),
         ("NCCL_SOCKET_IFNAME", "=lo", "VARIABLE_SOURCE_NODE", here),

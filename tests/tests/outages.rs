@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use muster_tests::{Bed, Settings, eventually, is_running, processes_with};
+use muster_tests::{Bed, Settings, eventually, is_running, processes_with, user};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -218,7 +218,8 @@ fn a_node_is_drained() {
     let bed = Bed::start(Settings { workers: 3, ..LEASE }, &flags, before);
     bed.wait_for_ranks(1, 2);
     let drained = bed.cluster.muster(&["drain", "n2", "--reason", "new kernel"]).ok();
-    assert!(drained.contains("drained (new kernel)"), "{drained}");
+    let by = format!("drained by {} (new kernel)", user());
+    assert!(drained.contains(&by), "{drained}");
     bed.wait_for_ranks(2, 2);
     assert!(bed.cluster.dir.path().join("bed/asked1").exists(), "by the signal that the job asked for");
     let beats = bed.finish(2, 0);
