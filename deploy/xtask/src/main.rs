@@ -13,6 +13,7 @@ mod data;
 mod demo;
 mod deps;
 mod digits;
+mod failures;
 mod fetch;
 mod fuzz;
 mod libraries;

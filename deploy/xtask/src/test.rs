@@ -1,6 +1,7 @@
 //! The tests as a list of stages, each a command that can be typed alone; the first failure ends it.
 
 use crate::cargo;
+use crate::failures;
 use crate::machine;
 use crate::python;
 use crate::setup::{self, Wants};
@@ -90,7 +91,10 @@ impl Stage {
         let began = Instant::now();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = cargo::command(&words);
-        if let Err(error) = cargo::run(command.envs(self.env)) {
+        let command = command.envs(self.env);
+        let tests = words.starts_with(&["cargo", "test"]);
+        let ended = if tests { failures::run(command) } else { cargo::run(command) };
+        if let Err(error) = ended {
             bail!("the stage `{}` failed ({error:#}); to run it alone: {typed}", self.name);
         }
         Ok(began.elapsed())
