@@ -120,7 +120,7 @@ impl Etcd {
         (0..self.members.len()).filter_map(|index| last(log(index))).collect()
     }
 
-    /// Every value that a key has had, the oldest first, as far as history is not compacted.
+    /// Reads every value that a key has had until now, the oldest first, as far as history is not compacted.
     pub fn history(&self, key: &str) -> Vec<String> {
         let file = self.dir.path().join("history");
         let output = std::fs::File::create(&file).unwrap();
@@ -136,7 +136,8 @@ impl Etcd {
             let lines: Vec<&str> = text.lines().collect();
             let values: Vec<String> =
                 lines.chunks(3).filter_map(|of| Some((*of.get(2)?).to_owned())).collect();
-            if values.last().is_some_and(|last| last == newest.trim()) {
+            // A newer one may have come since: what has ended is cleared away, and that is written, too.
+            if values.iter().any(|value| value == newest.trim()) {
                 Ok(values)
             } else {
                 Err(values.last().cloned())
