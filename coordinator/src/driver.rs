@@ -19,7 +19,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use muster_core::types::{JobId, Millis, NodeName, Session};
-use muster_core::{Core, Effects, Input, Job, Join, Node, Reply, ToNode, Write};
+use muster_core::{Core, Effects, Heard, Input, Job, Join, Node, Reply, ToNode, Write};
 use muster_proto::v1;
 use muster_store::{Batch, Error as StoreError, Fence, Store};
 use tokio::sync::{mpsc, oneshot, watch as channel};
@@ -273,27 +273,44 @@ impl Driver {
             }
             Command::Join { join, reply } => self.join(*join, reply),
             Command::FromNode(input) => self.step(*input, None),
-            Command::Heartbeat { node, session, seq } => self.heartbeat(node, session, seq),
             Command::OpenSession { hello, sender, reply } => self.open_session(*hello, sender, reply),
             #[cfg(test)]
             Command::Busy(work) => work(),
         }
     }
 
-    /// Acknowledged at once, whatever waits for the store: nothing of a lease is stored, and training must not end
-    /// because a disk is full.
-    fn heartbeat(&mut self, node: NodeName, session: Session, seq: u64) {
-        let link = self.links.get(&node).filter(|link| link.session == session);
-        let effects = self.core.step(self.now, Input::Heartbeat { node, session });
-        if let (true, Some(link)) = (effects.renewed, link) {
-            link.send(v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq }));
+    /// Takes a step of the core, which knows every heartbeat that bears on it.
+    fn decide(&mut self, input: Input) -> Effects {
+        let links = &self.links;
+        let pulse = |node: &NodeName, session| {
+            let link = links.get(node).filter(|link| link.session == session)?;
+            Some(link.pulse.clone())
+        };
+        // A stall ends no lease, and so no pulse.
+        let ends_leases = !matches!(input, Input::Stalled);
+        if ends_leases && let Some(heard) = self.core.heard_since(self.now, pulse) {
+            let effects = self.core.step(self.now, heard);
+            self.take(effects, None);
         }
-        self.take(effects, None);
+        self.core.step(self.now, input)
+    }
+
+    /// Tells the core when a node was last heard, before another session or daemon takes its place.
+    fn settle(&mut self, node: &NodeName, last: Option<Millis>) {
+        let Some(at) = last else { return };
+        let Some(session) = self.links.get(node).map(|link| link.session) else { return };
+        self.step(Input::Heartbeats(vec![Heard { node: node.clone(), session, at }]), None);
     }
 
     /// A node that comes back as it was waits for nothing: its ranks live by how soon it is heard again.
     fn join(&mut self, join: Join, reply: oneshot::Sender<Answer>) {
-        let mut effects = self.core.step(self.now, Input::Join(Box::new(join)));
+        let name = join.name.clone();
+        let older = self.links.get(&name);
+        self.settle(&name, older.as_ref().and_then(|link| link.pulse.last()));
+        let mut effects = self.decide(Input::Join(Box::new(join)));
+        if let Some(older) = older.filter(|link| !self.core.has_session(&name, link.session)) {
+            older.pulse.end();
+        }
         match effects.reply.take_if(|_| effects.writes.is_empty()) {
             Some(answer) => {
                 reply.send(answer.map_err(RequestError::from)).ok();
@@ -311,11 +328,14 @@ impl Driver {
     ) {
         let Hello { node, incarnation, gangs, leaving, number } = hello;
         let hello = Input::Hello { node: node.clone(), incarnation, gangs, leaving, number };
-        let mut effects = self.core.step(self.now, hello);
+        self.settle(&node, self.links.get(&node).and_then(|link| link.pulse.last()));
+        let mut effects = self.decide(hello);
         let answer = match effects.reply.take() {
             Some(Ok(Reply::Session(session))) => {
                 let link = Link::new(session, self.fence.0, sender);
                 if let Some(older) = self.links.replace(&node, link.clone()) {
+                    // What it has acknowledged since holds for the lease that goes on.
+                    self.settle(&node, older.pulse.end());
                     older.close(Status::aborted("a newer session of this node was opened"));
                 }
                 self.monitor.sessions_opened.inc();
@@ -330,7 +350,7 @@ impl Driver {
     }
 
     fn step(&mut self, input: Input, reply: Option<oneshot::Sender<Answer>>) {
-        let effects = self.core.step(self.now, input);
+        let effects = self.decide(input);
         self.take(effects, reply);
     }
 

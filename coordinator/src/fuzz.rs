@@ -10,7 +10,7 @@ mod samples;
 use std::sync::Arc;
 
 use muster_core::types::{GangReport, Generation, limits};
-use muster_core::{Caller, Input, Plan, Reply, solve};
+use muster_core::{Caller, Heard, Input, Plan, Reply, solve};
 use muster_decoders::{Decoder, check_refusal};
 use muster_proto::convert::{self, FieldError};
 use muster_proto::v1::{self, session_request::Message as Up};
@@ -132,7 +132,9 @@ fn session_request(bytes: &[u8]) {
             let Some((findings, inventory)) = accepted_field(worker::checked_health(health)) else { return };
             cluster.feed(Input::Health { node, session, findings, inventory });
         }
-        Up::Heartbeat(_) => _ = cluster.feed(Input::Heartbeat { node, session }),
+        Up::Heartbeat(_) => {
+            cluster.feed(Input::Heartbeats(vec![Heard { node, session, at: NOW }]));
+        }
         Up::Goodbye(_) => _ = cluster.feed(Input::Goodbye { node, session }),
     }
     cluster.check();

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use muster_core::Pulse;
 use muster_core::types::{Assignment, GangId, NodeName, Session};
 use muster_proto::v1;
 use tokio::sync::mpsc;
@@ -35,6 +36,8 @@ pub(crate) struct Link {
     /// Number of the coordinator's time of leading.
     term: u64,
     sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+    /// Its heartbeats.
+    pub pulse: Arc<Pulse>,
     logs: Mutex<HashMap<u64, LogSender>>,
     next_subscription: AtomicU64,
     /// The node's part of each gang that was assigned to it or asked for. A gang's placement never changes.
@@ -48,7 +51,8 @@ impl Link {
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
     ) -> Arc<Self> {
         let (logs, next_subscription) = (Mutex::default(), AtomicU64::new(1));
-        Arc::new(Self { session, term, sender, logs, next_subscription, parts: Mutex::default() })
+        let (pulse, parts) = (Arc::default(), Mutex::default());
+        Arc::new(Self { session, term, sender, pulse, logs, next_subscription, parts })
     }
 
     /// Remembers the part that an assignment gives the node: what it reports of it needs no question to the driver.
@@ -75,8 +79,9 @@ impl Link {
         self.sender.try_send(Ok(v1::SessionResponse { message: Some(message), term: self.term })).is_ok()
     }
 
-    /// Ends the stream with a status, if it still takes one.
+    /// Ends the stream with a status, if it still takes one; no heartbeat is acknowledged from now on.
     pub fn close(&self, status: Status) {
+        self.pulse.end();
         self.sender.try_send(Err(status)).ok();
         lock(&self.logs).clear();
     }

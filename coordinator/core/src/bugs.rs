@@ -28,6 +28,7 @@ pub enum Bug {
     RoomForgottenWhileStarting,
     StrangersCount,
     PlacedJobsWait,
+    PulsesNotAsked,
     // In the node's core.
     OldGenerationLaunches,
     AdoptByPidAlone,
@@ -42,7 +43,7 @@ pub enum Bug {
 }
 
 /// Every bug.
-pub const ALL: [Bug; 29] = [
+pub const ALL: [Bug; 30] = [
     Bug::OldReportsCount,
     Bug::GenerationReused,
     Bug::MoveSpendsRestart,
@@ -63,6 +64,7 @@ pub const ALL: [Bug; 29] = [
     Bug::RoomForgottenWhileStarting,
     Bug::StrangersCount,
     Bug::PlacedJobsWait,
+    Bug::PulsesNotAsked,
     Bug::OldGenerationLaunches,
     Bug::AdoptByPidAlone,
     Bug::NoSelfFence,

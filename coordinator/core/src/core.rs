@@ -11,7 +11,7 @@ use crate::bugs::{Bug, planted};
 use crate::effects::{Effects, Event, Reply, Write};
 use crate::gang::Cancel;
 use crate::health::Fleet;
-use crate::input::Input;
+use crate::input::{Heard, Input};
 use crate::job::{Job, Observed};
 use crate::lease::Hello;
 use crate::node::{Drain, Node, NodeState, Reserved};
@@ -242,9 +242,12 @@ impl Core {
                     self.leaving(now, &node, reason, &mut fx);
                 }
             }
-            Input::Heartbeat { node, session } => fx.renewed = self.renew(now, &node, session),
+            Input::Heartbeats(heard) => {
+                for Heard { node, session, at } in heard {
+                    self.renew(at, &node, session);
+                }
+            }
             Input::Report { node, session, report } => {
-                self.renew(now, &node, session);
                 if self.has_session(&node, session) {
                     self.report(now, &node, &report, &mut fx);
                 }
@@ -280,6 +283,14 @@ impl Core {
     /// When `Tick` is due next, unless something else comes first.
     pub fn next_deadline(&self) -> Option<Millis> {
         self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// Returns the nodes of which the next step at `now` looks whether their leases have ended.
+    pub(crate) fn leases_due(&self, now: Millis) -> impl Iterator<Item = &NodeName> {
+        self.timers.iter().take_while(move |(at, _)| *at <= now).filter_map(|(_, timer)| match timer {
+            Timer::Lease(name) => Some(name),
+            _ => None,
+        })
     }
 
     fn fire_timers(&mut self, now: Millis, fx: &mut Effects) {

@@ -19,10 +19,6 @@ pub struct Effects {
     pub sends: Vec<(NodeName, Session, ToNode)>,
     /// Then answered, if the input was a request.
     pub reply: Option<Result<Reply, Refusal>>,
-    /// Whether the heartbeat that was the input has renewed its node's lease, and may be acknowledged: at once, since
-    /// leases are not stored. A heartbeat of a session that is over must not be, or the node would trust in a lease
-    /// that has ended here.
-    pub renewed: bool,
     /// Whether the report that was the input says something of a gang or of ranks that its node never held. That part of
     /// it has changed nothing.
     pub stranger: bool,

@@ -9,6 +9,17 @@ use crate::types::{
     GangReport, Incarnation, JobSpec, Millis, NodeName, Owner, RequestId, Session, StopSignal, TokenName,
 };
 
+/// The newest heartbeat of a session.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// The node.
+    pub node: NodeName,
+    /// The session it came on.
+    pub session: Session,
+    /// When it was heard.
+    pub at: Millis,
+}
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -92,13 +103,8 @@ pub enum Input {
         /// In words.
         reason: String,
     },
-    /// A daemon's heartbeat.
-    Heartbeat {
-        /// The node.
-        node: NodeName,
-        /// The session it came on.
-        session: Session,
-    },
+    /// Heartbeats that the pulses of sessions have acknowledged.
+    Heartbeats(Vec<Heard>),
     /// A gang's part on a node changed.
     Report {
         /// The node.

@@ -106,20 +106,19 @@ impl Core {
         Ok(Reply::Session(session))
     }
 
-    pub(crate) fn has_session(&self, name: &NodeName, session: Session) -> bool {
+    /// Whether a node's session is this one.
+    pub fn has_session(&self, name: &NodeName, session: Session) -> bool {
         self.nodes.get(name).is_some_and(|node| node.session == Some(session))
     }
 
-    /// False if the session is not the node's.
-    pub(crate) fn renew(&mut self, now: Millis, name: &NodeName, session: Session) -> bool {
-        let Some(node) = self.nodes.get_mut(name).filter(|node| node.session == Some(session)) else {
-            return false;
-        };
+    /// Makes a node's lease last from when it was heard on its session.
+    pub(crate) fn renew(&mut self, heard: Millis, name: &NodeName, session: Session) {
+        let lasts = heard.plus(self.config.lease);
+        let node = self.nodes.get_mut(name).filter(|node| node.session == Some(session));
         // The timer that is set looks at this when it fires: a heartbeat costs no timer.
-        if !planted(Bug::LeaseNotRenewed) {
-            node.lease_expires = now.plus(self.config.lease);
+        if let Some(node) = node.filter(|_| !planted(Bug::LeaseNotRenewed)) {
+            node.lease_expires = node.lease_expires.max(lasts);
         }
-        true
     }
 
     pub(crate) fn renew_all(&mut self, now: Millis) {
@@ -130,7 +129,8 @@ impl Core {
 
     fn grant_lease(&mut self, now: Millis, name: &NodeName) {
         if let Some(node) = self.nodes.get_mut(name) {
-            node.lease_expires = now.plus(self.config.lease);
+            // An older session may have been heard since.
+            node.lease_expires = node.lease_expires.max(now.plus(self.config.lease));
             self.timers.insert((node.lease_expires, Timer::Lease(name.clone())));
         }
     }

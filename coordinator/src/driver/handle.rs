@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use muster_core::types::{GangReport, Incarnation, Millis, NodeName, Session};
-use muster_core::{Input, Job, Join, Node, Refusal, Reply};
+use muster_core::types::{GangReport, Incarnation, Millis, NodeName};
+use muster_core::{Heard, Input, Job, Join, Node, Refusal, Reply};
 use muster_proto::v1;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
@@ -50,11 +50,6 @@ pub(super) enum Command {
         reply: oneshot::Sender<Answer>,
     },
     FromNode(Box<Input>),
-    Heartbeat {
-        node: NodeName,
-        session: Session,
-        seq: u64,
-    },
     OpenSession {
         hello: Box<Hello>,
         sender: mpsc::Sender<Result<v1::SessionResponse, Status>>,
@@ -107,9 +102,25 @@ impl Handle {
         self.send(Command::FromNode(Box::new(input))).await
     }
 
-    /// A node's heartbeat, acknowledged on its session if that still holds its lease.
-    pub async fn heartbeat(&self, node: NodeName, session: Session, seq: u64) -> Result<(), RequestError> {
-        self.send(Command::Heartbeat { node, session, seq }).await
+    /// Acknowledges a node's heartbeat if its session still holds the lease: at once, however busy the driver is, and
+    /// whatever waits for the store. Nothing of a lease is stored, and training must not end because a disk is full.
+    pub fn heartbeat(&self, link: &Link, seq: u64) -> Result<(), RequestError> {
+        if !(self.leads)() {
+            return Err(RequestError::Stopping);
+        }
+        if link.pulse.beat(self.clock.now()) {
+            link.send(v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq }));
+        }
+        Ok(())
+    }
+
+    /// A session is over. Its last heartbeat counts; none is acknowledged from now on.
+    pub async fn disconnected(&self, node: &NodeName, link: &Link) -> Result<(), RequestError> {
+        let session = link.session;
+        if let Some(at) = link.pulse.end() {
+            self.tell(Input::Heartbeats(vec![Heard { node: node.clone(), session, at }])).await?;
+        }
+        self.tell(Input::Disconnected { node: node.clone(), session }).await
     }
 
     /// Opens a node's session; `sender` is its stream. Answered at once: what the node shall do comes on the stream when

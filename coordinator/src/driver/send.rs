@@ -35,6 +35,7 @@ impl Driver {
             // The whole desired state goes out again when the node opens its next session.
             warn!(%node, %session, "node does not keep up; its session is closed");
             self.monitor.too_slow("session");
+            self.settle(node, link.pulse.end());
             self.links.remove(node, session);
             link.close(Status::resource_exhausted("too many messages wait for this node; connect again"));
             self.step(Input::Disconnected { node: node.clone(), session }, None);

@@ -23,10 +23,7 @@ impl Driver {
                     let why = "this coordinator no longer leads, and no other one does; try again".to_owned();
                     reply.send(Err(RequestError::StoreUnavailable(why))).ok();
                 }
-                Command::Join { .. }
-                | Command::FromNode(_)
-                | Command::Heartbeat { .. }
-                | Command::OpenSession { .. } => {}
+                Command::Join { .. } | Command::FromNode(_) | Command::OpenSession { .. } => {}
                 #[cfg(test)]
                 Command::Busy(_) => {}
             }

@@ -11,9 +11,13 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::published::State;
 
-const LEASE: Millis = Millis(1_000);
+/// Long enough that a busy machine is not taken for a silent node.
+const LEASE: Millis = Millis(3_000);
 
-async fn arrive(handle: &Handle, name: &str) -> (NodeName, Session) {
+type Messages = mpsc::Receiver<Result<v1::SessionResponse, tonic::Status>>;
+
+/// A node that has joined and opened its session: its name, the session, and what it is told.
+async fn connect(handle: &Handle, name: &str) -> (NodeName, Arc<Link>, Messages) {
     let node = NodeName::new(name).unwrap();
     let incarnation = Incarnation::new("i").unwrap();
     let join = Join {
@@ -27,9 +31,8 @@ async fn arrive(handle: &Handle, name: &str) -> (NodeName, Session) {
     handle.request(Input::Join(Box::new(join))).await.unwrap();
     let hello = Hello { node: node.clone(), incarnation, gangs: vec![], leaving: None, number: 1 };
     let (sender, receiver) = mpsc::channel(16);
-    // Nobody reads it, and it is not to look closed.
-    std::mem::forget(receiver);
-    (node, handle.open_session(hello, sender).await.unwrap().session)
+    let link = handle.open_session(hello, sender).await.unwrap();
+    (node, link, receiver)
 }
 
 type Running = tokio::task::JoinHandle<Result<End, Error>>;
@@ -135,25 +138,58 @@ async fn readers_see_nothing_that_could_still_be_lost() {
 
 /// Each piece of work is too short to be taken for a pause of the process; together they outlast a lease.
 #[tokio::test(flavor = "multi_thread")]
-async fn no_lease_ends_while_its_heartbeat_waits() {
+async fn heartbeats_are_acknowledged_and_count_while_the_driver_is_busy() {
     let (handle, stop, running) = run(Box::new(MemoryStore::default()));
-    let (first, first_session) = arrive(&handle, "first").await;
-    let (second, second_session) = arrive(&handle, "second").await;
+    let (_, first, mut acks) = connect(&handle, "first").await;
+    let (_, silent, _silent_acks) = connect(&handle, "second").await;
 
-    let heard = handle.clock.now();
-    let busy = |_| Command::Busy(Box::new(|| std::thread::sleep(Duration::from_millis(LEASE.0 / 20))));
-    let mut all: Vec<Command> = (0..25).map(busy).collect();
-    // The first heartbeat is a step of the core, and would end the lease of the second node.
-    all.push(Command::Heartbeat { node: first, session: first_session, seq: 1 });
-    all.push(Command::Heartbeat { node: second, session: second_session, seq: 1 });
-    for command in all {
-        handle.inbox.send((heard, command)).await.unwrap();
+    let piece = LEASE.0 / 20;
+    let (done, mut over) = tokio::sync::oneshot::channel();
+    for _ in 0..30 {
+        let busy = Command::Busy(Box::new(move || std::thread::sleep(Duration::from_millis(piece))));
+        handle.inbox.send((handle.clock.now(), busy)).await.unwrap();
     }
-    // Refused once everything before it has been published.
-    let nobody = Input::SetCordon { by: None, node: "nobody".to_owned(), cordon: None };
-    handle.request(nobody).await.unwrap_err();
-    let states = handle.read(|state| state.nodes_after(None).map(|node| node.state).collect::<Vec<_>>());
-    assert_eq!(states.unwrap(), [NodeState::Ready, NodeState::Ready]);
+    let last = Command::Busy(Box::new(move || done.send(()).unwrap()));
+    handle.inbox.send((handle.clock.now(), last)).await.unwrap();
+    let mut seq = 0;
+    while over.try_recv().is_err() {
+        seq += 1;
+        handle.heartbeat(&first, seq).unwrap();
+        // At once: nothing is waited for.
+        let mut acknowledged = false;
+        while let Ok(message) = acks.try_recv() {
+            let ack = v1::session_response::Message::HeartbeatAck(v1::HeartbeatAck { seq });
+            acknowledged |= message.unwrap().message == Some(ack);
+        }
+        assert!(acknowledged, "heartbeat {seq}");
+        tokio::time::sleep(Duration::from_millis(piece)).await;
+    }
+    let state = |name| handle.read(|state| state.node(name).ok().map(|node| node.state)).unwrap();
+    while state("second") != Some(NodeState::Lost) {
+        handle.heartbeat(&first, seq).unwrap();
+        tokio::time::sleep(Duration::from_millis(piece)).await;
+    }
+    assert_eq!(state("first"), Some(NodeState::Ready));
+    assert!(!silent.pulse.beat(handle.clock.now()), "nothing is acknowledged after the end");
+    stop.cancel();
+    assert_eq!(running.await.unwrap().unwrap(), End::Stopped);
+}
+
+/// What a session has acknowledged counts when it ends, and when another one takes its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_heartbeat_of_a_session_counts_after_it() {
+    let (handle, stop, running) = run(Box::new(MemoryStore::default()));
+    let (node, link, _acks) = connect(&handle, "n").await;
+    tokio::time::sleep(Duration::from_millis(LEASE.0 * 3 / 4)).await;
+    handle.heartbeat(&link, 1).unwrap();
+    let heard = link.pulse.last().unwrap();
+    handle.disconnected(&node, &link).await.unwrap();
+    assert!(!link.pulse.beat(handle.clock.now()));
+    let state = || handle.read(|state| state.node("n").ok().map(|node| node.state)).unwrap();
+    while state() != Some(NodeState::Lost) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(handle.clock.now() >= heard.plus(LEASE), "the lease lasts from its last heartbeat");
     stop.cancel();
     assert_eq!(running.await.unwrap().unwrap(), End::Stopped);
 }

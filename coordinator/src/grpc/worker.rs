@@ -182,9 +182,10 @@ impl Api {
             }
         };
         info!(%node, %session, %why, "node disconnected");
+        // Told first: a session that cannot be found has no heartbeat that the driver does not know.
+        reign.driver.disconnected(&node, &link).await.ok();
         reign.driver.links().remove(&node, session);
         link.close(Status::aborted(why));
-        reign.driver.tell(Input::Disconnected { node, session }).await.ok();
     }
 
     async fn hear(
@@ -198,9 +199,10 @@ impl Api {
         let (name, session) = (node.clone(), link.session);
         match message {
             Some(Message::Heartbeat(heartbeat)) => {
-                driver.heartbeat(name, session, heartbeat.seq).await?;
+                driver.heartbeat(link, heartbeat.seq)?;
             }
             Some(Message::Gang(report)) => {
+                link.pulse.beat(driver.clock().now());
                 let report = Box::new(convert::gang_report_from_wire(report).map_err(invalid)?);
                 driver.tell(Input::Report { node: name, session, report }).await?;
             }

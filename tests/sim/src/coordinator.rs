@@ -1,11 +1,13 @@
 //! The coordinator's process: its driver, its store and its clock, around the real core.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use muster_core::bugs::{Bug, planted};
 use muster_core::types::{Millis, NodeName, Session};
 use muster_core::{
-    Config, Core, Effects, Event, Input, Job, Meta, Node, Refusal, Reply, Snapshot, ToNode, Write,
+    Config, Core, Effects, Event, Heard, Input, Job, Meta, Node, Pulse, Refusal, Reply, Snapshot, ToNode,
+    Write,
 };
 
 /// The lease and the heartbeats of the simulated cluster, in the proportion of the defaults.
@@ -93,6 +95,8 @@ pub struct Process {
     filling: (Vec<Write>, Vec<Leaves>),
     /// Sessions and the connections they run on.
     pub sessions: BTreeMap<Session, u64>,
+    /// The heartbeats of all sessions that there were.
+    pulses: BTreeMap<Session, Arc<Pulse>>,
     pub conns: BTreeMap<u64, (NodeName, Option<Session>)>,
 }
 
@@ -132,6 +136,7 @@ impl Coordinator {
             writing: None,
             filling: (Vec::new(), Vec::new()),
             sessions: BTreeMap::new(),
+            pulses: BTreeMap::new(),
             conns: BTreeMap::new(),
         });
         if let Some(process) = &mut self.process {
@@ -183,10 +188,49 @@ impl Process {
         }
     }
 
-    /// One step of the core. Gives its answer, where the driver itself needs it.
+    /// One step of the core, which knows the heartbeats that bear on it. Gives its answer, where the driver itself needs it.
     pub fn step(&mut self, now: u64, wall: i64, input: Input, caller: Option<u64>) -> Stepped {
-        let mut effects = self.core.step(self.clock(now, wall), input);
-        let (renewed, writes) = (effects.renewed, !effects.writes.is_empty());
+        let clock = self.clock(now, wall);
+        let node = match &input {
+            Input::Join(join) => Some(join.name.clone()),
+            Input::Hello { node, .. } | Input::Disconnected { node, .. } => Some(node.clone()),
+            _ => None,
+        };
+        let older = node.as_ref().and_then(|node| self.session_of(node));
+        let is_over = matches!(&input, Input::Disconnected { session, .. } if older == Some(*session));
+        let last = older.and_then(|session| {
+            let pulse = self.pulses.get(&session)?;
+            let at = if is_over { pulse.end() } else { pulse.last() };
+            Some(Input::Heartbeats(vec![Heard { node: node.clone()?, session, at: at? }]))
+        });
+        let due = self.core.heard_since(clock, |_, session| self.pulses.get(&session).cloned());
+        let mut acted = false;
+        for heard in [due, last].into_iter().flatten() {
+            acted |= self.advance(clock, heard, None).acted;
+        }
+        let stepped = self.advance(clock, input, caller);
+        if let (Some(node), Some(older)) = (node, older)
+            && self.session_of(&node) != Some(older)
+            && let Some(pulse) = self.pulses.get(&older)
+        {
+            pulse.end();
+        }
+        Stepped { acted: acted | stepped.acted, ..stepped }
+    }
+
+    /// A heartbeat, which costs the core no step. Whether it is acknowledged.
+    pub fn beats(&mut self, now: u64, wall: i64, session: Session) -> bool {
+        let clock = self.clock(now, wall);
+        self.pulses.entry(session).or_default().beat(clock)
+    }
+
+    fn session_of(&self, node: &NodeName) -> Option<Session> {
+        self.core.node(node.as_str()).ok()?.session
+    }
+
+    fn advance(&mut self, clock: Millis, input: Input, caller: Option<u64>) -> Stepped {
+        let mut effects = self.core.step(clock, input);
+        let writes = !effects.writes.is_empty();
         let changed: Vec<Job> = effects
             .events
             .iter()
@@ -199,7 +243,7 @@ impl Process {
         let reply = if caller.is_none() { effects.reply.take() } else { None };
         self.take(effects, caller);
         self.filling.1.extend(changed.into_iter().map(|job| Leaves::Changed(Box::new(job))));
-        Stepped { renewed, writes, acted, reply }
+        Stepped { writes, acted, reply }
     }
 
     /// Something that the driver says itself, in order with the rest.
@@ -241,7 +285,6 @@ impl Process {
 /// What a step leaves for the driver and the record.
 #[derive(Debug)]
 pub struct Stepped {
-    pub renewed: bool,
     pub writes: bool,
     /// Something has changed that others see.
     pub acted: bool,

@@ -59,6 +59,8 @@ impl Process {
         report: Box<GangReport>,
         truth: &mut Truth,
     ) -> bool {
+        // A sign of life, too.
+        self.beats(now, wall, session);
         let gang = report.gang.clone();
         let before = self.seen_by_stranger(&node, &gang);
         let stepped = self.step(now, wall, Input::Report { node: node.clone(), session, report }, None);

@@ -310,11 +310,10 @@ impl World {
                         (Input::Hello { node, incarnation, gangs, leaving, number }, None, Some(conn))
                     }
                     (Up::Heartbeat(seq), Some(session)) => {
-                        let stepped = process.step(now, wall, Input::Heartbeat { node, session }, None);
-                        if stepped.renewed {
+                        if process.beats(now, wall, session) {
                             self.leave(vec![Leaves::ToConn(conn, Down::Ack(seq))]);
                         }
-                        return self.after_step(stepped.acted);
+                        return;
                     }
                     (Up::Report(report), Some(session)) => {
                         let acted = process.hears(now, wall, (node, session), report, &mut self.truth);

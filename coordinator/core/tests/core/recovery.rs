@@ -2,8 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::sync::Arc;
+
 use muster_core::types::{DesiredPhase, Generation, Millis, NodeName, ObservedPhase, Rank, RankProgress};
-use muster_core::{Input, JobState, NodeState, Refusal};
+use muster_core::{Input, JobState, NodeState, Pulse, Refusal};
 
 use crate::world::{World, name, spec};
 
@@ -286,15 +288,25 @@ fn a_late_hello_is_passed_over() {
 fn only_the_session_that_holds_the_lease_renews_it() {
     let mut world = World::with_nodes(&["a"]);
     let session = world.node("a").session.unwrap();
-    let beat = |session| Input::Heartbeat { node: name("a"), session };
-    assert!(world.core.step(world.now, beat(session)).renewed);
-    world.now = world.now.plus(Millis(11_000));
+    let pulse = Arc::new(Pulse::default());
+    let others = Arc::new(Pulse::default());
+    let heard_since = |world: &World| {
+        let of = |_: &NodeName, asked| Some(if asked == session { pulse.clone() } else { others.clone() });
+        world.core.heard_since(world.now, of)
+    };
+    assert!(heard_since(&world).is_none(), "nothing is due");
+    world.now = world.now.plus(Millis(6_000));
+    assert!(pulse.beat(world.now));
+    world.now = world.now.plus(Millis(6_000));
+    let heard = heard_since(&world).expect("its lease would end");
+    world.input(heard);
+    assert_eq!(world.core.node("a").unwrap().state, NodeState::Ready);
+
+    world.now = world.now.plus(Millis(6_000));
+    assert!(heard_since(&world).is_none(), "the last one was too long ago");
+    assert!(!pulse.beat(world.now), "a node must not trust in a lease that has ended");
     world.input(Input::Tick);
     assert_eq!(world.core.node("a").unwrap().state, NodeState::Lost);
-    assert!(
-        !world.core.step(world.now, beat(session)).renewed,
-        "a node must not trust in a lease that has ended"
-    );
 }
 
 #[test]

@@ -11,8 +11,8 @@ use muster_core::types::{
     Rank, RankExit, RequestId, Resources, Session,
 };
 use muster_core::{
-    Caller, Config, Core, Device, Effects, Input, Inventory, Job, JobState, Join, Node, Reply, Snapshot,
-    ToNode, Write,
+    Caller, Config, Core, Device, Effects, Heard, Input, Inventory, Job, JobState, Join, Node, Reply,
+    Snapshot, ToNode, Write,
 };
 
 /// A node that follows its assignments at once.
@@ -212,9 +212,9 @@ impl World {
                 .filter(|(_, node)| !node.frozen)
                 .filter_map(|(name, node)| Some((name.clone(), node.session?)))
                 .collect();
-            for (node, session) in beating {
-                self.input(Input::Heartbeat { node, session });
-            }
+            let at = self.now;
+            let heard = beating.into_iter().map(|(node, session)| Heard { node, session, at });
+            self.input(Input::Heartbeats(heard.collect()));
             if self.core.next_deadline().is_some_and(|at| at <= self.now) {
                 self.input(Input::Tick);
             }
