@@ -137,7 +137,7 @@ fn caller(extensions: &Extensions) -> Caller {
         Some(known @ (Identity::Bearer(_) | Identity::Node(_))) => Caller::Known(known.to_string().into()),
         Some(Identity::Local(_)) | None => {
             let peer = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-            Caller::Peer(peer.map(|peer| peer.ip()))
+            Caller::Peer(peer.map(|peer| peer.ip().to_canonical()))
         }
     }
 }

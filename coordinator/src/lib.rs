@@ -180,7 +180,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let certificates = config.tls_dir.as_deref().map(tls::Certificates::load).transpose()?;
     let failed = |source| Error::Bind { address: config.listen, source };
     let listener = listen(config.listen).map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
+    let (wanted, address) = (config.listen, listener.local_addr().map_err(failed)?);
     // With TLS a page in a browser has no certificate for the name that it would have us called by.
     let loopback_names_only = address.ip().is_loopback() && !config.insecure && certificates.is_none();
     let socket = Some(config.data_dir.join(socket::NAME));
@@ -196,6 +196,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let says = format!("{{\"listening\":\"{address}\"{more}}}");
     let ready = move || {
         muster_monitor::announce(&says);
+        if address.is_ipv4() && wanted.is_ipv6() {
+            warn!(%wanted, "this machine has no IPv6: calls are taken at its addresses of IPv4 alone");
+        }
         if let Some(address) = unserved {
             warn!(%address, "metrics are not served, for the port is taken: another --http-listen, or `off`, ends this warning");
         }
@@ -360,14 +363,7 @@ fn advertised(config: &Config) -> String {
 /// # Errors
 /// Those of the kernel: the port is taken, or the address is not this machine's.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = match address {
-        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
-    };
-    // So that a coordinator that is started again need not wait for the connections of the one before.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG_MAX)
+    muster_monitor::listen(address, BACKLOG_MAX)
 }
 
 fn check(config: &Config) -> Result<(), Error> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use muster_core::Input;
 use muster_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::UnixListener;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -244,7 +244,7 @@ where
 {
     if let Some(address) = address {
         let failed = |source| Error::Bind { address, source };
-        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let listener = crate::listen(address).map_err(failed)?;
         info!(address = %listener.local_addr().map_err(failed)?, "the health service alone is served here");
         Server::builder()
             .timeout(CALL_MAX)

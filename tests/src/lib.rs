@@ -25,7 +25,7 @@ pub use cluster::{Clocks, Cluster, Daemon, Settings, address_of, http_address};
 pub use etcd::{Etcd, has_etcd};
 pub use http::http_get;
 pub use machine::{FakeMachine, RAILS, Rail};
-pub use netns::{Cut, Netns, address as netns_address};
+pub use netns::{Cut, Netns, address as netns_address, address_v6 as netns_address_v6};
 pub use place::{Nodes, Place, files, free_port, lines, run_dir};
 pub use several::{FAST, Several};
 pub use slurm::{Options as SlurmOptions, Slurm};

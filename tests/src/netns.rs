@@ -1,5 +1,6 @@
 //! Hosts of their own: network namespaces, each with an address, on one switch.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -72,6 +73,32 @@ impl Netns {
         [&ip_path().display().to_string(), "netns", "exec", &self.host(host)].map(str::to_owned).to_vec()
     }
 
+    /// Gives every host an address of IPv6 as well: the first has fd77::1, the next fd77::2. False where there is no IPv6.
+    pub fn add_v6(&self) -> bool {
+        let add = |host: usize| {
+            ip(&format!("-n {} addr add {}/64 dev eth0 nodad", self.host(host), address_v6(host)))
+        };
+        (0..self.hosts).all(add)
+    }
+
+    /// Gives a host a way to everywhere else, by the first.
+    pub fn add_default_route(&self, host: usize) -> bool {
+        ip(&format!("-n {} route add default via {}", self.host(host), address(0)))
+    }
+
+    /// Takes the address of IPv4 from a host.
+    pub fn remove_v4(&self, host: usize) {
+        assert!(ip(&format!("-n {} addr del {}/24 dev eth0", self.host(host), address(host))));
+    }
+
+    /// The same as `prefix`, with this file in the place of /etc/hosts: what names stand for on that host.
+    pub fn prefix_with_hosts(&self, host: usize, file: &Path) -> Vec<String> {
+        let mut words = self.prefix(host);
+        let bind = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+        words.extend(["sh", "-c", bind, &file.display().to_string()].map(str::to_owned));
+        words
+    }
+
     /// Cuts a host off.
     pub fn cut(&self, host: usize, cut: Cut) {
         let (first, of) = (self.host(0), self.host(host));
@@ -125,6 +152,11 @@ fn remove_stale() {
 /// The address of a host.
 pub fn address(host: usize) -> String {
     format!("10.77.0.{}", host + 1)
+}
+
+/// The same of IPv6.
+pub fn address_v6(host: usize) -> String {
+    format!("fd77::{}", host + 1)
 }
 
 fn ip(words: &str) -> bool {

@@ -47,6 +47,7 @@ pub use attached::{Attached, Streams};
 pub use daemon::run;
 pub use devices::Given;
 pub use devices::doctor;
+pub use devices::network::for_others;
 pub use health::Watch;
 #[doc(hidden)]
 pub use launch::environment::SHIM_LOG;

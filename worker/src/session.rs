@@ -303,7 +303,7 @@ async fn join(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let address = match identity.config.address {
         Some(address) => address,
-        None => address_towards(endpoint).await.map_err(Failure::Connect)?,
+        None => address_towards(endpoint, reached.peer).await.map_err(Failure::Connect)?,
     };
     let mut joining = client.clone();
     match signs.watch(endpoint, joining.join(join_request(identity, inventory, address))).await {

@@ -100,8 +100,10 @@ pub(crate) fn place<'a>(
     if fitting.iter().filter(|node| healthy(node)).count() >= wanted {
         fitting.retain(healthy);
     }
+    // The first node's address is what every rank is told: one on loopback is only good where all nodes are one machine's.
     let by_address = |a: &&Node, b: &&Node| {
-        (a.place_in_run(), a.address, &a.name).cmp(&(b.place_in_run(), b.address, &b.name))
+        let key = |node: &Node| (node.place_in_run(), node.address.is_loopback(), node.address);
+        key(a).cmp(&key(b)).then_with(|| a.name.cmp(&b.name))
     };
     let first = fitting.first().map(|node| &node.location);
     if fitting.iter().all(|node| Some(&node.location) == first) || spec.node_selector.contains_key(RUN_LABEL)

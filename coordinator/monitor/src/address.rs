@@ -1,10 +1,15 @@
 //! Where a daemon serves its page, and where it may.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
-use tokio::net::TcpListener;
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
+use tokio::net::{TcpListener, TcpSocket};
+
+/// Connections of a page that may wait to be taken.
+const PAGE_BACKLOG_MAX: u32 = 1024;
 
 /// Where a daemon's page is.
 #[derive(Clone, Copy, Debug)]
@@ -37,8 +42,8 @@ impl FromStr for Listen {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "off" => Ok(Self::Off),
-            text => (text.parse().map(Self::At)).map_err(|_| {
-                "it is neither `off` nor an address and a port such as 127.0.0.1:7071".to_owned()
+            text => (text.trim().parse().map(Self::At)).map_err(|_| {
+                "it is neither `off` nor an address and a port such as 127.0.0.1:7071 or [::]:7071".to_owned()
             }),
         }
     }
@@ -64,6 +69,44 @@ pub enum AddressError {
     },
 }
 
+/// Listens at an address. `[::]` is every address of the machine, those of IPv4 as well, and 0.0.0.0 where the kernel has no
+/// IPv6: one setting is good for every host.
+///
+/// # Errors
+/// Those of the kernel: the port is taken, or the address is not this machine's.
+pub fn listen(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
+    let every = IpAddr::from(Ipv6Addr::UNSPECIFIED);
+    match bind_socket(address, backlog) {
+        Err(error) if address.ip() == every && error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32) => {
+            bind_socket((Ipv4Addr::UNSPECIFIED, address.port()).into(), backlog)
+        }
+        bound => bound,
+    }
+}
+
+fn bind_socket(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        // Whatever the machine has as its default (net.ipv6.bindv6only).
+        setsockopt(&socket, Ipv6V6Only, &false)?;
+    }
+    // So that a daemon that is started again need not wait for the connections of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(backlog)
+}
+
+/// Returns an address as its owner writes it: a port of both families shows one of IPv4 as mapped into IPv6.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        v4 @ IpAddr::V4(_) => SocketAddr::new(v4, address.port()),
+        IpAddr::V6(_) => address,
+    }
+}
+
 /// Binds the address. None if nothing is to be served, or if nobody asked for an address that cannot be had: whoever starts
 /// the daemon says so, after the line of its log that comes first.
 pub async fn bind(http: Http) -> Result<Option<TcpListener>, AddressError> {
@@ -75,7 +118,7 @@ pub async fn bind(http: Http) -> Result<Option<TcpListener>, AddressError> {
     if !address.ip().is_loopback() && !http.insecure {
         return Err(AddressError::NotLoopback(address));
     }
-    match TcpListener::bind(address).await {
+    match listen(address, PAGE_BACKLOG_MAX) {
         Ok(listener) => Ok(Some(listener)),
         Err(source) if asked => Err(AddressError::Bind { address, source }),
         Err(_) => Ok(None),
@@ -107,6 +150,18 @@ mod tests {
         let refused = bound(at("0.0.0.0:0"), false).await.unwrap_err().to_string();
         assert!(refused.contains("--http-insecure"), "{refused}");
         assert!(bound(at("0.0.0.0:0"), true).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn every_address_is_that_of_both_families() {
+        let listener = listen("[::]:0".parse().unwrap(), 1).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        // Of the loopback addresses of one family the other's are not.
+        let listener = listen("[::1]:0".parse().unwrap(), 1);
+        let Ok(listener) = listener else { return };
+        let port = listener.local_addr().unwrap().port();
+        tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap_err();
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ mod secrets;
 mod server;
 mod systemd;
 
-pub use address::{AddressError, Http, Listen, bind};
+pub use address::{AddressError, Http, Listen, bind, canonical, listen};
 pub use announce::{announce, announce_by};
 pub use catalogue::{Catalogue, SECONDS};
 pub use data_dir::{DataDirError, own_data_dir};

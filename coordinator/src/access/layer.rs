@@ -213,11 +213,11 @@ fn note_identified(of: &Extensions, is_a_nodes: bool) {
 }
 
 fn accepted_at(extensions: &Extensions) -> Option<SocketAddr> {
-    extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::local_addr)
+    extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::local_addr).map(muster_monitor::canonical)
 }
 
 fn peer(extensions: &Extensions) -> Option<SocketAddr> {
-    extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr)
+    extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr).map(muster_monitor::canonical)
 }
 
 /// Returns what is known of a call before it is answered. No secret is ever in it.

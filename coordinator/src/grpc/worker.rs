@@ -6,6 +6,7 @@ use std::time::Duration;
 use muster_core::health::Finding;
 use muster_core::types::{Incarnation, NodeName};
 use muster_core::{Input, Inventory, Join};
+use muster_monitor::canonical;
 use muster_proto::convert::{self, FieldError, field_error};
 use muster_proto::v1::{self, session_request::Message, worker_service_server::WorkerService};
 use tokio::sync::mpsc;
@@ -40,7 +41,7 @@ pub(super) fn invalid(error: FieldError) -> Status {
 impl WorkerService for Api {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
         let identity = caller(&request)?;
-        let accepted_at = request.local_addr().map(|address| address.to_string()).unwrap_or_default();
+        let accepted_at = request.local_addr().map(canonical).map(|at| at.to_string()).unwrap_or_default();
         let join = checked_join(request.into_inner()).map_err(invalid)?;
         let (name, address) = (join.name.clone(), join.address);
         identity.check_node(&name)?;

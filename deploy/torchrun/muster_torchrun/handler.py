@@ -17,11 +17,11 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from .address import endpoints, own_address
 from .link import Link
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 7070
 # Seconds, torchrun's own defaults.
 JOIN_TIMEOUT = 600
 LAST_CALL_TIMEOUT = 30
@@ -38,7 +38,7 @@ class MusterRendezvousHandler(RendezvousHandler):
 
     def __init__(self, parameters):
         self._run_id = parameters.run_id
-        self._endpoints = _endpoints(parameters.endpoint)
+        self._endpoints = endpoints(parameters.endpoint)
         self._join_timeout = parameters.get_as_int("join_timeout", JOIN_TIMEOUT)
         last_call = parameters.get_as_int("last_call_timeout", LAST_CALL_TIMEOUT)
         # torchrun adds a timeout of its own, which it uses for static rendezvous.
@@ -46,7 +46,7 @@ class MusterRendezvousHandler(RendezvousHandler):
             if name not in FOREIGN:
                 raise ValueError(f"--rdzv-conf {name}: the muster backend takes join_timeout and last_call_timeout")
             log.warning("--rdzv-conf %s has no effect with the muster backend", name)
-        self._address = _address(parameters.local_addr, self._endpoints[0])
+        self._address = own_address(parameters.local_addr, self._endpoints[0])
         self._hello = {
             "run_id": self._run_id,
             "node_name": re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip(".")[:253] or "unknown",
@@ -153,38 +153,8 @@ class MusterRendezvousHandler(RendezvousHandler):
             self._link.leave(failure, LEAVE_WITHIN)
 
 
-def _endpoints(text):
-    """Each as host:port, or https://host:port where the coordinator speaks TLS."""
-    endpoints = []
-    for endpoint in (text or "").split(","):
-        endpoint = endpoint.strip()
-        scheme = "https://" if endpoint.startswith("https://") else ""
-        endpoint = endpoint.removeprefix(scheme or "http://").rstrip("/")
-        if not endpoint:
-            raise ValueError("--rdzv-endpoint names the coordinator: host:7070, or several, separated by commas")
-        # An IPv6 address without brackets has no room for a port.
-        has_port = re.search(r"(^[^:]+|\]):\d+$", endpoint)
-        bare_v6 = endpoint.count(":") > 1 and not endpoint.startswith("[")
-        if not has_port:
-            endpoint = f"[{endpoint}]:{DEFAULT_PORT}" if bare_v6 else f"{endpoint}:{DEFAULT_PORT}"
-        endpoints.append(scheme + endpoint)
-    return endpoints
-
-
 def _family(address):
     return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def _address(local_addr, endpoint):
-    """The IP address at which other nodes reach this one: what the user says, else what reaches the coordinator."""
-    if local_addr:
-        return socket.getaddrinfo(local_addr, None, type=socket.SOCK_STREAM)[0][4][0]
-    host, port = endpoint.removeprefix("https://").rsplit(":", 1)
-    family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        # Of a datagram socket this sends nothing.
-        probe.connect(target)
-        return probe.getsockname()[0]
 
 
 def _failure(error):

@@ -21,3 +21,4 @@ pub(crate) mod store;
 pub(crate) mod sweep;
 pub(crate) mod timer;
 pub(crate) mod user;
+pub(crate) mod way;

@@ -6,11 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use hyper_util::rt::TokioIo;
+use muster_monitor::canonical;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tonic::Status;
@@ -18,6 +19,7 @@ use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tracing::warn;
 
 use crate::data_dir;
+use crate::devices::network;
 use crate::trust::{host, port};
 
 /// Addresses of a name that are tried.
@@ -99,21 +101,26 @@ async fn dial(uri: Uri, notes: Notes) -> io::Result<tokio::net::TcpStream> {
     Err(failed)
 }
 
-/// The address from which this machine reaches the coordinator. Connecting a UDP socket sends nothing; it asks
-/// the kernel for the route.
-pub(super) async fn address_towards(endpoint: &Endpoint) -> Result<IpAddr, Status> {
+/// Returns the address at which other nodes reach this one: that from which it reaches the coordinator, whose connection has
+/// gone to `peer`. Connecting a UDP socket sends nothing; it asks the kernel for the route.
+pub(super) async fn address_towards(endpoint: &Endpoint, peer: Option<SocketAddr>) -> Result<IpAddr, Status> {
     if is_socket(endpoint) {
         return Ok(Ipv4Addr::LOCALHOST.into());
     }
     let (name, port) = (host(endpoint.uri()), port(endpoint.uri()));
-    let failed =
-        |error: std::io::Error| Status::unavailable(format!("failed to find the way to {name}: {error}"));
-    let mut targets = tokio::net::lookup_host((name, port)).await.map_err(failed)?;
-    let target = targets.next().ok_or_else(|| Status::unavailable(format!("{name} has no address")))?;
-    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-    let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
-    socket.connect(target).map_err(failed)?;
-    Ok(socket.local_addr().map_err(failed)?.ip())
+    let failed = |error: io::Error| Status::unavailable(format!("failed to find the way to {name}: {error}"));
+    let targets: Vec<SocketAddr> = match peer {
+        Some(peer) => vec![peer],
+        None => tokio::net::lookup_host((name, port)).await.map_err(failed)?.collect(),
+    };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for target in targets {
+        match network::source_towards(target.ip()) {
+            Ok(own) => return Ok(network::for_others(name, own)),
+            Err(error) => last = error,
+        }
+    }
+    Err(failed(last))
 }
 
 /// The addresses at which coordinators said that they listen themselves, by their URLs. Kept on the disk: a daemon that
@@ -146,10 +153,11 @@ impl Known {
 
     /// A coordinator has answered over this connection, and says where it took it and on which boot of its machine.
     pub fn answered(&mut self, url: &str, reached: &Reached, accepted_at: &str, boot_id: &str) {
-        let accepted: Option<SocketAddr> = accepted_at.parse().ok();
+        let accepted: Option<SocketAddr> = accepted_at.parse().ok().map(canonical);
         // The loopback address of another machine is the end of a tunnel.
         let here = |address: SocketAddr| !address.ip().is_loopback() || boot_id == self.boot_id;
-        let direct = accepted.filter(|address| reached.peer == Some(*address) && here(*address));
+        let direct =
+            accepted.filter(|address| reached.peer.map(canonical) == Some(*address) && here(*address));
         let before = match direct {
             Some(address) => {
                 self.indirect.remove(url);
@@ -214,6 +222,10 @@ mod tests {
             // A tunnel.
             ("127.0.0.1:7070", "127.0.0.1:7070", "other", false),
             ("10.0.0.1:7070", "", "", false),
+            // It listens on [::].
+            ("10.0.0.1:7070", "[::ffff:10.0.0.1]:7070", "other", true),
+            ("127.0.0.1:7070", "[::ffff:127.0.0.1]:7070", "other", false),
+            ("[fd00::1]:7070", "[fd00::1]:7070", "other", true),
         ];
         for (peer, accepted_at, boot_id, testifies) in cases {
             let address: SocketAddr = peer.parse().unwrap();

@@ -71,9 +71,13 @@ async fn other_nodes_use_the_port_that_the_first_one_chose() {
     gang.spec.as_mut().unwrap().working_dir = "/usr".into();
     world.want(&gang, DesiredPhase::Prepared).await;
     assert_eq!(world.observe(&gang, ObservedPhase::Prepared).await.master_port, 0);
-    (gang.master_addr, gang.master_port) = ("10.1.2.3".into(), 29511);
+    // The first node's store, as it is asked for there.
+    let store = std::net::TcpListener::bind("127.0.0.3:0").unwrap();
+    let port = store.local_addr().unwrap().port();
+    (gang.master_addr, gang.master_port) = ("127.0.0.3".into(), port.into());
     world.run(&gang).await;
-    assert_eq!(text_of(&world.log_dir(&gang, 0).join("stdout.log")).await, "10.1.2.3:29511\n/usr\n");
+    let said = text_of(&world.log_dir(&gang, 0).join("stdout.log")).await;
+    assert_eq!(said, format!("127.0.0.3:{port}\n/usr\n"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

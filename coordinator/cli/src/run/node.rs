@@ -1,7 +1,7 @@
 //! This node of a run: what of it runs in this process, how it meets the others, and how it leaves them.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -225,15 +225,17 @@ async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener
     let failed = |why: &str| anyhow::anyhow!("failed to serve the run at {host}:{port}: {why}");
     let found = lookup_host((host, port)).await.map_err(|error| failed(&error.to_string()))?;
     let mut last = "the name has no address".to_owned();
+    let is_meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
     for address in found {
-        // Many machines have their own name stand for a loopback address, at which no other reaches them.
-        let is_literal = host == "localhost" || host.parse::<IpAddr>().is_ok();
-        let address = if address.ip().is_loopback() && !is_literal {
-            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
-        } else {
-            address
+        // A name may have addresses that this machine does not know of, and stand for loopback here: whatever the others find
+        // behind it serves, as with torchrun.
+        let own = UdpSocket::bind((address.ip(), 0));
+        let bound = match own {
+            _ if is_meant => muster_coordinator::listen(address),
+            Ok(_) => muster_coordinator::listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))),
+            Err(error) => Err(error),
         };
-        match muster_coordinator::listen(address) {
+        match bound {
             Ok(listener) => return Ok(Some(listener)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && wanted == Serve::IfHere => {
                 return Ok(None);
@@ -244,11 +246,15 @@ async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener
     if wanted == Serve::IfHere { Ok(None) } else { Err(failed(&last).into()) }
 }
 
+/// Returns the address that --local-addr names: of a name's several one that other nodes reach.
 async fn address_of(host: &str) -> Result<IpAddr, Failure> {
+    let host = host.trim_matches(['[', ']']);
     let found =
         lookup_host((host, 0)).await.with_context(|| format!("--local-addr {host} has no address"))?;
-    let mut addresses = found.map(|address| address.ip());
-    addresses.next().ok_or_else(|| Failure::Usage(format!("--local-addr {host} has no address")))
+    let all: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+    let own = all.iter().find(|address| !address.is_loopback()).or(all.first());
+    let own = own.ok_or_else(|| Failure::Usage(format!("--local-addr {host} has no address")))?;
+    Ok(muster_worker::for_others(host, *own))
 }
 
 /// Whoever serves may come later.

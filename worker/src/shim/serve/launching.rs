@@ -16,6 +16,7 @@ use crate::launch::cgroup::{Cgroups, GangCgroup};
 use crate::launch::prepare::{Prepared, mark_launched};
 use crate::launch::stacks;
 use crate::launch::store::RankStore;
+use crate::launch::way;
 
 impl Shim {
     pub(super) fn prepared(&mut self, prepared: Result<Prepared, String>) {
@@ -50,6 +51,10 @@ impl Shim {
             return Err("the node's lease ended before the ranks were launched".to_owned());
         }
         let port = self.record.master_port.or(assignment.master_port).ok_or("no master port was assigned")?;
+        // Ranks of a run are told a name, and reach what it stands for.
+        if self.record.order.attached.as_ref().is_none_or(|attached| attached.master.is_none()) {
+            way::check(&assignment, port)?;
+        }
         mark_launched(&self.record.order.data_dir, &assignment.gang)?;
         // Said before it is so: whoever finds the record looks for ranks.
         self.record.launched = true;
