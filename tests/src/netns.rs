@@ -81,6 +81,14 @@ impl Netns {
         (0..self.hosts).all(add)
     }
 
+    /// Whether hosts have addresses of IPv6.
+    pub fn has_v6(&self) -> bool {
+        let mut command = Command::new(ip_path());
+        let shown =
+            command.args(["-n", &self.host(0), "-6", "addr", "show", "dev", "eth0", "scope", "global"]);
+        shown.output().is_ok_and(|output| !output.stdout.is_empty())
+    }
+
     /// Gives a host a way to everywhere else, by the first.
     pub fn add_default_route(&self, host: usize) -> bool {
         ip(&format!("-n {} route add default via {}", self.host(host), address(0)))

@@ -197,6 +197,37 @@ fn a_leader_that_is_cut_off_steps_down_and_its_job_runs_on() {
 }
 
 #[test]
+fn an_etcd_at_addresses_of_ipv6_is_called_as_people_write_them() {
+    let Ok(at_v6) = std::net::TcpListener::bind("[::1]:0") else {
+        return skip("an etcd at [::1]", "this machine has no IPv6");
+    };
+    drop(at_v6);
+    let Some(etcd) = Etcd::start_on(vec![(Vec::new(), "[::1]".to_owned())], &[]) else {
+        return skip("an etcd at [::1]", "there is no etcd here");
+    };
+    let member = etcd.url().replace("etcd://", "");
+    assert!(member.starts_with("[::1]:"), "{member}");
+    let several = Several::on(etcd, None, 1, 2, &FAST);
+    let id = several.submit_beats(&[]);
+    several.wait_for(&id, "RUNNING");
+    finish(&several, &id);
+    // Another member that is not there, spaces and slashes.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("export").display().to_string();
+    let store = format!(" etcd://[::1]:9, {member} /muster/ ");
+    several.muster(&["store", "export", "--store", &store, &file]).ok();
+    assert!(std::fs::read_to_string(&file).unwrap().contains(&id), "it is the same cluster");
+    for (wrong, words) in [
+        (format!("etcd://{}", member.replace(['[', ']'], "")), "IPv6 without brackets"),
+        (format!("http://{member}"), "begins with etcd://"),
+        (format!("etcd://https://{member}"), "which --etcd-ca decides"),
+    ] {
+        let refused = several.muster(&["store", "export", "--store", &wrong, "/dev/null"]);
+        assert!(refused.code == 2 && refused.stderr.contains(words), "{wrong}: {refused:?}");
+    }
+}
+
+#[test]
 fn a_cluster_moves_from_redb_to_etcd_and_back() {
     let Some(etcd) = Etcd::start(1) else {
         return skip("moving a store to etcd", "there is no etcd here");

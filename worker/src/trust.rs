@@ -1,6 +1,7 @@
 //! By which URLs coordinators are called, whom a client takes for one where connections are encrypted, and what it says when
 //! that fails.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::io::{self, Read};
 use std::path::Path;
@@ -49,6 +50,9 @@ impl Trust {
 
     /// The endpoint of a URL. The error says what is wrong with it.
     pub fn endpoint(&self, url: &str) -> Result<Endpoint, String> {
+        if names_a_user(url) {
+            return Err(NO_USER.to_owned());
+        }
         let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| error.to_string())?;
         if url.starts_with("unix:") {
             return Ok(endpoint);
@@ -66,12 +70,47 @@ impl Trust {
             }
             _ => {
                 return Err(
-                    "it needs http:// or https:// and a host, such as http://10.0.0.1:7070".to_owned()
+                    "it needs http:// or https:// and a host, such as http://10.0.0.1:7070 or http://[fd00::1]:7070".to_owned()
                 );
             }
         };
         let host = host(endpoint.uri()).to_owned();
         endpoint.tls_config(tls.domain_name(host)).map_err(|error| why(&error))
+    }
+}
+
+/// Why a URL with a user is refused.
+const NO_USER: &str = "the URL of a coordinator names no user and no password, which every list of processes would show: make a \
+                       token with `muster token create`, and pass --token-file or MUSTER_TOKEN_FILE";
+
+fn names_a_user(url: &str) -> bool {
+    url.contains('@') && !url.starts_with("unix:")
+}
+
+/// Returns a URL as it may be shown: without what may be a user and a password.
+pub fn shown(url: &str) -> Cow<'_, str> {
+    match url.rsplit_once('@').filter(|_| names_a_user(url)) {
+        Some((before, host)) => {
+            let scheme = before.split_once("://").map(|(scheme, _)| format!("{scheme}://"));
+            Cow::Owned(format!("{}...@{host}", scheme.unwrap_or_default()))
+        }
+        None => Cow::Borrowed(url),
+    }
+}
+
+/// Returns URLs of coordinators as they are called, without the spaces, slashes and commas that people write around them. The
+/// error is in words, and shows nothing of a password: a comma in one makes two texts of it.
+pub fn urls(texts: &[String]) -> Result<Vec<String>, String> {
+    let trimmed = |text: &String| match text.trim() {
+        socket if socket.starts_with("unix:") => socket.to_owned(),
+        url => url.trim_end_matches('/').to_owned(),
+    };
+    let urls: Vec<String> = texts.iter().map(trimmed).filter(|url| !url.is_empty()).collect();
+    match urls.as_slice() {
+        [] => Err("no coordinator is named; a URL looks like http://10.0.0.1:7070 or http://[fd00::1]:7070"
+            .to_owned()),
+        all if all.iter().any(|url| names_a_user(url)) => Err(NO_USER.to_owned()),
+        _ => Ok(urls),
     }
 }
 

@@ -10,8 +10,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use muster_coordinator::LoopbackUsers;
-use muster_worker::trust::{Token, Trust};
+use muster_worker::trust::{self, Token, Trust};
 
+use daemon::socket_address;
 pub(crate) use daemon::{DaemonArgs, LogFormat};
 pub(crate) use limits::LimitArgs;
 pub(crate) use submit::{CoordinatorLoss, SubmitArgs};
@@ -94,6 +95,11 @@ impl Global {
         self.ca.as_deref().map_or(Ok(Trust::default()), Trust::from_file).map_err(Failure::Usage)
     }
 
+    /// Returns the URLs of the coordinators as they are called.
+    pub fn urls(&self) -> Result<Vec<String>, Failure> {
+        trust::urls(&self.coordinator).map_err(Failure::Usage)
+    }
+
     /// What coordinators are shown.
     pub fn token(&self) -> Result<Option<Token>, Failure> {
         if let Some(warning) = self.token_file.as_deref().and_then(muster_worker::secret_file_warning) {
@@ -116,7 +122,7 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Run the coordinator: submission, rendezvous, scheduling.
     #[command(after_help = "Example:\n  muster coordinator --data-dir /var/lib/muster\n  \
-                            muster coordinator --listen 0.0.0.0:7070 --tls-dir /etc/muster/tls")]
+                            muster coordinator --listen '[::]:7070' --tls-dir /etc/muster/tls")]
     Coordinator(Box<CoordinatorArgs>),
     /// Run the node daemon: launches the ranks of this machine.
     #[command(
@@ -194,15 +200,16 @@ pub(crate) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CoordinatorArgs {
-    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log.
-    #[arg(long, default_value = "127.0.0.1:7070")]
+    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log. [::] is every address
+    /// of this machine, of IPv6 and IPv4.
+    #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS", value_parser = socket_address)]
     pub listen: SocketAddr,
     /// Directory for the store and the metrics.
     #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
     pub data_dir: PathBuf,
     /// Where jobs and nodes are kept: `redb`, a file in the data directory; `memory`, gone with the process; or
     /// `etcd://HOST:PORT,HOST:PORT/NAME`, which makes this coordinator one of several (NAME is the cluster's; by default
-    /// muster).
+    /// muster). Addresses of IPv6 stand in brackets; a user goes with --etcd-user, never into the URL.
     #[arg(long, default_value = "redb", value_name = "STORE")]
     pub store: Store,
     #[command(flatten)]
@@ -233,7 +240,7 @@ pub(crate) struct CoordinatorArgs {
     pub limits: LimitArgs,
     /// Address of a second port that serves nothing but the gRPC health service, in plain text: for probes of Kubernetes,
     /// which neither encrypt nor say who they are. Ready is who leads; the service `live` is well while the process is.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = socket_address)]
     pub health_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub daemon: DaemonArgs,

@@ -25,7 +25,7 @@ pub(crate) struct Client(Leading);
 impl Client {
     /// Connects to the first coordinator of the list that answers; calls go on to the one that leads.
     pub async fn connect(global: &Global) -> Result<Self, Failure> {
-        Ok(Self(Leading::connect(&global.coordinator, &global.trust()?, global.token()?).await?))
+        Ok(Self(Leading::connect(&global.urls()?, &global.trust()?, global.token()?).await?))
     }
 
     /// Where it is connected.

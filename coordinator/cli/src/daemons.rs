@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::Context;
 use muster_coordinator::Listen;
 use muster_core::types::NodeName;
+use muster_worker::trust;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -28,6 +29,9 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
     private_files();
     let shutdown = start_logging(&args.daemon)?;
     let store = args.store.kind(&args.etcd)?;
+    let advertise = args.several.advertise.map(|url| trust::urls(&[url])).transpose();
+    let advertise = advertise.map_err(|why| Failure::Usage(format!("--advertise: {why}")))?;
+    let advertise = advertise.and_then(|mut urls| urls.pop());
     let config = muster_coordinator::Config {
         listen: args.listen,
         insecure: args.insecure,
@@ -47,7 +51,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<(), Failure> {
         store,
         lease: args.lease.0,
         heartbeat: args.heartbeat.0,
-        advertise: args.several.advertise,
+        advertise,
         leader_lease: args.several.leader_lease.0,
         accept_restored_store: args.several.accept_restored_store,
     };
@@ -101,7 +105,7 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
     let shutdown = start_logging(&args.daemon)?;
     lift_locked_memory();
     let config = muster_worker::Config {
-        coordinators: global.coordinator.clone(),
+        coordinators: global.urls()?,
         trust: global.trust()?,
         join_token_file: args.join_token_file,
         name,

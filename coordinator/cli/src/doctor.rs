@@ -49,7 +49,7 @@ type Coordinator = Option<(String, Option<String>)>;
 
 /// Whether it answers, and what time it has, as its answer says.
 async fn ask_coordinator(global: &Global) -> Result<(Coordinator, Option<Millis>), Failure> {
-    let urls = global.coordinator.join(",");
+    let urls = global.urls()?.join(",");
     let asking = async {
         let client = Client::connect(global).await?;
         // What nobody needs a token for.

@@ -14,7 +14,7 @@ use crate::leader::endpoint;
 pub(crate) async fn run(args: &HealthcheckArgs, global: &Global) -> Result<(), Failure> {
     let trust = global.trust().map_err(|failure| anyhow!(failure.why()))?;
     let mut refusals = Vec::new();
-    for url in &global.coordinator {
+    for url in &global.urls().map_err(|failure| anyhow!(failure.why()))? {
         match tokio::time::timeout(args.timeout.0, ask(url, &trust, &args.service)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(why)) => refusals.push(format!("{url}: {why:#}")),

@@ -66,8 +66,9 @@ impl State {
 /// The endpoint of a URL, with its times.
 pub(crate) fn endpoint(url: &str, trust: &Trust) -> Result<Endpoint, Failure> {
     let endpoint = trust.endpoint(url);
-    let endpoint =
-        endpoint.map_err(|why| Failure::Usage(format!("{url:?} is not the URL of a coordinator: {why}")))?;
+    let endpoint = endpoint.map_err(|why| {
+        Failure::Usage(format!("{:?} is not the URL of a coordinator: {why}", trust::shown(url)))
+    })?;
     let endpoint = endpoint.http2_keep_alive_interval(PROBE).keep_alive_timeout(PROBE);
     Ok(endpoint.connect_timeout(CONNECT_MAX))
 }

@@ -21,10 +21,15 @@ impl FromStr for Store {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
+        match text.trim() {
             "redb" => Ok(Self(StoreKind::Redb)),
             "memory" => Ok(Self(StoreKind::Memory)),
             url if url.starts_with("etcd://") => Ok(Self(StoreKind::Etcd(EtcdConfig::parse(url)?))),
+            url if url.contains("://") => {
+                Err("the URL of an etcd begins with etcd://, whether TLS is used or not: \
+                                               etcd://HOST:PORT,HOST:PORT/NAME"
+                    .to_owned())
+            }
             other => {
                 Err(format!("{other:?} is neither redb, nor memory, nor etcd://HOST:PORT,HOST:PORT/NAME"))
             }

@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, CommandFactory};
+use muster_worker::trust;
 
 use crate::args::Args;
 use crate::exit::Failure;
@@ -27,6 +28,11 @@ pub(crate) fn say(said: &clap::Error) -> Result<(), Failure> {
     }
     let text = said.render();
     let text = if has_colors { text.ansi().to_string() } else { text.to_string() };
+    // A password in a URL is not shown, whatever was wrong with it.
+    let text = match said.get(ContextKind::InvalidValue) {
+        Some(ContextValue::String(value)) => text.replace(value.as_str(), &trust::shown(value)),
+        _ => text,
+    };
     output::raw(text.into_bytes(), target)?;
     match target {
         Target::Stdout => Ok(()),
@@ -54,7 +60,10 @@ fn wrong_variable(said: &clap::Error, words: &[OsString]) -> Option<String> {
     let variable = arg.get_env()?.display();
     let why = said.source().map(|why| format!(": {why}")).unwrap_or_default();
     let long = arg.get_long().unwrap_or_default();
-    Some(format!("the variable {variable} has the value {value:?}, which is none for --{long}{why}"))
+    Some(format!(
+        "the variable {variable} has the value {:?}, which is none for --{long}{why}",
+        trust::shown(value)
+    ))
 }
 
 /// Whether the command line names a flag, which may be cut short.

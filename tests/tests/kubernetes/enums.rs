@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::objects::{Objects, text};
 
-const KNOWN: [(&str, &[&str]); 15] = [
+const KNOWN: [(&str, &[&str]); 16] = [
     ("accessModes", &["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany", "ReadOnlyMany"]),
     ("appProtocol", &["grpc", "http", "https"]),
     ("clusterIP", &["None"]),
@@ -12,6 +12,7 @@ const KNOWN: [(&str, &[&str]); 15] = [
     ("effect", &["NoSchedule", "PreferNoSchedule", "NoExecute"]),
     ("fsGroupChangePolicy", &["OnRootMismatch", "Always"]),
     ("imagePullPolicy", &["Always", "IfNotPresent", "Never"]),
+    ("ipFamilyPolicy", &["PreferDualStack"]),
     ("medium", &["Memory", "HugePages"]),
     ("operator", &["In", "NotIn", "Exists", "DoesNotExist", "Equal"]),
     ("podManagementPolicy", &["Parallel", "OrderedReady"]),

@@ -75,6 +75,9 @@ pub(crate) fn expanded(objects: &Objects, container: &Value) -> Vec<String> {
 /// What it does not know, or cannot read, it says before it comes to --help. First each alone, so that all are told, and then
 /// together.
 fn of_muster(arguments: &[String], title: &str, found: &mut Vec<String>) {
+    for argument in arguments.iter().filter(|argument| argument.contains("listen=0.0.0.0")) {
+        found.push(format!("{title}, {argument}: not at addresses of IPv6"));
+    }
     let [command, flags @ ..] = arguments else { return found.push(format!("{title} is told nothing")) };
     let alone = flags.iter().map(std::slice::from_ref);
     for flags in alone.chain([flags]) {

@@ -136,6 +136,7 @@ fn each_mistake_is_found() {
             "whenUnsatisfiable: ScheduleAnyways",
         ),
         ("--stop-grace-max=4m", "--stop-grace-max=5m", "is killed before its ranks have had their time"),
+        ("ipFamilyPolicy: PreferDualStack", "ipFamilies: [IPv4]", "has one family of addresses"),
         ("  maxUnavailable: 1", "  maxUnavailable: 0", "lets no pod go"),
         ("- --tls-dir=/etc/muster/tls", "- --insecure", "has no TLS"),
     ] {
@@ -162,6 +163,7 @@ fn what_the_overlay_for_trying_it_says_runs() {
             "this machine lets us make no network namespaces, or there is no grpcurl",
         );
     };
+    netns.add_v6();
     let (dir, dev) = (tempfile::tempdir().unwrap(), &rendered[0].1);
     let coordinator = runs::Pod::start(dev, "muster-coordinator", &netns, 0, dir.path());
     coordinator.is_well();

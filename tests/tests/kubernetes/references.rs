@@ -116,6 +116,9 @@ fn of_container(objects: &Objects, workload: &Workload<'_>, container: &Value, f
 
 fn services(objects: &Objects, found: &mut Vec<String>) {
     for (name, service) in objects.of_kind("Service") {
+        if service["spec"]["ipFamilyPolicy"] != "PreferDualStack" {
+            found.push(format!("Service {name} has one family of addresses on clusters of two"));
+        }
         let selector = &service["spec"]["selector"];
         let workloads = objects.workloads();
         let behind: Vec<_> = workloads.iter().filter(|one| selects(selector, one.labels)).collect();

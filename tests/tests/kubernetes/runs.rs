@@ -4,7 +4,9 @@
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use muster_tests::{Netns, Outcome, binary, eventually, grpcurl_path, netns_address, python};
+use muster_tests::{
+    Netns, Outcome, binary, eventually, grpcurl_path, netns_address, netns_address_v6, python,
+};
 use serde_json::Value;
 
 use crate::flags::expanded;
@@ -43,8 +45,11 @@ impl<'a> Pod<'a> {
     /// Asks as the kubelet does until each of its probes is content.
     pub fn is_well(&self) {
         let mut asked = 0;
-        for probe in ["startupProbe", "livenessProbe", "readinessProbe"].map(|probe| &self.container[probe]) {
-            let address = netns_address(self.host);
+        let probes = ["startupProbe", "livenessProbe", "readinessProbe"].map(|probe| &self.container[probe]);
+        // The kubelet asks at the pod's first address, which is of either family.
+        let v6 = self.netns.has_v6().then(|| format!("[{}]", netns_address_v6(self.host)));
+        let addresses: Vec<String> = [netns_address(self.host)].into_iter().chain(v6).collect();
+        for (address, probe) in addresses.iter().flat_map(|address| probes.map(|probe| (address, probe))) {
             let (grpc, http) = (&probe["grpc"], &probe["httpGet"]);
             let command = if grpc.is_object() {
                 let url = format!("http://{address}:{}", grpc["port"]);

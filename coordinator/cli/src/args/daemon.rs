@@ -1,7 +1,15 @@
 //! Flags that both daemons have.
 
+use std::net::SocketAddr;
+
 use clap::ValueEnum;
 use muster_coordinator::{Http, Listen};
+
+/// Reads an address and a port.
+pub(super) fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    let why = "it is not an IP address and a port, such as 127.0.0.1:7070 or [::]:7070";
+    text.trim().parse().map_err(|_| why.to_owned())
+}
 
 /// How a daemon logs, what it shows of itself, and when it ends.
 #[derive(Debug, clap::Args)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::args::RunArgs;
 use crate::exit::Failure;
 use crate::output::say;
+use muster_worker::trust::shown;
 
 /// The port at which torchrun's nodes meet, if none is named: c10d and static.
 const PORT_DEFAULT: u16 = 29400;
@@ -195,7 +196,11 @@ fn say_passed_over(args: &RunArgs, backend: &str) {
 }
 
 fn host_and_port(endpoint: &str, default: u16) -> Result<(String, u16), Failure> {
-    let bad = || Failure::Usage(format!("{endpoint:?} is not host:port"));
+    let endpoint = endpoint.trim();
+    let bad = || Failure::Usage(format!("{:?} is not host:port", shown(endpoint)));
+    if endpoint.contains('@') {
+        return Err(Failure::Usage("--rdzv-endpoint names no user and no password".to_owned()));
+    }
     if endpoint.starts_with("https://") {
         let why = "only a coordinator speaks TLS, with --rdzv-backend muster";
         return Err(Failure::Usage(format!("--rdzv-endpoint {endpoint}: {why}")));

@@ -24,6 +24,7 @@ mod endpoints;
 mod read;
 mod store;
 
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,30 +59,54 @@ pub struct EtcdConfig {
 }
 
 impl EtcdConfig {
-    /// Reads `etcd://host:2379,host2:2379/name`, the name being optional.
+    /// Reads `etcd://host:2379,[fd00::2]:2379/name`, the name being optional, and spaces around members passed over.
     pub fn parse(url: &str) -> Result<Self, String> {
+        // Not shown, not even to say what is wrong with it.
+        if url.contains('@') {
+            return Err("a URL of etcd names no user and no password, which every list of processes would show: pass \
+                        --etcd-user NAME and --etcd-password-file FILE"
+                .to_owned());
+        }
         let bad =
-            |why: &str| format!("{url:?} {why}; it looks like etcd://10.0.0.1:2379,10.0.0.2:2379/muster");
-        let rest = url.strip_prefix("etcd://").ok_or_else(|| bad("does not begin with etcd://"))?;
+            |why: &str| format!("{url:?} {why}; it looks like etcd://10.0.0.1:2379,[fd00::2]:2379/muster");
+        let rest = url.trim().strip_prefix("etcd://").ok_or_else(|| bad("does not begin with etcd://"))?;
+        if rest.contains("://") {
+            return Err(bad("has http:// or https:// before a member, which --etcd-ca decides"));
+        }
         let (members, name) = rest.split_once('/').unwrap_or((rest, ""));
-        let name = if name.is_empty() { NAME } else { name.trim_end_matches('/') };
-        let members: Vec<String> = members.split(',').map(str::to_owned).collect();
-        let whole = |member: &String| {
-            let port = member.rsplit_once(':').filter(|(host, _)| !host.is_empty());
-            port.is_some_and(|(_, port)| port.parse::<u16>().is_ok())
-        };
-        if !members.iter().all(whole) {
-            return Err(bad("names a member without a host or a port"));
+        let name = Some(name.trim().trim_end_matches('/')).filter(|name| !name.is_empty()).unwrap_or(NAME);
+        let members: Vec<&str> = members.split(',').map(str::trim).collect();
+        if let Some(why) = members.iter().find_map(|member| wrong_member(member)) {
+            return Err(bad(why));
         }
         if members.len() > MEMBERS_MAX {
             return Err(bad(&format!("names more than {MEMBERS_MAX} members")));
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
+        if name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
             return Err(bad("has a name that is not of letters, digits, '-', '_' and '.'"));
         }
+        let members = members.into_iter().map(str::to_owned).collect();
         Ok(Self { members, name: name.to_owned(), ..Self::default() })
     }
+}
+
+/// Returns what is wrong with a member that is not `host:port`, `address:port` or `[address]:port`.
+fn wrong_member(member: &str) -> Option<&'static str> {
+    let (host, port) = member.rsplit_once(':').unwrap_or((member, ""));
+    if let Some(bracketed) = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        if bracketed.parse::<Ipv6Addr>().is_err() {
+            return Some("has something in brackets that is not an address of IPv6");
+        }
+    } else if member.parse::<Ipv6Addr>().is_ok() || host.contains(':') {
+        return Some("names an address of IPv6 without brackets, or without a port: write [::1]:2379");
+    } else if host.chars().any(|c| c.is_whitespace() || "[]?#\\".contains(c)) {
+        return Some("names a member that is no host");
+    }
+    if host.is_empty() || port.parse::<u16>().is_err() {
+        return Some("names a member without a host or a port");
+    }
+    None
 }
 
 /// A cluster's place in etcd. Cheap to clone.
@@ -147,8 +172,29 @@ mod tests {
         let parsed = |url: &str| EtcdConfig::parse(url).map(|config| (config.members.len(), config.name));
         assert_eq!(parsed("etcd://a:2379"), Ok((1, "muster".to_owned())));
         assert_eq!(parsed("etcd://a:2379,[::1]:2379,c:1/blue/"), Ok((3, "blue".to_owned())));
+        assert_eq!(
+            EtcdConfig::parse(" etcd://a:1, [fd00::2]:2379 ,c:3/ blue// ").map(|config| config.members),
+            Ok(["a:1", "[fd00::2]:2379", "c:3"].map(str::to_owned).to_vec())
+        );
+        assert_eq!(parsed("etcd://a:1//"), Ok((1, "muster".to_owned())));
+        for secret in [
+            "etcd://root:geheim@a:1",
+            "etcd://root:ge/heim@a:1",
+            "etcd://a:1,r:geheim@b:1/x",
+            "etcd://geheim@",
+        ] {
+            let why = parsed(secret).unwrap_err();
+            assert!(why.contains("--etcd-password-file") && !why.contains("heim"), "{why}");
+        }
         for bad in [
             "redb",
+            "etcd://::1:2379",
+            "etcd://::1",
+            "etcd://[::1]",
+            "etcd://[::g]:1",
+            "etcd://[fe80::1%eth0]:1",
+            "etcd://http://a:1",
+            "etcd://a b:1",
             "etcd://",
             "etcd://a",
             "etcd://:1",
