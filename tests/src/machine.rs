@@ -91,9 +91,22 @@ impl FakeMachine {
         std::fs::rename(new, &self.inventory).unwrap();
     }
 
-    /// A counter of a port, such as `link_downed`.
+    /// A counter of a port, such as `counters/link_downed`.
     pub fn set_counter(&self, index: usize, name: &str, value: u64) {
-        self.write(&format!("class/infiniband/mlx5_{index}/ports/1/counters/{name}"), &format!("{value}\n"));
+        self.write(&format!("class/infiniband/mlx5_{index}/ports/1/{name}"), &format!("{value}\n"));
+    }
+
+    /// Devices by which programs use ports, in a /dev beside the tree; without these there are none of those.
+    pub fn set_verbs_except(&self, missing: &[usize]) {
+        let dev = self.sys.with_file_name("dev/infiniband");
+        std::fs::create_dir_all(&dev).unwrap();
+        for index in 0..=RAILS {
+            let at = format!("class/infiniband/mlx5_{index}/device/infiniband_verbs/uverbs{index}/ibdev");
+            self.write(&at, &format!("mlx5_{index}\n"));
+            if !missing.contains(&index) {
+                std::fs::write(dev.join(format!("uverbs{index}")), "").unwrap();
+            }
+        }
     }
 
     /// The flags by which a daemon takes itself for this machine.

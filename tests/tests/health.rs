@@ -54,7 +54,7 @@ fn a_cable_that_flaps_and_a_gpu_that_is_lost_are_noticed_while_jobs_run() {
         let seen = found.iter().any(|f| f["reason"] == "is DOWN, and was ACTIVE");
         if seen { Ok(()) } else { Err(node) }
     });
-    machine.set_counter(5, "link_downed", 6);
+    machine.set_counter(5, "counters/link_downed", 6);
     let reason = wait_for_verdict(&cluster, "n1", "QUARANTINED");
     assert_eq!(reason, "mlx5_5:1: its link went down 6 times within 10 minutes; look at its cable");
     let waits = cluster.submit(&["--gpus-per-proc", "1"], "true");
@@ -130,4 +130,28 @@ fn a_node_with_a_rail_less_than_its_fleet_is_named() {
     let names: Vec<&str> =
         nodes.as_array().unwrap().iter().map(|node| node["nodeName"].as_str().unwrap()).collect();
     assert_eq!(names, ["n1", "n2", "n3"]);
+}
+
+#[test]
+fn damaged_packets_of_roce_are_errors_of_its_link() {
+    let mut cluster = Cluster::start(ALONE);
+    let machine = FakeMachine::make(cluster.dir.path(), [Rail::Roce; 8], ["0", "1"]);
+    machine.set_counter(2, "hw_counters/rx_icrc_encapsulated", 7);
+    machine.set_counter(3, "hw_counters/local_ack_timeout_err", 7);
+    let flags = [&machine.flags()[..], &["--health-interval", "50ms"]].concat();
+    let worker = cluster.spawn_worker_with("n1", "n1", &flags);
+    cluster.workers.push(worker);
+    cluster.wait_for_nodes(1);
+    let mut count = 7;
+    let reason = eventually("the verdict", || {
+        count += 700;
+        machine.set_counter(2, "hw_counters/rx_icrc_encapsulated", count);
+        // Peers that are killed make as many of these, and the port is well.
+        machine.set_counter(3, "hw_counters/local_ack_timeout_err", 100 * count);
+        let node = node(&cluster);
+        let (verdict, reason) = verdict(&node);
+        if verdict == "DEGRADED" { Ok(reason) } else { Err(node) }
+    });
+    let words = " errors on its link within 10 minutes; look at its cable";
+    assert!(reason.starts_with("mlx5_2:1: ") && reason.ends_with(words), "{reason}");
 }

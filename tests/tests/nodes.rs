@@ -60,6 +60,34 @@ NUMA  CPUS   MEMORY
 ";
 
 #[test]
+fn ports_that_programs_cannot_open_are_not_used_and_a_gid_of_the_user_is_looked_at() {
+    let mut cluster = Cluster::start(Settings { workers: 0, ..Settings::default() });
+    let machine = FakeMachine::make(cluster.dir.path(), [Rail::Roce; 8], ["0-31", "32-63"]);
+    machine.set_verbs_except(&[1, 2]);
+    let worker = cluster.spawn_worker_with("n1", "n1", &machine.flags());
+    cluster.workers.push(worker);
+    cluster.wait_for_nodes(1);
+    let why = "uverbs1 cannot be opened: No such file or directory (os error 2); load ib_uverbs, or give the container \
+               /dev/infiniband";
+    let shown = cluster.muster(&["node", "n1"]).ok();
+    assert!(shown.contains("not used: cannot be used by programs: ") && shown.contains(why), "{shown}");
+    let flags = ["--nproc-per-node", "1", "--gpus-per-proc", "1", "--env", "NCCL_IB_GID_INDEX=7"];
+    let id = cluster.submit(&flags, "exec sleep 1000");
+    cluster.wait_for(&id, "RUNNING");
+    let found = derived(&cluster, &id);
+    let ports = "=mlx5_0:1,mlx5_3:1,mlx5_4:1,mlx5_5:1,mlx5_6:1,mlx5_7:1";
+    assert_eq!((found[0].0.as_str(), found[0].1.as_str()), ("NCCL_IB_HCA", ports), "{found:?}");
+    assert!(found[0].3.contains(why), "{found:?}");
+    let last = found.last().unwrap();
+    let words = "warning: mlx5_0:1 has no GID 7, and NCCL connects by no other; leave it out";
+    assert!(last.0 == "NCCL_IB_GID_INDEX" && last.3.starts_with(words), "{found:?}");
+    assert_eq!((last.1.as_str(), last.2.as_str()), ("7", "VARIABLE_SOURCE_JOB"), "it is left");
+    assert!(cluster.workers[0].log().contains(words), "{}", cluster.workers[0].log());
+    let text = cluster.muster(&["job", &id, "--env"]).ok();
+    assert!(text.contains(words), "{text}");
+}
+
+#[test]
 fn a_machine_shows_what_it_has_and_what_is_next_to_what() {
     let (cluster, _machine) = cluster(MIXED, ["0-31", "32-63"]);
     let shown = cluster.muster(&["node", "n1"]).ok();

@@ -5,7 +5,7 @@
 
 mod cores;
 pub mod doctor;
-mod fabric;
+pub(crate) mod fabric;
 mod given;
 mod gpus;
 pub(crate) mod location;

@@ -21,4 +21,4 @@ pub use core::Core;
 pub use lease::Fence;
 pub use messages::{Adopted, Effect, Input};
 pub use numa::{NumaBinding, Processor, Topology};
-pub use surroundings::{Facts, compute_ports, derive};
+pub use surroundings::{Facts, WARNING, compute_ports, derive};

@@ -20,6 +20,8 @@ pub struct Facts<'a> {
     pub interface: Option<&'a str>,
     /// Processors that the daemon may use.
     pub cpus: &'a CpuList,
+    /// What is wrong with the GID of an index on a port of RoCE.
+    pub gid_fault: &'a dyn Fn(&FabricPort, u32) -> Option<String>,
     /// The daemon's own environment.
     pub inherited: &'a dyn Fn(&str) -> Option<String>,
 }
@@ -69,7 +71,44 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
         };
         DerivedVariable { name: name.to_owned(), value, source, reason }
     });
-    Surroundings { variables: variables.collect(), bindings: bindings(assignment, facts) }
+    let gid_index = gid_index(&assignment.spec, facts).filter(|_| has_gpus);
+    let variables = variables.chain(gid_index).collect();
+    Surroundings { variables, bindings: bindings(assignment, facts) }
+}
+
+/// What words of a variable begin with that is set to something that cannot work.
+pub const WARNING: &str = "warning: ";
+
+/// Returns what became of a GID that the user has named. Which one is right is left to NCCL, which chooses by itself.
+fn gid_index(spec: &JobSpec, facts: &Facts<'_>) -> Option<DerivedVariable> {
+    let name = "NCCL_IB_GID_INDEX";
+    let of_daemon = || Some(((facts.inherited)(name)?, VariableSource::Daemon));
+    let (value, source) = of_job(spec, name).map(|own| (own, VariableSource::Job)).or_else(of_daemon)?;
+    let ports = compute_ports(facts.inventory).0;
+    let roce: Vec<&FabricPort> =
+        ports.into_iter().filter(|port| port.link_layer == LinkLayer::Ethernet).collect();
+    if roce.is_empty() {
+        return None;
+    }
+    let instead = "leave it out, and NCCL chooses one (2.21 and later)";
+    let reason = match value.trim().parse::<i64>() {
+        Ok(-1) => "set by the user: NCCL chooses".to_owned(),
+        Ok(index) => {
+            let fault = |port: &&FabricPort| match u32::try_from(index) {
+                Ok(index) => (facts.gid_fault)(port, index),
+                Err(_) => Some(format!("{} has no GID {index}", port.name())),
+            };
+            match roce.iter().find_map(fault) {
+                Some(fault) => format!("{WARNING}{fault}, and NCCL connects by no other; {instead}"),
+                None => format!("set by the user; others reach that GID on all {} ports", roce.len()),
+            }
+        }
+        Err(_) if spec.env_files.contains_key(name) => {
+            "set by the user in a file, and not checked".to_owned()
+        }
+        Err(_) => format!("{WARNING}it is no number; {instead}"),
+    };
+    Some(DerivedVariable { name: name.to_owned(), value, source, reason })
 }
 
 /// What the job sets a variable to; of one whose value nodes have in a file, where it comes from.

@@ -142,6 +142,7 @@ fn of(
         inventory,
         interface: Some("eth0"),
         cpus: &cpus.parse().unwrap(),
+        gid_fault: &|port, index| (index != 3).then(|| format!("{} has no GID {index}", port.name())),
         inherited: &|name| {
             inherited.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         },
@@ -205,4 +206,31 @@ fn what_the_job_and_the_daemon_have_set_stays_and_is_shown_as_theirs() {
         .map(|one| one.name)
         .collect();
     assert_eq!(names, ["GLOO_SOCKET_IFNAME"]);
+}
+
+#[test]
+fn a_gid_that_the_user_names_is_looked_at_and_left() {
+    let mut inventory = two_nodes();
+    inventory.fabric_ports = vec![port(0, Ethernet, 400), port(1, Ethernet, 400)];
+    let shown = |inventory: &Inventory, value: &str| {
+        let all = of(&assignment(&[0], 1), inventory, "0", &[("NCCL_IB_GID_INDEX", value)]).variables;
+        let found = all.into_iter().find(|one| one.name == "NCCL_IB_GID_INDEX");
+        found.map(|one| (one.source, one.value, one.reason))
+    };
+    let table = [
+        ("3", "set by the user; others reach that GID on all 2 ports"),
+        (" -1", "set by the user: NCCL chooses"),
+        ("5", "warning: mlx5_0:1 has no GID 5, and NCCL connects by no other; leave it out"),
+        ("-3", "warning: mlx5_0:1 has no GID -3"),
+        ("99999999999", "warning: mlx5_0:1 has no GID 99999999999"),
+        ("three", "warning: it is no number"),
+    ];
+    for (value, expected) in table {
+        let (source, kept, reason) = shown(&inventory, value).unwrap();
+        assert_eq!((source, kept.as_str()), (VariableSource::Daemon, value), "it stays as it is");
+        assert!(reason.starts_with(expected), "{value}: {reason}");
+    }
+    inventory.fabric_ports = vec![port(0, InfiniBand, 400)];
+    assert_eq!(shown(&inventory, "5"), None, "InfiniBand has its own");
+    assert_eq!(of(&assignment(&[0], 1), &two_nodes(), "0", &[]).variables.len(), 2, "nothing is set");
 }

@@ -1,7 +1,7 @@
 //! What the daemon knows of its machine: what follows from that for the ranks that it starts, and what the coordinator is
 //! told of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use muster_core::health::Finding;
 use muster_core::types::{Assignment, Surroundings};
 use muster_proto::convert::{finding_to_wire, inventory_to_wire};
 use muster_proto::v1;
-use muster_worker_core::{Facts, derive};
+use muster_worker_core::{Facts, WARNING, derive};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Daemon;
-use crate::devices::{Machine, allowed_cpus, location, network};
+use crate::devices::{Machine, allowed_cpus, fabric, location, network};
 use crate::health::{self, Seen};
 use crate::monitor::Monitor;
 use crate::{Config, Error};
@@ -125,14 +125,20 @@ impl Daemon {
         if let Some(attached) = &self.identity.config.attached {
             return Surroundings { variables: Vec::new(), bindings: attached.bindings.clone() };
         }
+        let sys = self.identity.config.sysfs_root.as_deref().unwrap_or(Path::new("/sys"));
         let interface = network::interface_towards(assignment.master_addr);
         let inventory = self.watched.current.borrow().clone();
         let facts = Facts {
             inventory: &inventory,
             interface: interface.as_deref(),
             cpus: &allowed_cpus(),
+            gid_fault: &|port, index| fabric::gid_fault(sys, port, index),
             inherited: &|name| std::env::var(name).ok(),
         };
-        derive(assignment, &facts)
+        let derived = derive(assignment, &facts);
+        for variable in derived.variables.iter().filter(|variable| variable.reason.starts_with(WARNING)) {
+            warn!(gang = %assignment.gang, variable.name, variable.value, "{}", variable.reason);
+        }
+        derived
     }
 }
