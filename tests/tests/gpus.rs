@@ -57,6 +57,18 @@ fn the_drivers_library_is_loaded_and_what_it_says_is_believed() {
     assert_eq!(found["gpus"].as_array().unwrap().len(), 3);
     assert_eq!(Value::Object(fields(&found["gpus"][1])), second);
 
+    // Jobs name the model by words of its name, and what is not there is said.
+    for flags in [["--gpu-model", "fake"], ["--node-selector", "gpu-model=nvidia FAKE"]] {
+        let id = cluster.submit(&[&flags[..], &["--nproc-per-node", "auto"]].concat(), "true");
+        assert_eq!(cluster.wait_for(&id, "SUCCEEDED")["worldSize"], 3);
+    }
+    let id = cluster.submit(&["--gpu-model", "H100", "--gpus-per-proc", "1"], "true");
+    cluster.wait_for(&id, "QUEUED");
+    let why = cluster.muster(&["explain", &id]).ok();
+    let words = "no node has GPUs \"H100\", known are NVIDIA Fake; n1 refused: its GPUs are \"NVIDIA Fake\", not \"H100\"";
+    assert!(why.contains(words), "{why}");
+    cluster.muster(&["cancel", &id]).ok();
+
     // One is lost, another has memory that cannot be trusted; what is left is given out.
     say("well 0\nlost 0\nwell 2\n");
     let faults = eventually("the faults", || {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use muster_cli::messages;
+use muster_core::GPU_MODEL_LABEL;
 use muster_proto::convert::duration_to_wire_std;
 use muster_proto::v1;
 
@@ -52,6 +53,7 @@ pub(crate) fn from_args(args: SubmitArgs) -> Result<v1::JobSpec, Failure> {
     spec.env.extend(args.env.into_iter().map(|pair| (pair.0, pair.1)));
     spec.env_files.extend(args.env_file.into_iter().map(|pair| (pair.0, pair.1)));
     spec.node_selector.extend(args.node_selector.into_iter().map(|pair| (pair.0, pair.1)));
+    spec.node_selector.extend(args.gpu_model.map(|model| (GPU_MODEL_LABEL.to_owned(), model)));
     if let Some(dir) = args.working_dir {
         spec.working_dir = dir;
     } else if spec.working_dir.is_empty() && is_named_from_here(&spec.command) {

@@ -185,3 +185,60 @@ pub struct Inventory {
     #[serde(default)]
     pub gpu_fault: String,
 }
+
+/// Key of a node selector for the model of a node's GPUs, such as `h100`.
+pub const GPU_MODEL_LABEL: &str = "gpu-model";
+
+impl Inventory {
+    /// Returns the model of the GPUs: as the label says, else that which all of them have.
+    pub fn gpu_model(&self) -> Option<&str> {
+        let own = || {
+            let (first, others) = self.gpus.split_first()?;
+            let model = first.model.as_str();
+            (!model.is_empty() && others.iter().all(|gpu| gpu.model == model)).then_some(model)
+        };
+        self.labels.get(GPU_MODEL_LABEL).map(String::as_str).or_else(own)
+    }
+}
+
+/// Returns whether the words of `wanted` stand in a model's name one after the other, in capitals or not: `h100` is
+/// `NVIDIA H100 80GB HBM3`. Whole words, for an A10 is no A100.
+pub fn is_model(model: &str, wanted: &str) -> bool {
+    let words = |text: &str| -> Vec<String> {
+        let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+        words.map(str::to_lowercase).collect()
+    };
+    let (model, wanted) = (words(model), words(wanted));
+    !wanted.is_empty() && model.windows(wanted.len()).any(|part| part == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_by_whole_words() {
+        for (model, wanted, expected) in [
+            ("NVIDIA H100 80GB HBM3", "h100", true),
+            ("NVIDIA H100 80GB HBM3", "H100-80gb", true),
+            ("NVIDIA H100 80GB HBM3", "nvidia h100 80gb hbm3", true),
+            ("NVIDIA A100-SXM4-80GB", "A100", true),
+            ("NVIDIA A100-SXM4-80GB", "A10", false),
+            ("NVIDIA L40S", "L4", false),
+            ("NVIDIA GH200 480GB", "H200", false),
+            ("NVIDIA H100 80GB HBM3", "80gb h100", false),
+            ("NVIDIA H100 80GB HBM3", "", false),
+            ("NVIDIA H100 80GB HBM3", " - ", false),
+        ] {
+            assert_eq!(is_model(model, wanted), expected, "{model} {wanted}");
+        }
+        let gpu = |model: &str| Device { model: model.to_owned(), ..Device::default() };
+        let mut inventory = Inventory { gpus: vec![gpu("A"), gpu("A")], ..Inventory::default() };
+        assert_eq!(inventory.gpu_model(), Some("A"));
+        inventory.gpus[1] = gpu("B");
+        assert_eq!(inventory.gpu_model(), None, "ranks would not all have what was asked for");
+        inventory.labels.insert(GPU_MODEL_LABEL.to_owned(), "C".to_owned());
+        assert_eq!(inventory.gpu_model(), Some("C"));
+        assert_eq!(Inventory::default().gpu_model(), None);
+    }
+}

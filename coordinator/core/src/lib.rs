@@ -38,7 +38,10 @@ mod waiting;
 pub use core::{Config, Core, Meta, Snapshot};
 pub use effects::{Effects, Event, Refusal, Reply, ToNode, Write, not_owned};
 pub use input::{Heard, Input};
-pub use inventory::{Device, FabricPort, Inventory, LinkLayer, NetworkInterface, NumaNode, PortState};
+pub use inventory::{
+    Device, FabricPort, GPU_MODEL_LABEL, Inventory, LinkLayer, NetworkInterface, NumaNode, PortState,
+    is_model,
+};
 pub use job::{Gang, Job, JobState, PastGeneration, RootCause};
 pub use node::{Drain, Held, Join, Node, NodeState, Reserved};
 pub use owners::{Caller, Rights};

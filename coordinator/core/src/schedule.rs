@@ -6,17 +6,15 @@
 //! 0's node first, ranks contiguous on each node. Nodes of a `muster run` that were given their places have those. On a
 //! node a gang gets GPUs that are near to each other.
 
+mod misfit;
+
 use std::collections::BTreeMap;
-use std::fmt;
 
 use crate::health::Verdict;
-
-use crate::node::{Node, NodeState};
+use crate::node::Node;
 use crate::topology;
-use crate::types::{JobId, JobSpec, NodePlacement, RUN_LABEL, Rank, Resources};
-
-/// Refusals spelled out in a reason; the rest are counted, so that a reason stays a sentence.
-const REFUSALS_SHOWN_MAX: usize = 3;
+use crate::types::{JobSpec, NodePlacement, RUN_LABEL, Rank, Resources};
+use misfit::{Refusals, misfit};
 
 /// Where a gang goes, or why it waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,27 +71,15 @@ pub(crate) fn place<'a>(
 ) -> Result<Vec<NodePlacement>, Shortage> {
     let need = Need::from(spec);
     let mut fitting = Vec::new();
-    let mut refusals = Vec::new();
-    let mut refused = 0_usize;
+    let mut refusals = Refusals::default();
     for node in nodes {
         match misfit(&need, node) {
             None => fitting.push(node),
-            Some(why) => {
-                refused += 1;
-                // In words only where somebody reads them: most of ten thousand are but counted.
-                if refusals.len() < REFUSALS_SHOWN_MAX {
-                    refusals.push(format!("{} refused: {why}", node.name));
-                }
-            }
+            Some(why) => refusals.add(node, why),
         }
     }
     if fitting.len() < spec.min_nodes as usize {
-        match refused - refusals.len() {
-            0 if refused == 0 => refusals.push("no other node has joined".to_owned()),
-            0 => {}
-            more => refusals.push(format!("{more} more refused")),
-        }
-        return Err(Shortage { fitting: fitting.len(), refusals: refusals.join("; ") });
+        return Err(Shortage { fitting: fitting.len(), refusals: refusals.words(fitting.len()) });
     }
     let wanted = spec.max_nodes as usize;
     let healthy = |node: &&Node| node.health.verdict() == Verdict::Healthy;
@@ -157,121 +143,4 @@ fn near_gpus(node: &Node, count: usize) -> Vec<u32> {
 /// How many nodes can take their part.
 pub(crate) fn count_fitting<'a>(need: &Need, nodes: impl IntoIterator<Item = &'a Node>) -> usize {
     nodes.into_iter().filter(|node| misfit(need, node).is_none()).count()
-}
-
-/// Why a node cannot take its part of a gang.
-enum Misfit<'a> {
-    /// It takes no work at all.
-    Closed(&'static str, &'a str),
-    Exclusive(&'a JobId),
-    Label {
-        key: &'a str,
-        is: Option<&'a str>,
-        wanted: &'a str,
-    },
-    Shared {
-        jobs: usize,
-    },
-    Gpus {
-        free: usize,
-        total: u32,
-        need: u32,
-        faulty: usize,
-    },
-    Cpu {
-        free: u32,
-        total: u32,
-        need: u32,
-    },
-    Memory {
-        free: u64,
-        total: u64,
-        need: u64,
-    },
-}
-
-fn misfit<'a>(need: &'a Need, node: &'a Node) -> Option<Misfit<'a>> {
-    match node.state {
-        NodeState::Disconnected => return Some(Misfit::Closed("not connected", "")),
-        NodeState::Lost => return Some(Misfit::Closed("lost", "")),
-        NodeState::Left => return Some(Misfit::Closed("left", "")),
-        NodeState::Ready => {}
-    }
-    let closed = [
-        ("drained", node.drain.as_ref().map(|drain| &drain.reason)),
-        ("cordoned", node.cordon.as_ref()),
-        ("leaving", node.leaving.as_ref()),
-    ];
-    if let Some((what, why)) = closed.into_iter().find_map(|(what, why)| Some((what, why?))) {
-        return Some(Misfit::Closed(what, why));
-    }
-    if node.health.verdict() == Verdict::Quarantined {
-        return Some(Misfit::Closed("quarantined", node.health.reason()));
-    }
-    if let Some(run) = node.inventory.labels.get(RUN_LABEL)
-        && !need.selector.contains_key(RUN_LABEL)
-    {
-        return Some(Misfit::Closed("brought by the run", run));
-    }
-    if let Some(job) = &node.reserved.exclusive {
-        return Some(Misfit::Exclusive(job));
-    }
-    for (key, wanted) in &need.selector {
-        let is = node.inventory.labels.get(key).map(String::as_str);
-        if is != Some(wanted) {
-            return Some(Misfit::Label { key, is, wanted });
-        }
-    }
-    let jobs = node.reserved.jobs.len() + node.reserved.leftovers.len();
-    if need.amount.is_zero() {
-        return (jobs > 0).then_some(Misfit::Shared { jobs });
-    }
-    let (need, free, total) = (need.amount, node.free(), node.inventory.total);
-    let free_gpus = if need.gpus == 0 { 0 } else { node.free_gpus().count() };
-    if (free_gpus as u64) < u64::from(need.gpus) {
-        let faulty = node.inventory.gpus.iter().filter(|gpu| gpu.fault.is_some()).count();
-        return Some(Misfit::Gpus { free: free_gpus, total: total.gpus, need: need.gpus, faulty });
-    }
-    if free.cpu_millis < need.cpu_millis {
-        let (free, total, need) = (free.cpu_millis, total.cpu_millis, need.cpu_millis);
-        return Some(Misfit::Cpu { free, total, need });
-    }
-    if free.memory_bytes < need.memory_bytes {
-        let (free, total, need) = (free.memory_bytes, total.memory_bytes, need.memory_bytes);
-        return Some(Misfit::Memory { free, total, need });
-    }
-    None
-}
-
-impl fmt::Display for Misfit<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cores = |millis: u32| f64::from(millis) / 1000.0;
-        let gib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 30));
-        match *self {
-            Self::Closed(what, "") => f.write_str(what),
-            Self::Closed(what, why) => write!(f, "{what} ({why})"),
-            Self::Exclusive(job) => {
-                write!(f, "held by job {job}, which names no resources and so has its nodes for itself")
-            }
-            Self::Label { key, is: Some(label), wanted } => {
-                write!(f, "label {key} is {label:?}, not {wanted:?}")
-            }
-            Self::Label { key, is: None, .. } => write!(f, "has no label {key}"),
-            Self::Shared { jobs } => {
-                write!(f, "runs {jobs} other jobs, and this one names no resources to share it with them")
-            }
-            Self::Gpus { free, total, need, faulty: 0 } => {
-                write!(f, "{free} of {total} GPUs free, {need} needed")
-            }
-            Self::Gpus { free, total, need, faulty } => {
-                write!(f, "{free} of {total} GPUs free ({faulty} faulty), {need} needed")
-            }
-            Self::Cpu { free, total, need } => {
-                write!(f, "{} of {} CPU cores free, {} needed", cores(free), cores(total), cores(need))
-            }
-            Self::Memory { free, total, need } => {
-                write!(f, "{} of {} GiB memory free, {} needed", gib(free), gib(total), gib(need))
-            }
-        }
-    }
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use muster_core::{GPU_MODEL_LABEL, is_model};
+use muster_proto::convert::inventory_from_wire;
 use muster_proto::v1;
 
 use crate::client::Client;
@@ -30,8 +32,13 @@ pub(super) async fn of_nodes(
 fn count(kind: ProcsPerNode, nodes: &[v1::Node], spec: &v1::JobSpec) -> Result<(u32, bool), String> {
     let total = |node: &v1::Node| node.inventory.as_ref()?.total;
     let is_selected = |node: &&v1::Node| {
-        let labels = node.inventory.as_ref().map(|inventory| &inventory.labels);
-        let has = |(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value));
+        let found = node.inventory.clone().and_then(|inventory| inventory_from_wire(inventory).ok());
+        let has = |(key, value): (&String, &String)| {
+            found.as_ref().is_some_and(|inventory| match key.as_str() {
+                GPU_MODEL_LABEL => inventory.gpu_model().is_some_and(|model| is_model(model, value)),
+                key => inventory.labels.get(key) == Some(value),
+            })
+        };
         node.state() == v1::NodeState::Ready && spec.node_selector.iter().all(has)
     };
     let nodes: Vec<&v1::Node> = nodes.iter().filter(is_selected).collect();

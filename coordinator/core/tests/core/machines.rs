@@ -265,3 +265,64 @@ fn nodes_that_are_each_alone_are_placed_all_the_same() {
     assert_eq!(place(&mut core, gpus(1000, 8)).unwrap().len(), 1000);
     assert!(core.placement_spent_ns() - before < 100_000_000, "no search without an end");
 }
+
+#[test]
+fn a_job_gets_nodes_of_the_model_that_it_names() {
+    let of = |model: &str| {
+        let mut inventory = eight(&[]);
+        inventory.gpus.iter_mut().for_each(|gpu| gpu.model = model.to_owned());
+        inventory
+    };
+    let (a100, h100) = (of("NVIDIA A100-SXM4-80GB"), of("NVIDIA H100 80GB HBM3"));
+    let mut core = core_with([a100.clone(), h100, Inventory::default(), a100]);
+    let asked = |model: &str, nodes: u32| {
+        let node_selector = [(muster_core::GPU_MODEL_LABEL.to_owned(), model.to_owned())].into();
+        JobSpec { node_selector, ..gpus(nodes, 8) }
+    };
+    assert_eq!(place(&mut core, asked("h100", 1)).unwrap()[0].node.as_str(), "n00001");
+    let two = place(&mut core, asked("A100 SXM4", 2)).unwrap();
+    assert_eq!(two.iter().map(|at| at.node.as_str()).collect::<Vec<_>>(), ["n00000", "n00003"]);
+    assert_eq!(
+        place(&mut core, asked("A10", 1)).unwrap_err(),
+        "waiting: 0 of 1 nodes; no node has GPUs \"A10\", known are NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3; \
+         n00000 refused: its GPUs are \"NVIDIA A100-SXM4-80GB\", not \"A10\"; n00001 refused: its GPUs are \
+         \"NVIDIA H100 80GB HBM3\", not \"A10\"; n00002 refused: has no GPUs of one model, and is to have \"A10\"; 1 more \
+         refused"
+    );
+    let why = place(&mut core, asked("h100", 1)).unwrap_err();
+    assert!(
+        why.starts_with("waiting: 0 of 1 nodes; n00001 refused: 0 of 8 GPUs free, 8 needed; n00000 refused"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_reason_names_those_first_that_matter() {
+    // By their names the others come first.
+    let mut world = World::with_nodes(&["a1", "a2", "a3", "b1", "c1", "d1", "e1", "e2"]);
+    world.node("f1").gpus = 1;
+    world.connect("f1");
+    let mut one = spec(1, 1);
+    one.per_proc = Resources { gpus: 1, ..Resources::default() };
+    let busy = world.submit(one.clone());
+    assert_eq!(world.state(&busy), JobState::Running);
+    for node in ["a1", "a2", "a3"] {
+        let session = world.core.node(node).unwrap().session.unwrap();
+        world.input(Input::Goodbye { node: name(node), session });
+        world.node(node).session = None;
+    }
+    world.crash("b1");
+    world.input(Input::SetCordon { by: None, node: "c1".into(), cordon: Some("bad fan".into()) });
+    let waits = world.submit(one);
+    let reason = |world: &World| world.job(&waits).reason.clone();
+    let first = "waiting: 0 of 1 nodes; f1 refused: 0 of 1 GPUs free, 1 needed; d1 refused: 0 of 0 GPUs free, 1 needed; \
+                 e1 refused: 0 of 0 GPUs free, 1 needed; 3 more refused; 3 have left";
+    assert_eq!(reason(&world), first);
+    // Of nothing but nodes that have left these are named.
+    let mut world = World::with_nodes(&["a"]);
+    let session = world.core.node("a").unwrap().session.unwrap();
+    world.input(Input::Goodbye { node: name("a"), session });
+    world.node("a").session = None;
+    let waits = world.submit(spec(1, 1));
+    assert_eq!(world.job(&waits).reason, "waiting: 0 of 1 nodes; a refused: left");
+}
