@@ -52,6 +52,8 @@ pub fn surroundings_from_wire(wire: v1::Surroundings) -> Result<Surroundings, Fi
     Ok(Surroundings {
         variables: wire.variables.into_iter().map(variable).collect::<Result<_, _>>()?,
         bindings: wire.bindings.into_iter().map(binding).collect::<Result<_, _>>()?,
+        // Stays on the node.
+        devices: Vec::new(),
     })
 }
 

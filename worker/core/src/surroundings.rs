@@ -5,7 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use muster_core::types::surroundings::{DerivedVariable, RankBinding, VALUE_BYTES_MAX, VariableSource};
+use muster_core::types::surroundings::{
+    DerivedVariable, DeviceName, RankBinding, VALUE_BYTES_MAX, VariableSource,
+};
 use muster_core::types::{Assignment, CpuList, JobSpec, Surroundings};
 use muster_core::{Device, FabricPort, Inventory, LinkLayer, PortState};
 
@@ -73,7 +75,18 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
     });
     let gid_index = gid_index(&assignment.spec, facts).filter(|_| has_gpus);
     let variables = variables.chain(gid_index).collect();
-    Surroundings { variables, bindings: bindings(assignment, facts) }
+    let devices = device_names(inventory, &assignment.placement.gpus);
+    Surroundings { variables, bindings: bindings(assignment, facts), devices }
+}
+
+/// Returns how CUDA is told of GPUs where one of the machine's is a part of a GPU (MIG): it numbers no parts, and other GPUs
+/// otherwise than the driver does then.
+fn device_names(inventory: &Inventory, gpus: &[u32]) -> Vec<DeviceName> {
+    if !inventory.gpus.iter().any(|gpu| gpu.uuid.starts_with("MIG-")) {
+        return Vec::new();
+    }
+    let given = inventory.gpus.iter().filter(|gpu| gpus.contains(&gpu.index) && !gpu.uuid.is_empty());
+    given.map(|gpu| DeviceName { index: gpu.index, name: gpu.uuid.clone() }).collect()
 }
 
 /// What words of a variable begin with that is set to something that cannot work.

@@ -123,7 +123,7 @@ impl Daemon {
     /// told: its ranks are to find what they find under torchrun.
     pub(super) fn surroundings(&self, assignment: &Assignment) -> Surroundings {
         if let Some(attached) = &self.identity.config.attached {
-            return Surroundings { variables: Vec::new(), bindings: attached.bindings.clone() };
+            return Surroundings { bindings: attached.bindings.clone(), ..Surroundings::default() };
         }
         let sys = self.identity.config.sysfs_root.as_deref().unwrap_or(Path::new("/sys"));
         let interface = network::interface_towards(assignment.master_addr);

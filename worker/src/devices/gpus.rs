@@ -17,6 +17,14 @@ use super::{Discovery, pci};
 /// By this name the library is there without its development files.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
+/// NVML_DEVICE_MIG_ENABLE
+const MIG_ENABLED: u32 = 1;
+/// Indices of parts of GPU 0 begin here, those of GPU 1 at twice as much: none is that of a GPU, and the number shows which it
+/// is of. A GPU has at most 7 parts with devices of their own.
+const PARTS_FROM: u32 = 100;
+/// Parts that are taken from CUDA_VISIBLE_DEVICES: those of 16 GPUs.
+const PARTS_NAMED_MAX: usize = 16 * 7;
+
 #[derive(Debug)]
 pub(super) struct Gpus {
     root: PathBuf,
@@ -30,13 +38,6 @@ impl Gpus {
     /// Asks the driver's library.
     pub fn by_driver() -> Self {
         let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-        if let Some(visible) = visible.as_ref().filter(|visible| visible.contains("MIG-")) {
-            warn!(
-                visible,
-                "CUDA_VISIBLE_DEVICES names parts of GPUs (MIG), which are given to no rank; name whole GPUs, or run \
-                 jobs without --gpus-per-proc, whose ranks see what the daemon sees"
-            );
-        }
         Self { root: "/".into(), visible, library: OnceLock::new() }
     }
 
@@ -63,6 +64,10 @@ impl Gpus {
 
 impl Discovery for Gpus {
     fn discover(&self, found: &mut Inventory) {
+        let wanted: Option<Vec<&str>> =
+            self.visible.as_ref().map(|visible| visible.split(',').map(str::trim).collect());
+        let is_wanted =
+            |gpu: &Device| wanted.as_ref().is_none_or(|wanted| wanted.iter().any(|name| is_named(gpu, name)));
         found.gpus = match self.library() {
             Err(why) => {
                 found.gpu_fault.clone_from(why);
@@ -77,15 +82,62 @@ impl Discovery for Gpus {
                     found.gpu_fault = refusal(&error, true).unwrap_or_default();
                     0
                 });
-                (0..count).map(|index| ask(nvml, index)).collect()
+                let wanted_of = |gpu: Device| {
+                    // Whoever names a GPU that is divided has all of its parts.
+                    let is_whole = is_wanted(&gpu);
+                    let mut parts = parts(nvml, gpu);
+                    parts.retain(|part| is_whole || is_wanted(part));
+                    parts
+                };
+                (0..count).map(|index| ask(nvml, index)).flat_map(wanted_of).collect()
             }
-            Ok(None) => in_files(&self.root),
+            Ok(None) => {
+                let whole = in_files(&self.root).into_iter().filter(is_wanted);
+                whole.chain(named_parts(wanted.as_deref())).collect()
+            }
         };
-        if let Some(visible) = &self.visible {
-            let wanted: Vec<&str> = visible.split(',').map(str::trim).collect();
-            found.gpus.retain(|gpu| wanted.iter().any(|name| is_named(gpu, name)));
-        }
     }
+}
+
+/// Returns the parts of GPUs (MIG) that are named: the driver's files show whole GPUs alone, and whoever names parts has them.
+fn named_parts(wanted: Option<&[&str]>) -> Vec<Device> {
+    let names = wanted.unwrap_or_default().iter().filter(|name| name.starts_with("MIG-"));
+    let part = |(index, name): (u32, &&str)| Device {
+        index: PARTS_FROM + index,
+        uuid: (*name).to_owned(),
+        ..Device::default()
+    };
+    (0..).zip(names.take(PARTS_NAMED_MAX)).map(part).collect()
+}
+
+/// Returns a GPU as what jobs can be given of it: itself, or its parts where it is divided (MIG). The whole of it is then no
+/// device to CUDA.
+fn parts(nvml: &Nvml, gpu: Device) -> Vec<Device> {
+    let Ok(device) = nvml.device_by_index(gpu.index) else { return vec![gpu] };
+    if !device.mig_mode().is_ok_and(|mode| mode.current == MIG_ENABLED) {
+        return vec![gpu];
+    }
+    let places = 0..device.mig_device_count().unwrap_or(0).min(PARTS_FROM);
+    let part = |place: u32| {
+        // Most places are empty.
+        let part = device.mig_device_by_index(place).ok()?;
+        Some(Device {
+            index: (gpu.index + 1) * PARTS_FROM + place,
+            uuid: part.uuid().ok()?,
+            model: part.name().unwrap_or_else(|_| gpu.model.clone()),
+            memory_bytes: part.memory_info().map_or(0, |memory| memory.total),
+            ..gpu.clone()
+        })
+    };
+    let parts: Vec<Device> = places.filter_map(part).collect();
+    if parts.is_empty() {
+        let index = gpu.index;
+        let fault = format!(
+            "it is to be divided (MIG) and has no parts; make some (nvidia-smi mig -i {index} -cgi ... -C), or turn MIG off"
+        );
+        return vec![Device { fault: gpu.fault.clone().or(Some(fault)), ..gpu }];
+    }
+    parts
 }
 
 /// Returns what it means for the machine that the driver's library cannot be used; none if it means that there are no GPUs.
@@ -109,11 +161,12 @@ fn refusal(error: &NvmlError, has_driver: bool) -> Option<String> {
     Some(words.to_owned())
 }
 
-/// Returns whether a name of CUDA_VISIBLE_DEVICES is that of a GPU: its index, its UUID, or the beginning of that. A part of
-/// a GPU (MIG) is no GPU that could be given to a rank.
+/// Returns whether a name of CUDA_VISIBLE_DEVICES is that of a GPU or of a part of one: its index, its UUID, or the beginning
+/// of that.
 fn is_named(gpu: &Device, name: &str) -> bool {
-    let is_uuid = name.len() > "GPU-".len() && name.starts_with("GPU-") && gpu.uuid.starts_with(name);
-    is_uuid || name == gpu.index.to_string()
+    let begins =
+        |kind: &&str| name.len() > kind.len() && name.starts_with(kind) && gpu.uuid.starts_with(name);
+    ["GPU-", "MIG-"].iter().any(begins) || name == gpu.index.to_string()
 }
 
 /// What the driver says of one GPU. One that it cannot speak to is there all the same, and is given to no rank: the others
@@ -239,6 +292,7 @@ mod tests {
         assert_eq!(indices(None), [0, 1, 2, 3]);
         assert_eq!(indices(Some("2,GPU-0")), [0, 2]);
         assert_eq!(indices(Some("")), [0; 0]);
+        assert_eq!(indices(Some("MIG-a,MIG-b,1")), [1, 100, 101], "parts are taken as they are named");
         let second = &seen(None)[1];
         assert_eq!((second.model.as_str(), second.pci_address.as_str()), ("NVIDIA H100", "0000:1a:00.0"));
     }

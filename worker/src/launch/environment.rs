@@ -143,7 +143,12 @@ pub(crate) fn of_rank(
     let per_rank = spec.per_proc.gpus as usize;
     let mine = placement.gpus.chunks(per_rank.max(1)).nth(local_rank as usize);
     if let (Some(mine), true) = (mine, per_rank > 0) {
-        let list: Vec<String> = mine.iter().map(ToString::to_string).collect();
+        let name = |index: &u32| {
+            let named = paths.surroundings.into_iter().flat_map(|all| &all.devices);
+            let own = named.into_iter().find(|device| device.index == *index);
+            own.map_or_else(|| index.to_string(), |device| device.name.clone())
+        };
+        let list: Vec<String> = mine.iter().map(name).collect();
         set("CUDA_VISIBLE_DEVICES", list.join(","));
     }
     if let Some(attached) = paths.attached {
@@ -167,6 +172,14 @@ fn of_attached(attached: &Attached, local_rank: u32, env: &mut BTreeMap<OsString
     if let Some((host, port)) = &attached.master {
         env.insert("MASTER_ADDR".into(), host.into());
         env.insert("MASTER_PORT".into(), port.to_string().into());
+    }
+    // Of parts of GPUs a process sees the first of its list alone, so that all ranks would have the same.
+    let visible = env.get(OsStr::new("CUDA_VISIBLE_DEVICES")).and_then(|list| list.to_str());
+    let parts: Vec<&str> = visible.unwrap_or_default().split(',').map(str::trim).collect();
+    let is_parts = parts.len() > 1 && parts.iter().all(|name| name.starts_with("MIG-"));
+    let part = parts.get(local_rank as usize).filter(|_| is_parts && !attached.virtual_local_rank);
+    if let Some(part) = part.map(|part| OsString::from(*part)) {
+        env.insert("CUDA_VISIBLE_DEVICES".into(), part);
     }
     if attached.virtual_local_rank {
         env.insert("LOCAL_RANK".into(), "0".into());

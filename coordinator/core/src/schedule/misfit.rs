@@ -128,13 +128,17 @@ impl Misfit<'_> {
             Self::Closed("not connected" | "lost", _) => Matters::Away,
             Self::Closed("left", _) => Matters::Left,
             Self::Closed(..) => Matters::Closed,
-            Self::Exclusive(_) | Self::Shared { .. } => Matters::Busy,
             Self::Label { .. } | Self::Model { .. } => Matters::Unsuited,
             Self::Gpus { total, need, .. } | Self::Cpu { total, need, .. } if need > total => {
                 Matters::Unsuited
             }
             Self::Memory { total, need, .. } if need > total => Matters::Unsuited,
-            Self::Gpus { .. } | Self::Cpu { .. } | Self::Memory { .. } => Matters::Busy,
+            // Something of it, or all of it, is somebody's, and comes back.
+            Self::Exclusive(_)
+            | Self::Shared { .. }
+            | Self::Gpus { .. }
+            | Self::Cpu { .. }
+            | Self::Memory { .. } => Matters::Busy,
         }
     }
 }

@@ -49,6 +49,15 @@ pub struct RankBinding {
     pub reason: String,
 }
 
+/// How CUDA is told of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DeviceName {
+    /// Its index on the node.
+    pub index: u32,
+    /// Its UUID.
+    pub name: String,
+}
+
 /// All that a node adds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Surroundings {
@@ -56,4 +65,7 @@ pub struct Surroundings {
     pub variables: Vec<DerivedVariable>,
     /// Ranks in order; empty if none is bound to anything.
     pub bindings: Vec<RankBinding>,
+    /// GPUs that CUDA does not know by their index. Not told to the coordinator.
+    #[serde(default)]
+    pub devices: Vec<DeviceName>,
 }
