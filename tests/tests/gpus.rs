@@ -138,6 +138,11 @@ fn parts_of_gpus_are_gpus_by_their_names() {
         if gpus.len() == 2 && !fault.is_empty() { Ok(fault) } else { Err(gpus) }
     });
     assert!(fault.starts_with("it is to be divided (MIG) and has no parts; make some"), "{fault}");
+    let health = eventually("the verdict", || {
+        let health = cluster.muster(&["node", "n1", "--output", "json"]).json().remove(0)["health"].take();
+        if health["verdict"] == "HEALTH_VERDICT_DEGRADED" { Ok(health) } else { Err(health) }
+    });
+    assert!(!health.to_string().contains("is gone"), "what was divided otherwise is there: {health}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use muster_core::health::{FINDINGS_MAX, Finding, Severity};
 use muster_core::types::Millis;
-use muster_core::{FabricPort, Inventory};
+use muster_core::{Device, FabricPort, Inventory};
 use serde::Deserialize;
 
 use crate::surroundings::awaited_ports;
@@ -134,8 +134,8 @@ struct Port {
 #[derive(Debug, Default)]
 pub struct Monitor {
     ports: BTreeMap<String, Port>,
-    /// Those of the first look.
-    gpus: Option<BTreeSet<String>>,
+    /// Those of the first look, with their places on the bus.
+    gpus: Option<BTreeMap<String, String>>,
     short_of_memory_looks: u32,
     disk_is_low: bool,
 }
@@ -155,7 +155,8 @@ impl Monitor {
     }
 
     fn look_at_gpus(&mut self, inventory: &Inventory, all: &mut Vec<Finding>) {
-        let ids: BTreeSet<String> = inventory.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
+        let id = |gpu: &Device| (gpu.uuid.clone(), gpu.pci_address.clone());
+        let ids: BTreeMap<String, String> = inventory.gpus.iter().map(id).collect();
         if !inventory.gpu_fault.is_empty() {
             let (severity, reason) = (Severity::Quarantined, inventory.gpu_fault.clone());
             // What is gone is not known then.
@@ -164,7 +165,10 @@ impl Monitor {
         let known = self.gpus.get_or_insert_with(|| ids.clone());
         // Those that are faulty may no longer say who they are.
         let faulty = inventory.gpus.iter().filter(|gpu| gpu.fault.is_some()).count();
-        let gone: Vec<&str> = known.difference(&ids).map(String::as_str).collect();
+        // One that is divided (MIG) meanwhile, or otherwise than before, has other names in its place on the bus.
+        let places: BTreeSet<&String> = ids.values().filter(|place| !place.is_empty()).collect();
+        let gone = known.iter().filter(|(uuid, place)| !ids.contains_key(*uuid) && !places.contains(place));
+        let gone: Vec<&str> = gone.map(|(uuid, _)| uuid.as_str()).collect();
         if gone.len() > faulty {
             let reason =
                 format!("{} is gone, and the others have new numbers; reboot the machine", gone.join(", "));

@@ -186,3 +186,28 @@ fn a_driver_that_refuses_takes_out_the_node() {
     assert_eq!(words(&monitor.look(Millis(2), &refused("x"))), ["Quarantined GPUs: x"]);
     assert_eq!(monitor.look(Millis(3), &gpus(&[(0, "A", None)])), []);
 }
+
+#[test]
+fn a_gpu_that_is_divided_otherwise_is_not_gone() {
+    let gpu = |index: u32, uuid: &str, place: &str| Device {
+        index,
+        uuid: uuid.to_owned(),
+        pci_address: place.to_owned(),
+        ..Device::default()
+    };
+    let readings = |gpus: Vec<Device>| Readings {
+        inventory: Inventory { gpus, ..Inventory::default() },
+        ..Readings::default()
+    };
+    let whole = || gpu(1, "GPU-b", "0000:2a:00.0");
+    let mut monitor = Monitor::default();
+    let parts = |names: &[&str]| {
+        let parts = (100..).zip(names).map(|(index, name)| gpu(index, name, "0000:1a:00.0"));
+        readings(parts.chain([whole()]).collect())
+    };
+    assert_eq!(monitor.look(Millis(1), &parts(&["MIG-a", "MIG-b"])), []);
+    assert_eq!(monitor.look(Millis(2), &parts(&["MIG-c"])), []);
+    assert_eq!(monitor.look(Millis(3), &parts(&["GPU-a"])), []);
+    let reason = &monitor.look(Millis(4), &readings(vec![whole()]))[0].reason;
+    assert!(reason.starts_with("MIG-a, MIG-b is gone"), "{reason}");
+}
