@@ -304,7 +304,7 @@ pub(crate) struct LogsArgs {
     /// Only this rank; then its bytes are printed as they are.
     #[arg(long)]
     pub rank: Option<u32>,
-    /// Only this stream.
+    /// Only this stream. Each goes to the same one here: standard error to standard error.
     #[arg(long, value_enum)]
     pub stream: Option<LogStream>,
     /// An earlier start of the job.
