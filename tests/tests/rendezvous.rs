@@ -1,8 +1,13 @@
 //! `muster run` on several nodes: how they meet, and who is where.
 
-use std::io::{BufRead, BufReader};
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use muster_tests::{Cluster, Nodes, Place, Settings, eventually, free_port, lines};
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use muster_tests::{
+    Cluster, Nodes, Outcome, Place, Settings, binary, eventually, free_port, lines, skip, torch_python,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -173,5 +178,98 @@ fn the_others_end_when_the_node_that_serves_the_run_dies() {
     let end = nodes.ends().remove(1);
     assert_eq!(end.code, 1, "{end:?}");
     assert!(end.stderr.contains("the node that serves the run at http://127.0.0.1:"), "{end:?}");
+    place.nothing_is_left();
+}
+
+/// Starts a job whose one rank says where its store is, and stays.
+fn job_with_store(place: &Place, launcher: &mut std::process::Command) -> (Nodes, String) {
+    let script = place.script("echo $MASTER_ADDR:$MASTER_PORT; exec sleep 1000");
+    launcher.args(["--no-python", &script]).current_dir(place.path("")).env("TMPDIR", place.path("tmp"));
+    let mut job = Nodes(vec![launcher.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()]);
+    let mut said = BufReader::new(job.0[0].stdout.take().unwrap()).lines().map(Result::unwrap);
+    let endpoint = said.next().unwrap();
+    (job, endpoint)
+}
+
+#[test]
+fn what_answers_in_the_place_of_a_node_is_said_within_the_time_to_come() {
+    let place = Place::new();
+    let waits = |endpoint: &str, more: &[&str]| {
+        let args = ["--nnodes=2", "--rdzv-conf=join_timeout=1", "--no-python", "true"];
+        let end = Outcome::of(&mut place.command(&[&["--rdzv-endpoint", endpoint], more, &args].concat()));
+        assert_eq!(end.code, 1, "{end:?}");
+        assert!(end.stderr.contains("waited 1 s (join_timeout)"), "{end:?}");
+        end.stderr
+    };
+    let c10d = &["--rdzv-backend=c10d"][..];
+    let (job, store) = job_with_store(&place, &mut place.command(&[]));
+    let not_first = ["--node-rank=1"];
+    for more in [c10d, &not_first, &["--rdzv-backend=muster"]] {
+        let said = waits(&store, more);
+        assert!(said.contains("a store of torch's answers there"), "{more:?}: {said}");
+        assert!(said.contains("MASTER_PORT"), "{more:?}: {said}");
+    }
+    drop(job);
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let said = waits(&silent.local_addr().unwrap().to_string(), c10d);
+    assert!(said.contains("is no `muster run`; name a port that nothing else uses"), "{said}");
+    let nobody = format!("127.0.0.1:{}", free_port());
+    let said = waits(&nobody, &not_first);
+    assert!(said.contains("Connection refused"), "{said}");
+
+    let Some(python) = torch_python() else {
+        return skip("a run whose other node has torchrun", "there is no Python with torch");
+    };
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let torchrun = || {
+        let mut torchrun = std::process::Command::new(&python);
+        torchrun.args(["-m", "torch.distributed.run", "--rdzv-backend=c10d"]);
+        torchrun.args(["--rdzv-endpoint", &endpoint]);
+        torchrun
+    };
+    let (job, _) = job_with_store(&place, torchrun().args(["--nnodes=1", "--rdzv-id=r7"]));
+    let said = waits(&endpoint, &[c10d, &["--rdzv-id=r7"]].concat());
+    assert!(said.contains("torchrun answers there, with the same run id"), "{said}");
+    let said = waits(&endpoint, c10d);
+    assert!(said.contains("a store of torch's answers there"), "another run: {said}");
+    drop(job);
+}
+
+/// As torchrun's nodes do: the ranks of a job that start a launcher each find each other by their own store.
+#[test]
+fn a_run_within_a_job_meets_over_the_job_s_store() {
+    let place = Place::new();
+    let muster = binary("muster").display().to_string();
+    let inner = "[ $RANK = 0 ] && [ $TORCHELASTIC_RESTART_COUNT = 0 ] && [ \"$1\" = fails ] && exit 3; \
+                 echo inner $RANK of $WORLD_SIZE; [ \"$MASTER_PORT\" != $OUTER ]";
+    std::fs::write(place.path("inner"), inner).unwrap();
+    let run = "run --nnodes=2 --rdzv-endpoint $MASTER_ADDR:$MASTER_PORT --max-restarts=1";
+    // Twice, under one name; the second finds what the first has left.
+    let script = place.script(&format!(
+        "export OUTER=$MASTER_PORT; backend=$(eval echo $1); {muster} {run} $backend --no-python sh inner && \
+         {muster} {run} $backend --no-python sh inner fails"
+    ));
+    let launchers = |backend: &str| {
+        let mut launchers = vec![place.command(&["--nproc-per-node=2", "--no-python", &script, backend])];
+        if let Some(python) = torch_python() {
+            let mut torchrun = std::process::Command::new(python);
+            torchrun.args(["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port"]);
+            torchrun.args([&free_port(), "--no-python", &script, backend]);
+            // It leaves its own there.
+            torchrun.current_dir(place.path("")).env("TMPDIR", place.path(""));
+            launchers.push(torchrun);
+        }
+        launchers
+    };
+    // Static nodes have their numbers from the job.
+    for backend in ["--rdzv-backend=c10d", "--node-rank=$RANK"] {
+        for mut launcher in launchers(backend) {
+            let end = Outcome::of(&mut launcher);
+            assert_eq!(end.code, 0, "{backend}: {launcher:?}: {end:?}");
+            let said = lines(&end.stdout);
+            assert_eq!(said.iter().filter(|line| **line == "inner 0 of 2").count(), 2, "{said:?}");
+            assert!(said.contains(&"inner 1 of 2"), "{said:?}");
+        }
+    }
     place.nothing_is_left();
 }

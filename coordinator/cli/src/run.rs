@@ -3,7 +3,9 @@
 //! They speak over a Unix socket in a directory that only this user can enter, and nothing outlives the command: the shim
 //! kills its ranks when this process ends, however it ends.
 
+mod answer;
 pub(crate) mod args;
+mod meet;
 mod meeting;
 mod node;
 mod port;

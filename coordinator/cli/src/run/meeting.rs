@@ -54,6 +54,8 @@ pub(super) struct Meeting {
     pub join_timeout: Duration,
     /// Once the fewest are there, time for more to come before the first start.
     pub last_call: Duration,
+    /// The place is the store of the job that this command is a rank of: nodes find each other there.
+    pub is_agent_store: bool,
 }
 
 impl Meeting {
@@ -67,6 +69,7 @@ impl Meeting {
             rank: None,
             join_timeout: JOIN_TIMEOUT_DEFAULT,
             last_call: LAST_CALL_DEFAULT,
+            is_agent_store: false,
         };
         let backend = if args.standalone { "standalone" } else { args.rdzv_backend.as_str() };
         if backend == "static" {
@@ -130,6 +133,9 @@ impl Meeting {
         if meeting.place != Place::Alone && meeting.port == 0 {
             return Err(Failure::Usage("nodes cannot meet at port 0; name one".to_owned()));
         }
+        let variable = |name: &str| std::env::var(name).ok();
+        meeting.is_agent_store =
+            matches!(meeting.place, Place::Peers(_)) && is_agent_store(&meeting.host, meeting.port, variable);
         Ok(meeting)
     }
 
@@ -171,7 +177,7 @@ impl Meeting {
 
     /// Whether ranks meet where nodes do. Under c10d the node that serves need not be the first, whose store is the ranks'.
     pub fn shares_port(&self) -> bool {
-        self.rank.is_some()
+        self.rank.is_some() && !self.is_agent_store
     }
 
     /// The coordinator's.
@@ -180,6 +186,16 @@ impl Meeting {
         let scheme = if self.is_encrypted { "https" } else { "http" };
         format!("{scheme}://{host}:{}", self.port)
     }
+}
+
+/// Whether this process is a rank of a job whose store serves at that place, as torch's clients see it.
+fn is_agent_store(host: &str, port: u16, variable: impl Fn(&str) -> Option<String>) -> bool {
+    let is = |name: &str, expected: &str| {
+        variable(name).is_some_and(|value| value.trim_matches(['[', ']']).eq_ignore_ascii_case(expected))
+    };
+    is("TORCHELASTIC_USE_AGENT_STORE", "True")
+        && is("MASTER_ADDR", host)
+        && is("MASTER_PORT", &port.to_string())
 }
 
 /// Says which flags of the rendezvous are for another backend.
@@ -277,6 +293,18 @@ mod tests {
             let found = meeting(line).unwrap();
             assert_eq!((found.0, found.2), (place, rank), "{line}");
             assert!(place == Place::Alone || found.1 == url, "{line}: {}", found.1);
+        }
+    }
+
+    #[test]
+    fn the_store_of_the_own_job_is_known_by_its_variables() {
+        let job = [("TORCHELASTIC_USE_AGENT_STORE", "True"), ("MASTER_ADDR", "h1"), ("MASTER_PORT", "7")];
+        let all = |name: &str| job.iter().find(|(known, _)| *known == name).map(|pair| pair.1.to_owned());
+        assert!(is_agent_store("H1", 7, all));
+        assert!(!is_agent_store("h1", 8, all));
+        assert!(!is_agent_store("h2", 7, all));
+        for (missing, _) in job {
+            assert!(!is_agent_store("h1", 7, |name| all(name).filter(|_| name != missing)), "{missing}");
         }
     }
 

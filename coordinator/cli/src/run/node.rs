@@ -1,14 +1,14 @@
 //! This node of a run: what of it runs in this process, how it meets the others, and how it leaves them.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Context;
 use muster_core::types::{NodeName, RUN_LABEL, RUN_RANK_LABEL};
 use muster_proto::v1;
 use muster_worker::Attached;
-use tokio::net::{TcpListener, UnixListener, lookup_host};
+use tokio::net::{UnixListener, lookup_host};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Scratch;
 use super::args::RunArgs;
-use super::meeting::{Meeting, Place, Serve};
+use super::meet::{Met, meet, reach, reach_coordinator};
+use super::meeting::{Meeting, Place};
 use super::port;
 use crate::args::Global;
 use crate::client::{Client, Retries};
@@ -27,8 +28,6 @@ use crate::output::say;
 const LEASE_ALONE: Duration = Duration::from_hours(24);
 /// Time without a heartbeat after which a node of the run is lost.
 const LEASE: Duration = Duration::from_secs(10);
-/// First and longest time between attempts to reach the coordinator.
-const RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
 /// Time for this node to take its leave, and for the others once the job has ended.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 
@@ -80,17 +79,17 @@ impl Node {
                 (format!("unix:{}", socket.display()), Some(serving))
             }
             Place::Coordinator => (meeting.url(), None),
-            Place::Peers(wanted) => {
-                let listener = bind(&meeting.host, meeting.port, wanted).await?;
-                let serving = listener.map(|listener| {
-                    if meeting.shares_port() {
+            Place::Peers(wanted) => match meet(meeting, wanted, args, run_id).await? {
+                Met::Serve(listener, url) => {
+                    let serving = if meeting.shares_port() {
                         serve(config, port::shared(listener, store_seen), broken.clone())
                     } else {
                         serve(config, muster_coordinator::connections(listener), broken.clone())
-                    }
-                });
-                (meeting.url(), serving)
-            }
+                    };
+                    (url, Some(serving))
+                }
+                Met::Join(url) => (url, None),
+            },
         };
         let name = node_name(meeting.place == Place::Alone);
         let mut labels = std::collections::BTreeMap::from([(RUN_LABEL.to_owned(), run_id.to_owned())]);
@@ -108,8 +107,13 @@ impl Node {
             ..muster_worker::Config::new(vec![url.clone()], name.clone(), scratch.dir.path().join("node"))
         };
         // Where somebody else serves, the daemon begins once he does: it would take its time to try again.
-        let early =
-            if coordinator.is_none() { Some(reach(&url, global, meeting.join_timeout).await?) } else { None };
+        let early = match meeting.place {
+            Place::Coordinator => Some(reach_coordinator(meeting, &url, global, run_id).await?),
+            Place::Peers(_) if coordinator.is_none() => {
+                Some(reach(&url, global, meeting.join_timeout).await?)
+            }
+            Place::Alone | Place::Peers(_) => None,
+        };
         let stop = CancellationToken::new();
         let running = muster_worker::run(worker, stop.clone());
         let ends = broken.clone();
@@ -217,37 +221,8 @@ fn node_name(is_alone: bool) -> NodeName {
     NodeName::new(name).unwrap_or_else(|_| unreachable!("a host name and digits are a name"))
 }
 
-/// Takes the place, if it is this node's to take.
-async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener>, Failure> {
-    if wanted == Serve::No {
-        return Ok(None);
-    }
-    let failed = |why: &str| anyhow::anyhow!("failed to serve the run at {host}:{port}: {why}");
-    let found = lookup_host((host, port)).await.map_err(|error| failed(&error.to_string()))?;
-    let mut last = "the name has no address".to_owned();
-    let is_meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
-    for address in found {
-        // A name may have addresses that this machine does not know of, and stand for loopback here: whatever the others find
-        // behind it serves, as with torchrun.
-        let own = UdpSocket::bind((address.ip(), 0));
-        let bound = match own {
-            _ if is_meant => muster_coordinator::listen(address),
-            Ok(_) => muster_coordinator::listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))),
-            Err(error) => Err(error),
-        };
-        match bound {
-            Ok(listener) => return Ok(Some(listener)),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && wanted == Serve::IfHere => {
-                return Ok(None);
-            }
-            Err(error) => last = error.to_string(),
-        }
-    }
-    if wanted == Serve::IfHere { Ok(None) } else { Err(failed(&last).into()) }
-}
-
 /// Returns the address that --local-addr names: of a name's several one that other nodes reach.
-async fn address_of(host: &str) -> Result<IpAddr, Failure> {
+pub(super) async fn address_of(host: &str) -> Result<IpAddr, Failure> {
     let host = host.trim_matches(['[', ']']);
     let found =
         lookup_host((host, 0)).await.with_context(|| format!("--local-addr {host} has no address"))?;
@@ -255,28 +230,4 @@ async fn address_of(host: &str) -> Result<IpAddr, Failure> {
     let own = all.iter().find(|address| !address.is_loopback()).or(all.first());
     let own = own.ok_or_else(|| Failure::Usage(format!("--local-addr {host} has no address")))?;
     Ok(muster_worker::for_others(host, *own))
-}
-
-/// Whoever serves may come later.
-async fn reach(url: &str, global: &Global, limit: Duration) -> Result<Client, Failure> {
-    let global = Global { coordinator: vec![url.to_owned()], ..global.clone() };
-    let tried = async {
-        let mut pause = RETRY.0;
-        loop {
-            match Client::connect(&global).await {
-                Err(Failure::Unreachable(_)) => {
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 5 / 4).min(RETRY.1);
-                }
-                connected => return connected,
-            }
-        }
-    };
-    let late = || {
-        Failure::Other(anyhow::anyhow!(
-            "nobody serves the run at {url}; waited {} s (join_timeout)",
-            limit.as_secs()
-        ))
-    };
-    tokio::time::timeout(limit, tried).await.map_err(|_| late())?
 }
