@@ -23,11 +23,46 @@ pub fn programs(deps: &Deps, packages: &[&str], folder: &str) -> Result<()> {
     deps.place(&tree, folder)
 }
 
+/// Brings what a source package of another release has below some of its folders, as its authors
+/// wrote it; returns the folder that stands for the root of the source.
+pub fn source(deps: &Deps, release: &str, package: &str, below: &[&str]) -> Result<PathBuf> {
+    let mut apt = Apt::new(deps)?;
+    apt.index = deps.path("staging/apt-source-index");
+    apt.sources = Some(apt.index.join("sources.d"));
+    fs::create_dir_all(apt.index.join("lists/partial"))?;
+    fs::create_dir_all(apt.index.join("cache/archives/partial"))?;
+    let folder = apt.index.join("sources.d");
+    fs::create_dir_all(&folder)?;
+    let archive = Apt::archive()?;
+    let words = format!(
+        "Types: deb-src\nURIs: {archive}\nSuites: {release}\nComponents: main\nSigned-By: {KEYRING}\n"
+    );
+    fs::write(folder.join("source.sources"), words)?;
+    apt.run(&["update"]).context("apt-get could not fetch the index of sources")?;
+    apt.run(&["source", "--download-only", package])
+        .with_context(|| format!("apt-get has no source of {package}"))?;
+    let entries = fs::read_dir(&apt.work)?.collect::<std::io::Result<Vec<_>>>()?;
+    let is_original = |path: &PathBuf| path.to_string_lossy().contains(".orig.tar.");
+    let original = entries.iter().map(fs::DirEntry::path).find(is_original);
+    let original = original.context("the source package holds no original")?;
+    let tree = apt.work.join("tree");
+    fs::create_dir_all(&tree)?;
+    let mut unpack = Command::new("tar");
+    unpack.arg("-xf").arg(&original).arg("-C").arg(&tree).args(["--strip-components=1", "--wildcards"]);
+    quiet(unpack.args(below.iter().map(|folder| format!("*/{folder}/*"))))?;
+    Ok(tree)
+}
+
+/// The keys of Debian's archive, where Debian has them.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// apt-get, which downloads to a folder of its own.
 struct Apt {
     work: PathBuf,
     /// The package index that this set-up has fetched, where the machine's own will not do.
     index: PathBuf,
+    /// Where it finds what to fetch, if not where the machine's own does.
+    sources: Option<PathBuf>,
 }
 
 impl Apt {
@@ -35,7 +70,8 @@ impl Apt {
         if machine::on_path(Path::new("apt-get")).is_none() {
             bail!("there is no apt-get here");
         }
-        let apt = Self { work: deps.path("staging/apt"), index: deps.path("staging/apt-index") };
+        let (work, index) = (deps.path("staging/apt"), deps.path("staging/apt-index"));
+        let apt = Self { work, index, sources: None };
         apt.clear()?;
         Ok(apt)
     }
@@ -95,12 +131,28 @@ impl Apt {
         Ok(tree)
     }
 
+    /// Returns where the machine's own packages come from: the archive that it is nearest to.
+    fn archive() -> Result<String> {
+        let format = ["indextargets", "--format", "$(ORIGIN) $(COMPONENT) $(SUITE) $(REPO_URI)"];
+        let mut targets = Command::new("apt-get");
+        let listed = quiet(targets.args(format))?;
+        let is_main = |words: &[&str]| words.len() == 4 && words[..2] == ["Debian", "main"];
+        let plain = |suite: &str| !suite.contains('-');
+        let mut lines = listed.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let found = lines.find(|words| is_main(words) && plain(words[2]));
+        Ok(found.context("this machine's packages are not Debian's")?[3].to_owned())
+    }
+
     fn run(&self, args: &[&str]) -> Result<String> {
         let mut apt = Command::new("apt-get");
         apt.current_dir(&self.work).env("LC_ALL", "C").args(["-qq", "-o", "APT::Sandbox::User="]);
         if self.index.is_dir() {
             apt.arg("-o").arg(format!("Dir::State::lists={}/", self.index.join("lists").display()));
             apt.arg("-o").arg(format!("Dir::Cache={}/", self.index.join("cache").display()));
+        }
+        if let Some(sources) = &self.sources {
+            apt.args(["-o", "Dir::Etc::SourceList=/dev/null"]);
+            apt.arg("-o").arg(format!("Dir::Etc::SourceParts={}", sources.display()));
         }
         quiet(apt.args(args))
     }

@@ -26,6 +26,7 @@ pub fn all(deps: &Path) -> Vec<Optional> {
     let mut all: Vec<Optional> = debian.map(|programs| programs.optional(deps)).collect();
     all.extend(containers::optional());
     all.push(faketime());
+    all.push(torch_tests());
     all
 }
 
@@ -144,4 +145,26 @@ fn bring_faketime(deps: &Deps) -> Result<String> {
     fs::create_dir_all(deps.path("lib"))?;
     deps.place(&found.context("the package holds no library")?, "lib/libfaketimeMT.so.1")?;
     Ok("from Debian's package libfaketime".into())
+}
+
+/// torch's own tests of its launcher and its agents, which are in no package that can be installed.
+fn torch_tests() -> Optional {
+    let part = Part {
+        name: "torch's tests",
+        stamp: "torch-tests/.stamp",
+        fingerprint: format!("launcher and agents, from Debian {TORCH_TESTS_RELEASE}"),
+        files: &["torch-tests/test/distributed/launcher/test_run.py"],
+    };
+    let serves = "torch's own tests of its launcher and its agents";
+    Optional { part, bring: Box::new(bring_torch_tests), serves }
+}
+
+/// The release whose torch is nearest to the one of `python.rs`.
+const TORCH_TESTS_RELEASE: &str = "trixie";
+
+fn bring_torch_tests(deps: &Deps) -> Result<String> {
+    let folders = ["test/distributed/launcher", "test/distributed/elastic/agent"];
+    let tree = apt::source(deps, TORCH_TESTS_RELEASE, "pytorch", &folders)?;
+    deps.place(&tree, "torch-tests")?;
+    Ok("from Debian's source package pytorch".into())
 }
