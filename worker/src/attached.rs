@@ -2,6 +2,7 @@
 //! its terminal or where it says, as under torchrun, and end when it does.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use muster_core::types::surroundings::RankBinding;
@@ -12,13 +13,17 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// Removed by whoever goes last, the command or its shim. Holds the data directory, and nothing of anybody else's.
+    #[serde(with = "crate::os_text")]
     pub scratch: PathBuf,
     /// Holds `attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`, n counted from 0. Absolute.
+    #[serde(with = "crate::os_text")]
     pub log_dir: PathBuf,
     /// Program and arguments. What a coordinator says is not run: whoever reaches that of a run could say anything.
-    pub command: Vec<String>,
+    #[serde(with = "crate::os_text::words")]
+    pub command: Vec<OsString>,
     /// Where the ranks start. Absolute.
-    pub working_dir: String,
+    #[serde(with = "crate::os_text")]
+    pub working_dir: PathBuf,
     /// What TORCHELASTIC_RUN_ID says.
     pub run_id: String,
     /// What ROLE_NAME says.
@@ -51,6 +56,7 @@ pub struct Streams {
 impl Attached {
     /// Returns an assignment as it is carried out here: the coordinator of a run says when, how many and with which
     /// place, and never what runs, as whom, or with which files. Fields that are new are not taken from it either.
+    /// Of words that are no text it holds what can be shown; [`Attached`] has them as they are.
     pub(crate) fn own(&self, mut assignment: Assignment) -> Assignment {
         let said = assignment.spec;
         assignment.spec = JobSpec {
@@ -66,8 +72,8 @@ impl Attached {
             progress_timeout: said.progress_timeout,
             last_call: said.last_call,
             on_coordinator_loss: said.on_coordinator_loss,
-            working_dir: Some(self.working_dir.clone()),
-            ..JobSpec::new(self.command.clone())
+            working_dir: Some(self.working_dir.to_string_lossy().into_owned()),
+            ..JobSpec::new(self.command.iter().map(|word| word.to_string_lossy().into_owned()).collect())
         };
         assignment
     }
@@ -190,8 +196,8 @@ mod tests {
     #[test]
     fn a_run_says_itself_what_runs_and_takes_from_its_port_when() {
         let attached = Attached {
-            command: vec!["train.py".to_owned()],
-            working_dir: "/home/ann".to_owned(),
+            command: vec!["train.py".into()],
+            working_dir: "/home/ann".into(),
             ..Attached::default()
         };
         let spec = attached.own(hostile()).spec;
@@ -208,7 +214,7 @@ mod tests {
     #[test]
     fn its_ranks_find_nothing_of_the_ports_in_their_environment() {
         use crate::launch::environment::{RankContext, of_rank};
-        let attached = Attached { command: vec!["train.py".to_owned()], ..Attached::default() };
+        let attached = Attached { command: vec!["train.py".into()], ..Attached::default() };
         let surroundings = Surroundings::default();
         let context = RankContext {
             error_file: Path::new("/e"),

@@ -16,6 +16,7 @@ mod devices;
 pub mod fuzz;
 mod health;
 mod launch;
+mod os_text;
 #[doc(hidden)]
 pub mod load {
     //! For the load generator of the benches, which runs real sessions with no ranks behind them.

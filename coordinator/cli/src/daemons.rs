@@ -18,6 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::{CoordinatorArgs, DaemonArgs, Global, LogFormat, WorkerArgs};
 use crate::exit::Failure;
+use crate::signals::Hangup;
 use crate::{log, output};
 
 /// Where a coordinator's metrics are unless it is told otherwise. A worker's are nowhere: hosts of several workers are the
@@ -122,12 +123,12 @@ pub(crate) async fn worker(args: WorkerArgs, global: &Global) -> Result<(), Fail
         sysfs_root: args.machine.sysfs_root,
         http: args.daemon.http(Listen::Off),
     };
-    let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
+    let mut hangup = Hangup::listen().context("failed to listen for SIGHUP")?;
     tokio::select! {
         ended = muster_worker::run(config, shutdown) => {
             Ok(ended.map_err(|error| anyhow::anyhow!("{error}"))?)
         }
-        _ = hangup.recv() => {
+        () = hangup.recv() => {
             info!("SIGHUP: ending; the ranks run on, and the next daemon with this data directory takes them over");
             Ok(())
         }

@@ -28,13 +28,13 @@ pub(crate) async fn run(args: &DemoArgs) -> Result<(), Failure> {
     check_trainer(&binary)?;
     let dir = tempfile::Builder::new().prefix("muster-demo-").tempdir().map_err(anyhow::Error::from)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(anyhow::Error::from)?;
+    let mut hangup = crate::signals::Hangup::listen().map_err(anyhow::Error::from)?;
     let mut daemons = Daemons::new(binary, dir.path());
     let result = tokio::select! {
         result = train(args, &mut daemons) => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
         _ = terminate.recv() => Err(Failure::Interrupted),
-        _ = hangup.recv() => Err(Failure::Interrupted),
+        () = hangup.recv() => Err(Failure::Interrupted),
     };
     if matches!(result, Err(Failure::Interrupted)) {
         say!("interrupted; stopping the daemons");

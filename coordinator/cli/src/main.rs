@@ -20,6 +20,7 @@ mod plot;
 mod progress;
 mod run;
 mod show;
+mod signals;
 mod spec;
 mod store;
 mod stream;

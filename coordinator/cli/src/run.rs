@@ -34,7 +34,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::args::Global;
 use crate::exit::Failure;
 use crate::output::say;
-use crate::{log, output, show, submit, usage};
+use crate::{log, output, show, signals, submit, usage};
 use args::{ProcsPerNode, RunArgs};
 use meeting::{Meeting, Place};
 use node::Node;
@@ -283,7 +283,11 @@ fn listen(args: &RunArgs) -> Result<Vec<(nix::sys::signal::Signal, Signal)>, Fai
         let listener = listener.with_context(|| format!("{of} of --signals-to-handle cannot be handled"));
         Ok::<_, anyhow::Error>((*of, listener?))
     };
-    Ok(args.signals_to_handle.known.iter().map(listen).collect::<Result<_, _>>()?)
+    let known = args.signals_to_handle.known.iter();
+    // Under nohup a terminal that goes is no reason to end.
+    let heard =
+        known.filter(|of| **of != nix::sys::signal::Signal::SIGHUP || !signals::is_ignored(**of as i32));
+    Ok(heard.map(listen).collect::<Result<_, _>>()?)
 }
 
 /// The next signal.
@@ -330,8 +334,6 @@ fn attached(
     scratch: &Scratch,
 ) -> Result<(Attached, String), Failure> {
     let dir = std::env::current_dir().context("this shell's directory is gone")?;
-    let working_dir =
-        dir.to_str().ok_or_else(|| Failure::Usage(format!("{} is not UTF-8", dir.display())))?.to_owned();
     let (command, name) = program::command(args, &dir)?;
     let no_logs = args.log_dir.as_deref() == Some(Path::new("/dev/null"));
     // An empty name is none.
@@ -358,7 +360,7 @@ fn attached(
         scratch: scratch.dir.path().to_owned(),
         log_dir,
         command,
-        working_dir,
+        working_dir: dir,
         run_id: run_id.to_owned(),
         role: args.role.clone(),
         signals: args.signals_to_handle.text.clone(),

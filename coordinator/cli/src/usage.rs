@@ -82,12 +82,12 @@ fn plain(name: &str) -> String {
 }
 
 /// Refuses a flag in the place of a script: nobody's script is named so, unless it follows two dashes.
-pub(crate) fn refuse_unknown_flag(command: &[String]) -> Result<(), Failure> {
+pub(crate) fn refuse_unknown_flag(command: &[OsString]) -> Result<(), Failure> {
     let words: Vec<OsString> = std::env::args_os().collect();
     let before = words.len().checked_sub(command.len() + 1).and_then(|at| words.get(at));
-    match command.first() {
+    match command.first().map(|script| script.to_string_lossy()) {
         Some(script) if script.starts_with('-') && before.is_none_or(|word| word != "--") => {
-            Err(Failure::Usage(unknown_flag(script)))
+            Err(Failure::Usage(unknown_flag(&script)))
         }
         _ => Ok(()),
     }

@@ -131,15 +131,15 @@ pub(crate) fn of_rank(
     set("TORCHELASTIC_RUN_ID", assignment.gang.job.to_string());
     // The shim on the gang's first node serves the store, and rank 0 is a client of it like the others.
     set("TORCHELASTIC_USE_AGENT_STORE", "True".to_owned());
-    set("TORCHELASTIC_ERROR_FILE", paths.error_file.display().to_string());
     set("MUSTER_JOB_ID", assignment.gang.job.to_string());
     set("MUSTER_GENERATION", assignment.gang.generation.to_string());
     set(MARK, paths.mark.to_owned());
     set("MUSTER_NODE", placement.node.to_string());
-    set("MUSTER_TELEMETRY", paths.telemetry.display().to_string());
     if let Some(dir) = &spec.checkpoint_dir {
         set("MUSTER_CHECKPOINT_DIR", dir.clone());
     }
+    env.insert("TORCHELASTIC_ERROR_FILE".into(), paths.error_file.into());
+    env.insert("MUSTER_TELEMETRY".into(), paths.telemetry.into());
     let per_rank = spec.per_proc.gpus as usize;
     let mine = placement.gpus.chunks(per_rank.max(1)).nth(local_rank as usize);
     if let (Some(mine), true) = (mine, per_rank > 0) {
@@ -149,7 +149,7 @@ pub(crate) fn of_rank(
             own.map_or_else(|| index.to_string(), |device| device.name.clone())
         };
         let list: Vec<String> = mine.iter().map(name).collect();
-        set("CUDA_VISIBLE_DEVICES", list.join(","));
+        env.insert("CUDA_VISIBLE_DEVICES".into(), list.join(",").into());
     }
     if let Some(attached) = paths.attached {
         of_attached(attached, local_rank, &mut env);

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use muster_core::types::{Assignment, GangId, Rank};
+use muster_core::types::{GangId, Rank};
 use nix::unistd::{AccessFlags, access};
 
 use super::env_files;
@@ -68,17 +68,18 @@ pub(crate) fn prepare(order: &Order, port: u16) -> Result<Prepared, String> {
     let Order { assignment, data_dir, .. } = order;
     let spec = &assignment.spec;
     let user = user::of_job(spec.run_as.as_ref(), order.run_as.as_ref())?;
-    if let Some(dir) = &spec.working_dir {
-        match fs::metadata(dir) {
+    if let Some(dir) = order.working_dir() {
+        let shown = dir.display();
+        match fs::metadata(&dir) {
             Ok(meta) if meta.is_dir() => {}
-            Ok(_) => return Err(format!("working_dir {dir} is not a directory")),
+            Ok(_) => return Err(format!("working_dir {shown} is not a directory")),
             Err(error) => {
-                return Err(format!("working_dir {dir} cannot be used: {error}; create it on this node"));
+                return Err(format!("working_dir {shown} cannot be used: {error}; create it on this node"));
             }
         }
     }
-    let program = find_program(assignment)?;
-    check_script(assignment)?;
+    let program = find_program(order)?;
+    check_script(order)?;
     // Read again right before the ranks start: it is kept nowhere meanwhile.
     env_files::read(spec, user.as_ref())?;
     let gang = &assignment.gang;
@@ -109,25 +110,26 @@ pub(crate) fn prepare(order: &Order, port: u16) -> Result<Prepared, String> {
             })
         })
         .transpose()?;
-    let events = events(assignment, &log_dirs, user.as_ref());
+    let events = events(order, &log_dirs, user.as_ref());
     Ok(Prepared { program, log_dirs, user: user.map(Box::new), store, events })
 }
 
 /// Looked at here, while nothing waits: a disk may be slow, and what the ranks write comes after.
-fn events(assignment: &Assignment, log_dirs: &[PathBuf], user: Option<&User>) -> Option<EventDir> {
+fn events(order: &Order, log_dirs: &[PathBuf], user: Option<&User>) -> Option<EventDir> {
+    let assignment = &order.assignment;
     let spec = &assignment.spec;
     let (Rank(0), Some(dir), [log_dir, ..]) =
         (assignment.placement.first_rank, &spec.tensorboard_dir, log_dirs)
     else {
         return None;
     };
-    EventDir::before(start_dir(assignment, log_dir, user).join(dir), user.map(|user| user.uid))
+    EventDir::before(start_dir(order, log_dir, user).join(dir), user.map(|user| user.uid))
 }
 
 /// Where a rank with this log directory starts.
-pub(crate) fn start_dir(assignment: &Assignment, log_dir: &Path, user: Option<&User>) -> PathBuf {
-    match (&assignment.spec.working_dir, user) {
-        (Some(dir), _) => PathBuf::from(dir),
+pub(crate) fn start_dir(order: &Order, log_dir: &Path, user: Option<&User>) -> PathBuf {
+    match (order.working_dir(), user) {
+        (Some(dir), _) => dir,
         (None, Some(_)) => work_dir(log_dir),
         (None, None) => log_dir.to_owned(),
     }
@@ -139,16 +141,17 @@ pub(crate) fn make_log_dir(dir: &Path) -> Result<(), String> {
 }
 
 /// A script that is missing on one node is found here, and not by the ranks of all the others, which would run already.
-fn check_script(assignment: &Assignment) -> Result<(), String> {
-    let spec = &assignment.spec;
-    let Some(script) = script::of_python(&spec.command) else { return Ok(()) };
-    let path = match &spec.working_dir {
-        Some(dir) => Path::new(dir).join(script),
+fn check_script(order: &Order) -> Result<(), String> {
+    let command = order.command();
+    let Some(script) = script::of_python(&command) else { return Ok(()) };
+    let path = match order.working_dir() {
+        Some(dir) => dir.join(script),
         None => PathBuf::from(script),
     };
     if path.is_relative() {
         return Err(format!(
-            "script {script:?} is a relative path; give an absolute one, or set working_dir"
+            "script {:?} is a relative path; give an absolute one, or set working_dir",
+            script.to_string_lossy()
         ));
     }
     access(&path, AccessFlags::R_OK).map_err(|error| {
@@ -164,17 +167,18 @@ fn is_program(path: &Path) -> bool {
     path.is_file() && access(path, AccessFlags::X_OK).is_ok()
 }
 
-fn find_program(assignment: &Assignment) -> Result<PathBuf, String> {
-    let spec = &assignment.spec;
-    let name = &spec.command[0];
-    if name.contains('/') {
-        let path = match &spec.working_dir {
-            Some(dir) => Path::new(dir).join(name),
-            None => PathBuf::from(name),
+fn find_program(order: &Order) -> Result<PathBuf, String> {
+    let spec = &order.assignment.spec;
+    let name = order.command().into_iter().next().unwrap_or_default();
+    let shown = name.to_string_lossy();
+    if name.as_encoded_bytes().contains(&b'/') {
+        let path = match order.working_dir() {
+            Some(dir) => dir.join(&name),
+            None => PathBuf::from(&name),
         };
         return match path {
             path if path.is_relative() => {
-                Err(format!("program {name:?} is a relative path; give an absolute one, or set working_dir"))
+                Err(format!("program {shown:?} is a relative path; give an absolute one, or set working_dir"))
             }
             path if is_program(&path) => Ok(path),
             path if path.exists() => Err(format!("{} is not an executable file", path.display())),
@@ -186,11 +190,11 @@ fn find_program(assignment: &Assignment) -> Result<PathBuf, String> {
     let search = search.unwrap_or_default();
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
     let places: Vec<PathBuf> = std::env::split_paths(&search).chain(beside).collect();
-    let found = places.iter().map(|dir| dir.join(name)).find(|path| path.is_absolute() && is_program(path));
+    let found = places.iter().map(|dir| dir.join(&name)).find(|path| path.is_absolute() && is_program(path));
     found.ok_or_else(|| {
         let places: Vec<String> = places.iter().map(|dir| dir.display().to_string()).collect();
         format!(
-            "program {name:?} was not found; looked in {}; install it there, or give an absolute path",
+            "program {shown:?} was not found; looked in {}; install it there, or give an absolute path",
             places.join(", ")
         )
     })

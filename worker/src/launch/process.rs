@@ -36,7 +36,7 @@ pub(crate) struct RankProcess {
 pub(crate) struct Program<'a> {
     pub path: &'a Path,
     /// With the name by which it is called.
-    pub command: &'a [String],
+    pub command: &'a [OsString],
     pub working_dir: &'a Path,
     /// As whom, if not as whom this process is run.
     pub user: Option<&'a User>,

@@ -1,22 +1,26 @@
 //! Which script a command has an interpreter of Python run. Nothing is run to find that out.
 
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 /// Options of Python's that take the next word as their value.
 const WITH_VALUE: [&str; 3] = ["-W", "-X", "--check-hash-based-pycs"];
 
 /// The script, if the command is an interpreter of Python with one: not with a module, code or its own terminal.
-pub(crate) fn of_python(command: &[String]) -> Option<&str> {
+pub(crate) fn of_python(command: &[OsString]) -> Option<&OsStr> {
     let [program, words @ ..] = command else { return None };
     let name = Path::new(program).file_name()?.to_str()?;
     let version = name.strip_prefix("python")?;
     if !version.chars().all(|c| c.is_ascii_digit() || c == '.') {
         return None;
     }
-    let mut words = words.iter().map(String::as_str);
+    let mut words = words.iter();
     while let Some(word) = words.next() {
+        let script = word;
+        // Options are text.
+        let Some(word) = word.to_str() else { return Some(script) };
         if !word.starts_with('-') {
-            return Some(word);
+            return Some(script);
         }
         // Short options may be one word, and -c and -m end them.
         let is_group = !["--", "-W", "-X"].iter().any(|prefix| word.starts_with(prefix));
@@ -53,8 +57,8 @@ mod tests {
             ("sh train.py", None),
         ];
         for (line, expected) in table {
-            let command: Vec<String> = line.split(' ').map(str::to_owned).collect();
-            assert_eq!(of_python(&command), expected, "{line}");
+            let command: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            assert_eq!(of_python(&command), expected.map(OsStr::new), "{line}");
         }
     }
 }

@@ -43,7 +43,7 @@ impl Program {
     /// Fails where anything holds a NUL byte.
     pub fn new(
         path: &Path,
-        args: &[String],
+        args: &[OsString],
         env: BTreeMap<OsString, OsString>,
         dir: &Path,
         stdio: [OwnedFd; 3],
@@ -55,7 +55,7 @@ impl Program {
             text(&key)
         };
         // By its path: programs that look for what belongs to them begin there.
-        let args = [path.as_os_str()].into_iter().chain(args.iter().skip(1).map(OsStr::new));
+        let args = [path.as_os_str()].into_iter().chain(args.iter().skip(1).map(OsString::as_os_str));
         Ok(Self {
             path: text(path.as_os_str())?,
             args: args.map(text).collect::<Result<_, _>>()?,
@@ -172,16 +172,18 @@ impl Child<'_> {
         if let Some(user) = &self.program.user {
             become_user(user)?;
         }
-        // SAFETY: system calls on texts and sets that live through them. That of the signal is ignored in a program of
-        // Rust, and no rank expects that.
+        // SAFETY: system calls on texts and sets that live through them. SIGPIPE is ignored in a program of Rust, and
+        // SIGHUP under nohup; no rank expects the one, and torchrun's ranks have the default of the other.
         unsafe {
             // As the user that it is by now: nobody starts where he may not go.
             check(libc::chdir(self.program.dir.as_ptr()))?;
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut none);
             check(libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()))?;
-            if libc::signal(libc::SIGPIPE, libc::SIG_DFL) == libc::SIG_ERR {
-                return Err(io::Error::last_os_error());
+            for ignored in [libc::SIGPIPE, libc::SIGHUP] {
+                if libc::signal(ignored, libc::SIG_DFL) == libc::SIG_ERR {
+                    return Err(io::Error::last_os_error());
+                }
             }
             check(libc::setsid())?;
             files::as_before()?;
@@ -223,7 +225,7 @@ mod tests {
     use std::fs::File;
 
     fn program(path: &str, args: &[&str], dir: &Path, out: &Path) -> io::Result<Program> {
-        let args: Vec<String> = [path].iter().chain(args).map(ToString::to_string).collect();
+        let args: Vec<OsString> = [path].iter().chain(args).map(OsString::from).collect();
         let env = [("A".into(), "b c".into())].into();
         let stdio = [File::open("/dev/null")?, File::create(out)?, File::create(out.with_extension("err"))?];
         Program::new(Path::new(path), &args, env, dir, stdio.map(OwnedFd::from))

@@ -105,6 +105,7 @@ impl Ranks {
         self.are_gone = false;
         let assignment = &order.assignment;
         let mark = order.mark();
+        let command = order.command();
         let from_files = env_files::read(&assignment.spec, prepared.user.as_deref())?;
         for (rank, log_dir) in self.all.iter().zip(&prepared.log_dirs) {
             let local_rank = rank.0 - assignment.placement.first_rank.0;
@@ -124,10 +125,10 @@ impl Ranks {
                 from_files: &from_files,
             };
             let env = environment::of_rank(assignment, local_rank, port, context, std::env::vars_os());
-            let working_dir = start_dir(assignment, log_dir, prepared.user.as_deref());
+            let working_dir = start_dir(order, log_dir, prepared.user.as_deref());
             let program = Program {
                 path: &prepared.program,
-                command: &assignment.spec.command,
+                command: &command,
                 working_dir: &working_dir,
                 user: prepared.user.as_deref(),
             };

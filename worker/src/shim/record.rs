@@ -1,5 +1,6 @@
 //! What is kept of a shim on disk, by which the next daemon finds it: `<data_dir>/run/<job>.<generation>/`.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -30,6 +31,7 @@ const SOCKET: &str = "sock";
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub assignment: Assignment,
+    #[serde(with = "crate::os_text")]
     pub data_dir: PathBuf,
     /// Tells this data directory's ranks from those of any other on the machine.
     pub data_id: String,
@@ -57,6 +59,22 @@ impl Order {
         binding.cpus.parse().ok().filter(|cpus: &CpuList| !cpus.0.is_empty())
     }
 
+    /// Returns program and arguments.
+    pub fn command(&self) -> Vec<OsString> {
+        match &self.attached {
+            Some(attached) => attached.command.clone(),
+            None => self.assignment.spec.command.iter().map(OsString::from).collect(),
+        }
+    }
+
+    /// Returns where the ranks start, if somebody has said it.
+    pub fn working_dir(&self) -> Option<PathBuf> {
+        match &self.attached {
+            Some(attached) => Some(attached.working_dir.clone()),
+            None => self.assignment.spec.working_dir.as_ref().map(PathBuf::from),
+        }
+    }
+
     /// Where one rank writes.
     pub fn output(&self, local_rank: u32, log_dir: &Path) -> Output {
         match &self.attached {
@@ -78,6 +96,7 @@ pub(crate) struct Record {
     /// Ranks may have been started.
     pub launched: bool,
     /// Where the ranks' sockets are.
+    #[serde(with = "crate::os_text")]
     pub sockets: PathBuf,
     /// The control groups of the ranks, where the machine lets us have any.
     #[serde(default)]

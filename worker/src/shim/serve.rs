@@ -393,7 +393,8 @@ impl Shim {
             warn!(%error, "control groups are left behind");
         }
         if let Some(attached) = self.record.order.attached.as_ref().filter(|_| self.daemon.is_none()) {
-            // The command has gone, and nobody is left to do it.
+            // The command has gone, and nobody is left to do it. Sockets may lie elsewhere.
+            self.dir.remove();
             let removed = std::fs::remove_dir_all(&attached.scratch);
             return removed
                 .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) });

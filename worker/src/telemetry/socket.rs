@@ -32,6 +32,11 @@ const PATH_BYTES_MAX: usize = 107;
 /// Bytes that "/", a local rank and ".sock" add to a directory.
 const NAME_BYTES_MAX: usize = 16;
 
+/// Bytes that "/muster-" and its ending add to the place of a temporary directory.
+const DIR_BYTES_MAX: usize = 16;
+/// Where everybody may make a directory, by short names.
+const SHORT_PLACES: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
+
 /// Makes the sockets of one gang in one private directory, and reads them, and whatever is followed, on a thread of its
 /// own: neither a flood of points nor a disk that hangs holds up what starts and stops the ranks.
 #[derive(Debug)]
@@ -50,9 +55,7 @@ impl Sockets {
         let dir = if fits && !for_others {
             dir.to_owned()
         } else {
-            // Only this user's programs may report, or those to whom a socket is given; none can put anything there.
-            let private = Permissions::from_mode(0o700);
-            let dir = tempfile::Builder::new().prefix("muster-").permissions(private).tempdir()?.keep();
+            let dir = short_dir(&std::env::temp_dir())?;
             if for_others {
                 // Afterwards, for there the umask has no say.
                 std::fs::set_permissions(&dir, Permissions::from_mode(0o711))?;
@@ -91,6 +94,24 @@ impl Sockets {
     pub fn follow(&self, looker: Looker) -> Follower {
         Follower::start(looker, &self.runtime)
     }
+}
+
+/// Makes a private directory whose path leaves room for the name of a socket: where temporary things are, or in one of
+/// the usual places if that is too deep.
+fn short_dir(temporary: &Path) -> io::Result<PathBuf> {
+    let mut last = io::Error::from(io::ErrorKind::InvalidFilename);
+    for place in [temporary].into_iter().chain(SHORT_PLACES.map(Path::new)) {
+        if place.as_os_str().len() + DIR_BYTES_MAX + NAME_BYTES_MAX > PATH_BYTES_MAX {
+            continue;
+        }
+        // Only this user's programs may report, or those to whom a socket is given; none can put anything there.
+        let private = Permissions::from_mode(0o700);
+        match tempfile::Builder::new().prefix("muster-").permissions(private).tempdir_in(place) {
+            Ok(dir) => return Ok(dir.keep()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 impl Drop for Sockets {
@@ -217,6 +238,18 @@ mod tests {
         for (pieces, expected, refused) in table {
             let text = pieces.concat();
             assert_eq!(steps(text.as_bytes()).await, (expected, refused), "{} bytes", text.len());
+        }
+    }
+
+    #[test]
+    fn a_socket_finds_a_short_place_though_the_temporary_one_is_deep() {
+        let root = tempfile::tempdir().unwrap();
+        let deep = root.path().join("x".repeat(90));
+        std::fs::create_dir(&deep).unwrap();
+        for temporary in [deep, root.path().join("not there")] {
+            let dir = short_dir(&temporary).unwrap();
+            assert!(SHORT_PLACES.iter().any(|place| dir.starts_with(place)), "{}", dir.display());
+            std::fs::remove_dir(dir).unwrap();
         }
     }
 

@@ -2,6 +2,7 @@
 //! the variable `PET_<NAME>`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -142,7 +143,7 @@ pub(crate) struct RunArgs {
     /// cores that no other rank has, or a core complex of the node.
     #[arg(long, alias = "numa_binding", value_name = "node|socket|exclusive|core-complex")]
     pub numa_binding: Option<NumaBinding>,
-    /// Signals that are passed on to the ranks, and end the run.
+    /// Signals that are passed on to the ranks, and end the run. SIGHUP stays ignored under nohup.
     #[arg(
         long,
         alias = "signals_to_handle",
@@ -159,7 +160,7 @@ pub(crate) struct RunArgs {
     pub stop_grace: Span,
     /// The script, and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "SCRIPT")]
-    pub command: Vec<String>,
+    pub command: Vec<OsString>,
 }
 
 /// Ranks per node.

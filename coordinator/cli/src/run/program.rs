@@ -1,5 +1,6 @@
 //! What is run as each rank.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -13,7 +14,7 @@ const RUN_PATH: &str =
     "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')";
 
 /// The command, and a name for listings.
-pub(super) fn command(args: &RunArgs, dir: &Path) -> Result<(Vec<String>, String), Failure> {
+pub(super) fn command(args: &RunArgs, dir: &Path) -> Result<(Vec<OsString>, String), Failure> {
     let [script, rest @ ..] = args.command.as_slice() else {
         return Err(Failure::Usage("no script is named".to_owned()));
     };
@@ -22,36 +23,37 @@ pub(super) fn command(args: &RunArgs, dir: &Path) -> Result<(Vec<String>, String
     }
     let mut command = Vec::new();
     if args.run_path {
-        command.extend([python(), "-c".to_owned(), RUN_PATH.to_owned()]);
-        command.push(dir.join(script).display().to_string());
+        command.extend([python(), "-c".into(), RUN_PATH.into()]);
+        command.push(dir.join(script).into());
     } else if args.no_python {
         command.push(script.clone());
     } else {
-        command.extend([python(), "-u".to_owned()]);
+        command.extend([python(), "-u".into()]);
         if args.module {
-            command.push("-m".to_owned());
+            command.push("-m".into());
         } else if !dir.join(script).exists() {
             return Err(Failure::Usage(format!(
-                "there is no {script} in {}; a module needs -m, a program that is no Python script --no-python",
+                "there is no {} in {}; a module needs -m, a program that is no Python script --no-python",
+                script.display(),
                 dir.display()
             )));
         }
         command.push(script.clone());
     }
     command.extend_from_slice(rest);
-    let base = Path::new(script).file_name().map_or(script.as_str().into(), |name| name.to_string_lossy());
+    let base = Path::new(script).file_name().unwrap_or(script).to_string_lossy();
     let plain = |c: char| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '_' };
     Ok((command, base.chars().map(plain).take(64).collect()))
 }
 
 /// The interpreter: PYTHON_EXEC, or the first python or python3 of the PATH, which is that of an active environment.
-fn python() -> String {
-    if let Some(python) = std::env::var("PYTHON_EXEC").ok().filter(|python| !python.is_empty()) {
+fn python() -> OsString {
+    if let Some(python) = std::env::var_os("PYTHON_EXEC").filter(|python| !python.is_empty()) {
         return python;
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let has = |name: &str| std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
-    if has("python") { "python".to_owned() } else { "python3".to_owned() }
+    if has("python") { "python".into() } else { "python3".into() }
 }
 
 /// Flags that mean nothing here are not swallowed.
