@@ -95,8 +95,7 @@ fn streams_go_where_they_are_sent() {
     let script = place.script("echo apple $RANK; echo pear, $RANK >&2; printf half");
     let logs = place.path("logs");
     let args = ["--nproc-per-node", "3", "--log-dir", logs.to_str().unwrap(), "--role", "r"];
-    let more =
-        ["-t", "0:1,1:3", "-r", "2:2", "--local-ranks-filter", "0,2", "--duplicate-stdout-filters", "apple"];
+    let more = ["-t0:1,1:3", "-r=2:2", "--local-ranks-filter", "0,2", "--duplicate-stdout-filters", "apple"];
     let outcome = place.run(&[&args[..], &more, &["--no-python", &script]].concat());
     assert_eq!(outcome.code, 0, "{outcome:?}");
     // Rank 0: teed out, its own err. Rank 1: not shown, in its files. Rank 2: out shown, err in its file.

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         return muster_worker::shim();
     }
     std::panic::set_hook(Box::new(output::say_panic));
-    let args = Args::try_parse();
+    let args = Args::try_parse_from(usage::plain_words(std::env::args_os()));
     let is_run = matches!(&args, Ok(Args { command: Command::Run(_), .. }));
     let mut runtime = if is_run {
         // It shares the machine with the ranks, and has little to do.

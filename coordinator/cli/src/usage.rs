@@ -77,6 +77,63 @@ fn is_given(arg: &Arg, words: &[OsString]) -> bool {
     })
 }
 
+/// Takes apart words of `muster run` that are a short flag with its value, such as -r3: what begins a script's
+/// arguments may begin with a dash, so that the value would be looked for among the flags.
+pub(crate) fn plain_words(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut words: Vec<OsString> = words.collect();
+    let is_short = |word: &OsString| word.to_str().and_then(short_with_value).is_some();
+    // To describe the command line takes its time.
+    if !words.iter().any(is_short) {
+        return words;
+    }
+    let mut all = Args::command();
+    all.build();
+    let Some(command) = all.find_subcommand("run") else { return words };
+    let mut at = 1;
+    while let Some(word) = words.get(at).and_then(|word| word.to_str()).filter(|word| word.starts_with('-')) {
+        at += if takes_next(&all, word) { 2 } else { 1 };
+    }
+    if words.get(at).is_none_or(|word| word != "run") {
+        return words;
+    }
+    at += 1;
+    while let Some(word) = words.get(at).and_then(|word| word.to_str()) {
+        if let Some((short, value)) = short_with_value(word) {
+            let (short, value) = (format!("-{short}").into(), value.into());
+            words.splice(at..=at, [short, value]);
+            at += 2;
+        } else if word.len() > 1 && word != "--" && word.starts_with('-') {
+            at += if takes_next(command, word) { 2 } else { 1 };
+        } else {
+            // The script: what follows is its own.
+            break;
+        }
+    }
+    words
+}
+
+/// Returns the flag and the value of a word that has both.
+fn short_with_value(word: &str) -> Option<(char, &str)> {
+    let rest = word.strip_prefix(['-']).filter(|rest| rest.starts_with(['r', 't']))?;
+    let (short, value) = (rest.chars().next()?, &rest[1..]);
+    (!value.is_empty()).then(|| (short, value.strip_prefix('=').unwrap_or(value)))
+}
+
+/// Whether the word after a flag is its value.
+fn takes_next(command: &clap::Command, word: &str) -> bool {
+    let takes = |arg: &Arg| arg.get_action().takes_values();
+    let Some(long) = word.strip_prefix("--") else {
+        return command.get_arguments().any(|arg| {
+            arg.get_short().is_some_and(|short| word.strip_prefix('-') == Some(short.to_string().as_str()))
+                && takes(arg)
+        });
+    };
+    let long = plain(long);
+    let names = |arg: &&Arg| arg.get_long().is_some_and(|name| name.starts_with(&long));
+    !long.contains('=')
+        && command.get_arguments().filter(|arg| !arg.is_positional()).find(names).is_some_and(takes)
+}
+
 fn plain(name: &str) -> String {
     name.replace('_', "-")
 }
@@ -107,7 +164,26 @@ fn unknown_flag(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+
     use super::*;
+
+    #[test]
+    fn short_flags_may_be_one_word_with_their_value_before_the_script() {
+        for (line, expected) in [
+            ("muster run -r3 -t=1 x -r3", "muster run -r 3 -t 1 x -r3"),
+            ("muster run -r0:1,1:2 -m x", "muster run -r 0:1,1:2 -m x"),
+            ("muster run --nproc 2 --standalone -t3 x", "muster run --nproc 2 --standalone -t 3 x"),
+            ("muster run --role -r3 x -t1", "muster run --role -r3 x -t1"),
+            ("muster run --log_dir=a -r 3 -r1 x", "muster run --log_dir=a -r 3 -r 1 x"),
+            ("muster run -- -r3", "muster run -- -r3"),
+            ("muster --coordinator run run -r3 x", "muster --coordinator run run -r 3 x"),
+            ("muster submit run -r3", "muster submit run -r3"),
+        ] {
+            let words = plain_words(line.split(' ').map(OsString::from));
+            assert_eq!(words.join(OsStr::new(" ")), OsString::from(expected));
+        }
+    }
 
     #[test]
     fn an_unknown_flag_names_the_nearest() {
