@@ -1,7 +1,6 @@
 //! What failed, told again at the end: it would otherwise stand thousands of lines above the end of a log, of which many
 //! a CI shows the end only.
 
-use crate::cargo;
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
@@ -91,6 +90,7 @@ pub fn run(command: &mut Command) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cargo;
 
     #[test]
     fn the_words_of_failed_tests_are_told_again_and_long_ones_cut() {
