@@ -200,7 +200,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CoordinatorArgs {
-    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log. [::] is every address
+    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log. `[::]` is every address
     /// of this machine, of IPv6 and IPv4.
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS", value_parser = socket_address)]
     pub listen: SocketAddr,

@@ -46,7 +46,7 @@ impl Failures {
 
     fn end(&mut self) {
         if let Some(section) = self.sections.last_mut().filter(|_| self.inside && self.left > 0) {
-            section.push_str(&format!("[{} bytes more: see above]\n", self.left));
+            section.extend(["[", &self.left.to_string(), " bytes more: see above]\n"]);
         }
         (self.inside, self.left) = (false, 0);
     }
