@@ -79,7 +79,8 @@ impl Link {
         self.sender.try_send(Ok(v1::SessionResponse { message: Some(message), term: self.term })).is_ok()
     }
 
-    /// Ends the stream with a status, if it still takes one; no heartbeat is acknowledged from now on.
+    /// Ends the stream with a status, if it still takes one; no heartbeat is acknowledged from now
+    /// on.
     pub fn close(&self, status: Status) {
         self.pulse.end();
         self.sender.try_send(Err(status)).ok();

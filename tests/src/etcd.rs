@@ -120,7 +120,8 @@ impl Etcd {
         (0..self.members.len()).filter_map(|index| last(log(index))).collect()
     }
 
-    /// Reads every value that a key has had until now, the oldest first, as far as history is not compacted.
+    /// Reads every value that a key has had until now, the oldest first, as far as history is not
+    /// compacted.
     pub fn history(&self, key: &str) -> Vec<String> {
         let file = self.dir.path().join("history");
         let output = std::fs::File::create(&file).unwrap();
@@ -136,7 +137,8 @@ impl Etcd {
             let lines: Vec<&str> = text.lines().collect();
             let values: Vec<String> =
                 lines.chunks(3).filter_map(|of| Some((*of.get(2)?).to_owned())).collect();
-            // A newer one may have come since: what has ended is cleared away, and that is written, too.
+            // A newer one may have come since: what has ended is cleared away, and that is written,
+            // too.
             if values.iter().any(|value| value == newest.trim()) {
                 Ok(values)
             } else {

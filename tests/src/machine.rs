@@ -96,7 +96,8 @@ impl FakeMachine {
         self.write(&format!("class/infiniband/mlx5_{index}/ports/1/{name}"), &format!("{value}\n"));
     }
 
-    /// Devices by which programs use ports, in a /dev beside the tree; without these there are none of those.
+    /// Devices by which programs use ports, in a /dev beside the tree; without these there are none
+    /// of those.
     pub fn set_verbs_except(&self, missing: &[usize]) {
         let dev = self.sys.with_file_name("dev/infiniband");
         std::fs::create_dir_all(&dev).unwrap();

@@ -73,7 +73,8 @@ impl Netns {
         [&ip_path().display().to_string(), "netns", "exec", &self.host(host)].map(str::to_owned).to_vec()
     }
 
-    /// Gives every host an address of IPv6 as well: the first has fd77::1, the next fd77::2. False where there is no IPv6.
+    /// Gives every host an address of IPv6 as well: the first has fd77::1, the next fd77::2. False
+    /// where there is no IPv6.
     pub fn add_v6(&self) -> bool {
         let add = |host: usize| {
             ip(&format!("-n {} addr add {}/64 dev eth0 nodad", self.host(host), address_v6(host)))
@@ -99,7 +100,8 @@ impl Netns {
         assert!(ip(&format!("-n {} addr del {}/24 dev eth0", self.host(host), address(host))));
     }
 
-    /// The same as `prefix`, with this file in the place of /etc/hosts: what names stand for on that host.
+    /// The same as `prefix`, with this file in the place of /etc/hosts: what names stand for on
+    /// that host.
     pub fn prefix_with_hosts(&self, host: usize, file: &Path) -> Vec<String> {
         let mut words = self.prefix(host);
         let bind = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";

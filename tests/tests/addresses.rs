@@ -1,5 +1,5 @@
-//! Names with several addresses, and names that stand for loopback on their own host: what ranks are told is an address at
-//! which the store of rank 0 serves for every node.
+//! Names with several addresses, and names that stand for loopback on their own host: what ranks
+//! are told is an address at which the store of rank 0 serves for every node.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

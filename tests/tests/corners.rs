@@ -1,4 +1,5 @@
-//! What surrounds a command: deep directories, names that are no text, and signals that were ignored before it began.
+//! What surrounds a command: deep directories, names that are no text, and signals that were
+//! ignored before it began.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};

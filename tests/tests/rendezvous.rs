@@ -235,7 +235,8 @@ fn what_answers_in_the_place_of_a_node_is_said_within_the_time_to_come() {
     drop(job);
 }
 
-/// As torchrun's nodes do: the ranks of a job that start a launcher each find each other by their own store.
+/// As torchrun's nodes do: the ranks of a job that start a launcher each find each other by their
+/// own store.
 #[test]
 fn a_run_within_a_job_meets_over_the_job_s_store() {
     let place = Place::new();

@@ -4,8 +4,8 @@ use std::process::Command;
 
 use muster_tests::{Outcome, Place, binary, brought, skip, torch_python};
 
-/// How often a test is tried: its ranks end without ending their process group, which torch's threads survive now
-/// and then, and abort. Under torchrun as well.
+/// How often a test is tried: its ranks end without ending their process group, which torch's
+/// threads survive now and then, and abort. Under torchrun as well.
 const TRIES: u32 = 3;
 
 /// Tests that do not apply; `tests/torch/launcher.py` says why.

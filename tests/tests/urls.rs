@@ -1,4 +1,5 @@
-//! URLs and addresses as people write them; and those with a password, which are refused and shown nowhere.
+//! URLs and addresses as people write them; and those with a password, which are refused and shown
+//! nowhere.
 
 use std::process::Command;
 

@@ -1,4 +1,5 @@
-//! Paths and words in files of ours: text where they are text, else their bytes. The system's are not always UTF-8.
+//! Paths and words in files of ours: text where they are text, else their bytes. The system's are
+//! not always UTF-8.
 
 use std::ffi::{OsStr, OsString};
 

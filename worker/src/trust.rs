@@ -98,8 +98,9 @@ pub fn shown(url: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns URLs of coordinators as they are called, without the spaces, slashes and commas that people write around them. The
-/// error is in words, and shows nothing of a password: a comma in one makes two texts of it.
+/// Returns URLs of coordinators as they are called, without the spaces, slashes and commas that
+/// people write around them. The error is in words, and shows nothing of a password: a comma in one
+/// makes two texts of it.
 pub fn urls(texts: &[String]) -> Result<Vec<String>, String> {
     let trimmed = |text: &String| match text.trim() {
         socket if socket.starts_with("unix:") => socket.to_owned(),

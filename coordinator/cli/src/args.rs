@@ -200,16 +200,17 @@ pub(crate) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CoordinatorArgs {
-    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the log. `[::]` is every address
-    /// of this machine, of IPv6 and IPv4.
+    /// Address to serve gRPC on; port 0 takes any free one and prints it in the first line of the
+    /// log. `[::]` is every address of this machine, of IPv6 and IPv4.
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS", value_parser = socket_address)]
     pub listen: SocketAddr,
     /// Directory for the store and the metrics.
     #[arg(long, default_value = "muster-coordinator", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Where jobs and nodes are kept: `redb`, a file in the data directory; `memory`, gone with the process; or
-    /// `etcd://HOST:PORT,HOST:PORT/NAME`, which makes this coordinator one of several (NAME is the cluster's; by default
-    /// muster). Addresses of IPv6 stand in brackets; a user goes with --etcd-user, never into the URL.
+    /// Where jobs and nodes are kept: `redb`, a file in the data directory; `memory`, gone with the
+    /// process; or `etcd://HOST:PORT,HOST:PORT/NAME`, which makes this coordinator one of several
+    /// (NAME is the cluster's; by default muster). Addresses of IPv6 stand in brackets; a user goes
+    /// with --etcd-user, never into the URL.
     #[arg(long, default_value = "redb", value_name = "STORE")]
     pub store: Store,
     #[command(flatten)]

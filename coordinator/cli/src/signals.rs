@@ -4,8 +4,8 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Whether a signal was ignored from the start on, as SIGHUP is under nohup. What ignores it stays so: to handle it
-/// would undo what somebody wanted.
+/// Returns whether a signal was ignored from the start on, as SIGHUP is under nohup. What ignores
+/// it stays so: to handle it would undo what somebody wanted.
 pub(crate) fn is_ignored(number: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     ignored(&status).is_some_and(|mask| number > 0 && mask & (1 << (number - 1)) != 0)

@@ -77,8 +77,9 @@ fn is_given(arg: &Arg, words: &[OsString]) -> bool {
     })
 }
 
-/// Takes apart words of `muster run` that are a short flag with its value, such as -r3: what begins a script's
-/// arguments may begin with a dash, so that the value would be looked for among the flags.
+/// Takes apart words of `muster run` that are a short flag with its value, such as -r3: what begins
+/// a script's arguments may begin with a dash, so that the value would be looked for among the
+/// flags.
 pub(crate) fn plain_words(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<OsString> = words.collect();
     let is_short = |word: &OsString| word.to_str().and_then(short_with_value).is_some();
@@ -119,7 +120,7 @@ fn short_with_value(word: &str) -> Option<(char, &str)> {
     (!value.is_empty()).then(|| (short, value.strip_prefix('=').unwrap_or(value)))
 }
 
-/// Whether the word after a flag is its value.
+/// Returns whether the word after a flag is its value.
 fn takes_next(command: &clap::Command, word: &str) -> bool {
     let takes = |arg: &Arg| arg.get_action().takes_values();
     let Some(long) = word.strip_prefix("--") else {

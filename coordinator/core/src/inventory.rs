@@ -201,15 +201,27 @@ impl Inventory {
     }
 }
 
-/// Returns whether the words of `wanted` stand in a model's name one after the other, in capitals or not: `h100` is
-/// `NVIDIA H100 80GB HBM3`. Whole words, for an A10 is no A100.
+/// Returns whether the words of `wanted` stand in a model's name one after the other, in capitals
+/// or not: `h100` is `NVIDIA H100 80GB HBM3`. Whole words, for an A10 is no A100.
 pub fn is_model(model: &str, wanted: &str) -> bool {
-    let words = |text: &str| -> Vec<String> {
-        let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-        words.map(str::to_lowercase).collect()
-    };
-    let (model, wanted) = (words(model), words(wanted));
-    !wanted.is_empty() && model.windows(wanted.len()).any(|part| part == wanted)
+    // A pass asks of many nodes, so nothing is allocated.
+    let mut rest = words(model);
+    if words(wanted).next().is_none() {
+        return false;
+    }
+    loop {
+        let mut here = rest.clone();
+        if words(wanted).all(|word| here.next().is_some_and(|own| own.eq_ignore_ascii_case(word))) {
+            return true;
+        }
+        if rest.next().is_none() {
+            return false;
+        }
+    }
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> + Clone {
+    text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty())
 }
 
 #[cfg(test)]

@@ -106,7 +106,7 @@ impl Core {
         Ok(Reply::Session(session))
     }
 
-    /// Whether a node's session is this one.
+    /// Returns whether a node's session is this one.
     pub fn has_session(&self, name: &NodeName, session: Session) -> bool {
         self.nodes.get(name).is_some_and(|node| node.session == Some(session))
     }

@@ -1,5 +1,6 @@
-//! Heartbeats, where they are heard: each session has a pulse, which acknowledges them without a turn of the core. The core
-//! is told of the newest one when it has to know, which is before it ends a lease or a session.
+//! Heartbeats, where they are heard: each session has a pulse, which acknowledges them without a
+//! turn of the core. The core is told of the newest one when it has to know, which is before it
+//! ends a lease or a session.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,8 +13,8 @@ use crate::types::{Millis, NodeName, Session};
 /// Marks a pulse that has ended; the rest is the time of the last heartbeat.
 const ENDED: u64 = 1 << 63;
 
-/// The heartbeats of one session. Whoever ends it learns the last one that was acknowledged, and none is afterwards: a
-/// node never trusts in a lease that has ended here.
+/// The heartbeats of one session. Whoever ends it learns the last one that was acknowledged, and
+/// none is afterwards: a node never trusts in a lease that has ended here.
 #[derive(Debug, Default)]
 pub struct Pulse(AtomicU64);
 
@@ -34,7 +35,8 @@ impl Pulse {
         last(self.0.fetch_or(ENDED, Ordering::AcqRel))
     }
 
-    /// Returns the time of the last heartbeat if the lease that began with it lasts at `now`; otherwise ends the pulse.
+    /// Returns the time of the last heartbeat if the lease that began with it lasts at `now`;
+    /// otherwise ends the pulse.
     fn last_or_end(&self, now: Millis, lease: Millis) -> Option<Millis> {
         let lasts = |at: Millis| at.plus(lease) > now;
         let end = |value: u64| (!last(value).is_some_and(lasts)).then_some(value | ENDED);
@@ -50,17 +52,18 @@ fn last(value: u64) -> Option<Millis> {
 }
 
 impl Core {
-    /// Returns what the core must be told before a step at `now`: the heartbeats of nodes whose leases would end in it, if
-    /// any were heard. The pulses of the others end. Costs nothing while no lease is due.
+    /// Returns what the core must be told before a step at `now`: the heartbeats of nodes whose
+    /// leases would end in it, if any were heard. The pulses of the others end. Costs nothing while
+    /// no lease is due.
     pub fn heard_since(
         &self,
         now: Millis,
         pulse: impl Fn(&NodeName, Session) -> Option<Arc<Pulse>>,
     ) -> Option<Input> {
-        let mut heard = Vec::new();
         if planted(Bug::PulsesNotAsked) {
             return None;
         }
+        let mut heard = Vec::new();
         for name in self.leases_due(now) {
             let Some(node) = self.nodes.get(name).filter(|node| node.lease_expires <= now) else { continue };
             let Some(session) = node.session else { continue };

@@ -86,7 +86,8 @@ pub(crate) fn place<'a>(
     if fitting.iter().filter(|node| healthy(node)).count() >= wanted {
         fitting.retain(healthy);
     }
-    // The first node's address is what every rank is told: one on loopback is only good where all nodes are one machine's.
+    // The first node's address is what every rank is told: one on loopback is only good where all
+    // nodes are one machine's.
     let by_address = |a: &&Node, b: &&Node| {
         let key = |node: &Node| (node.place_in_run(), node.address.is_loopback(), node.address);
         key(a).cmp(&key(b)).then_with(|| a.name.cmp(&b.name))

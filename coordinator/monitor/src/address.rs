@@ -69,8 +69,8 @@ pub enum AddressError {
     },
 }
 
-/// Listens at an address. `[::]` is every address of the machine, those of IPv4 as well, and 0.0.0.0 where the kernel has no
-/// IPv6: one setting is good for every host.
+/// Listens at an address. `[::]` is every address of the machine, those of IPv4 as well, and
+/// 0.0.0.0 where the kernel has no IPv6: one setting is good for every host.
 ///
 /// # Errors
 /// Those of the kernel: the port is taken, or the address is not this machine's.
@@ -99,7 +99,8 @@ fn bind_socket(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
     socket.listen(backlog)
 }
 
-/// Returns an address as its owner writes it: a port of both families shows one of IPv4 as mapped into IPv6.
+/// Returns an address as its owner writes it: a port of both families shows one of IPv4 as mapped
+/// into IPv6.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         v4 @ IpAddr::V4(_) => SocketAddr::new(v4, address.port()),

@@ -102,8 +102,9 @@ impl Handle {
         self.send(Command::FromNode(Box::new(input))).await
     }
 
-    /// Acknowledges a node's heartbeat if its session still holds the lease: at once, however busy the driver is, and
-    /// whatever waits for the store. Nothing of a lease is stored, and training must not end because a disk is full.
+    /// Acknowledges a node's heartbeat if its session still holds the lease: at once, however busy
+    /// the driver is, and whatever waits for the store. Nothing of a lease is stored, and training
+    /// must not end because a disk is full.
     pub fn heartbeat(&self, link: &Link, seq: u64) -> Result<(), RequestError> {
         if !(self.leads)() {
             return Err(RequestError::Stopping);

@@ -183,7 +183,8 @@ impl Api {
             }
         };
         info!(%node, %session, %why, "node disconnected");
-        // Told first: a session that cannot be found has no heartbeat that the driver does not know.
+        // Told first: a session that cannot be found has no heartbeat that the driver does not
+        // know.
         reign.driver.disconnected(&node, &link).await.ok();
         reign.driver.links().remove(&node, session);
         link.close(Status::aborted(why));

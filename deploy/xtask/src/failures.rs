@@ -1,11 +1,12 @@
-//! What failed, told again at the end: it would otherwise stand thousands of lines above the end of a log, of which many
-//! a CI shows the end only.
+//! What failed, told again at the end: it would otherwise stand thousands of lines above the end of
+//! a log, of which many a CI shows the end only.
 
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
-/// Bytes kept of what one failed test wrote: its own words and the panic come first, the logs of its daemons after them.
+/// Bytes kept of what one failed test wrote: its own words and the panic come first, the logs of
+/// its daemons after them.
 const TEST_BYTES_MAX: usize = 6 << 10;
 /// Failed tests that are told again; of more, the names are enough.
 const TESTS_MAX: usize = 10;

@@ -82,8 +82,9 @@ enum Command {
 
 #[derive(Args)]
 struct SetupArgs {
-    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz, hadolint, patchelf, etcd,
-    /// ibstat, iproute2, kubectl, kubernetes-validate, buildah, debootstrap, libfaketime, Prometheus, Slurm, systemd, torch's tests
+    /// Also bring the tools that only the tests use: buf, grpcurl, cargo-deny, cargo-fuzz,
+    /// hadolint, patchelf, etcd, ibstat, iproute2, kubectl, kubernetes-validate, buildah,
+    /// debootstrap, libfaketime, Prometheus, Slurm, systemd, torch's tests
     #[arg(long)]
     tools: bool,
     /// Also bring a Python with torch, with which tests and benches compare (3 GB to download)

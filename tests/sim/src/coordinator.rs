@@ -188,7 +188,8 @@ impl Process {
         }
     }
 
-    /// One step of the core, which knows the heartbeats that bear on it. Gives its answer, where the driver itself needs it.
+    /// One step of the core, which knows the heartbeats that bear on it. Gives its answer, where
+    /// the driver itself needs it.
     pub fn step(&mut self, now: u64, wall: i64, input: Input, caller: Option<u64>) -> Stepped {
         let clock = self.clock(now, wall);
         let node = match &input {

@@ -165,7 +165,8 @@ impl Monitor {
         let known = self.gpus.get_or_insert_with(|| ids.clone());
         // Those that are faulty may no longer say who they are.
         let faulty = inventory.gpus.iter().filter(|gpu| gpu.fault.is_some()).count();
-        // One that is divided (MIG) meanwhile, or otherwise than before, has other names in its place on the bus.
+        // One that is divided (MIG) meanwhile, or otherwise than before, has other names in its
+        // place on the bus.
         let places: BTreeSet<&String> = ids.values().filter(|place| !place.is_empty()).collect();
         let gone = known.iter().filter(|(uuid, place)| !ids.contains_key(*uuid) && !places.contains(place));
         let gone: Vec<&str> = gone.map(|(uuid, _)| uuid.as_str()).collect();

@@ -79,8 +79,8 @@ pub fn derive(assignment: &Assignment, facts: &Facts<'_>) -> Surroundings {
     Surroundings { variables, bindings: bindings(assignment, facts), devices }
 }
 
-/// Returns how CUDA is told of GPUs where one of the machine's is a part of a GPU (MIG): it numbers no parts, and other GPUs
-/// otherwise than the driver does then.
+/// Returns how CUDA is told of GPUs where one of the machine's is a part of a GPU (MIG): it numbers
+/// no parts, and other GPUs otherwise than the driver does then.
 fn device_names(inventory: &Inventory, gpus: &[u32]) -> Vec<DeviceName> {
     if !inventory.gpus.iter().any(|gpu| gpu.uuid.starts_with("MIG-")) {
         return Vec::new();
@@ -92,7 +92,8 @@ fn device_names(inventory: &Inventory, gpus: &[u32]) -> Vec<DeviceName> {
 /// What words of a variable begin with that is set to something that cannot work.
 pub const WARNING: &str = "warning: ";
 
-/// Returns what became of a GID that the user has named. Which one is right is left to NCCL, which chooses by itself.
+/// Returns what became of a GID that the user has named. Which one is right is left to NCCL, which
+/// chooses by itself.
 fn gid_index(spec: &JobSpec, facts: &Facts<'_>) -> Option<DerivedVariable> {
     let name = "NCCL_IB_GID_INDEX";
     let of_daemon = || Some(((facts.inherited)(name)?, VariableSource::Daemon));

@@ -12,8 +12,9 @@ use super::{Discovery, entries, number, pci, text};
 
 /// Most ports that are listed; the API takes no more.
 const PORTS_MAX: usize = 256;
-/// The same of what RoCE's devices count beside it, where the names of InfiniBand stay at 0: packets that came damaged. What is
-/// retransmitted or discarded is not among them: that tells of a congested network, and of peers that were killed.
+/// The same of what RoCE's devices count beside it, where the names of InfiniBand stay at 0:
+/// packets that came damaged. What is retransmitted or discarded is not among them: that tells of a
+/// congested network, and of peers that were killed.
 const ERROR_HW_COUNTERS: [&str; 2] = ["rx_icrc_encapsulated", "rx_roce_errors"];
 /// What counts as an error of the link. Discards for want of credit and the like are no fault of it.
 const ERROR_COUNTERS: [&str; 5] = [
@@ -101,8 +102,8 @@ fn unfit(sys: &Path, port: &FabricPort) -> Option<String> {
     None
 }
 
-/// Returns why programs cannot use a port's device: each opens its file in /dev. It is opened, for in a container neither a
-/// listing nor the file's mode says anything.
+/// Returns why programs cannot use a port's device: each opens its file in /dev. It is opened, for
+/// in a container neither a listing nor the file's mode says anything.
 fn closed(own: &Path, dev: &Path, device: &str) -> Option<String> {
     let verbs = own.join("device/infiniband_verbs");
     let names = entries(&verbs);
@@ -123,7 +124,8 @@ fn closed(own: &Path, dev: &Path, device: &str) -> Option<String> {
     Some(format!("cannot be used by programs: {} cannot be opened: {error}; {fix}", path.display()))
 }
 
-/// Returns what is wrong with the GID of this index on a port of RoCE, which a user has named for NCCL.
+/// Returns what is wrong with the GID of this index on a port of RoCE, which a user has named for
+/// NCCL.
 pub(crate) fn gid_fault(sys: &Path, port: &FabricPort, index: u32) -> Option<String> {
     if port.link_layer != LinkLayer::Ethernet {
         return None;

@@ -19,8 +19,8 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// NVML_DEVICE_MIG_ENABLE
 const MIG_ENABLED: u32 = 1;
-/// Indices of parts of GPU 0 begin here, those of GPU 1 at twice as much: none is that of a GPU, and the number shows which it
-/// is of. A GPU has at most 7 parts with devices of their own.
+/// Indices of parts of GPU 0 begin here, those of GPU 1 at twice as much: none is that of a GPU,
+/// and the number shows which it is of. A GPU has at most 7 parts with devices of their own.
 const PARTS_FROM: u32 = 100;
 /// Parts that are taken from CUDA_VISIBLE_DEVICES: those of 16 GPUs.
 const PARTS_NAMED_MAX: usize = 16 * 7;
@@ -99,7 +99,8 @@ impl Discovery for Gpus {
     }
 }
 
-/// Returns the parts of GPUs (MIG) that are named: the driver's files show whole GPUs alone, and whoever names parts has them.
+/// Returns the parts of GPUs (MIG) that are named: the driver's files show whole GPUs alone, and
+/// whoever names parts has them.
 fn named_parts(wanted: Option<&[&str]>) -> Vec<Device> {
     let names = wanted.unwrap_or_default().iter().filter(|name| name.starts_with("MIG-"));
     let part = |(index, name): (u32, &&str)| Device {
@@ -110,8 +111,8 @@ fn named_parts(wanted: Option<&[&str]>) -> Vec<Device> {
     (0..).zip(names.take(PARTS_NAMED_MAX)).map(part).collect()
 }
 
-/// Returns a GPU as what jobs can be given of it: itself, or its parts where it is divided (MIG). The whole of it is then no
-/// device to CUDA.
+/// Returns a GPU as what jobs can be given of it: itself, or its parts where it is divided (MIG).
+/// The whole of it is then no device to CUDA.
 fn parts(nvml: &Nvml, gpu: Device) -> Vec<Device> {
     let Ok(device) = nvml.device_by_index(gpu.index) else { return vec![gpu] };
     if !device.mig_mode().is_ok_and(|mode| mode.current == MIG_ENABLED) {
@@ -161,8 +162,8 @@ fn refusal(error: &NvmlError, has_driver: bool) -> Option<String> {
     Some(words.to_owned())
 }
 
-/// Returns whether a name of CUDA_VISIBLE_DEVICES is that of a GPU or of a part of one: its index, its UUID, or the beginning
-/// of that.
+/// Returns whether a name of CUDA_VISIBLE_DEVICES is that of a GPU or of a part of one: its index,
+/// its UUID, or the beginning of that.
 fn is_named(gpu: &Device, name: &str) -> bool {
     let begins =
         |kind: &&str| name.len() > kind.len() && name.starts_with(kind) && gpu.uuid.starts_with(name);

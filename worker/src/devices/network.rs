@@ -84,7 +84,8 @@ pub(crate) fn interface_towards(target: IpAddr) -> Option<String> {
     interface_of(&all, source_towards(target).ok()?)
 }
 
-/// Returns the address from which `target` is reached. Connecting a UDP socket sends nothing; it asks the kernel for the route.
+/// Returns the address from which `target` is reached. Connecting a UDP socket sends nothing; it
+/// asks the kernel for the route.
 pub(crate) fn source_towards(target: IpAddr) -> io::Result<IpAddr> {
     let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
     let socket = UdpSocket::bind((any, 0))?;
@@ -92,8 +93,9 @@ pub(crate) fn source_towards(target: IpAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Returns the address that other nodes are told, of a host that has found `own` behind a name. Many have their own name stand
-/// for a loopback address (127.0.1.1, ::1), where no other host finds them. An address or `localhost` is meant as it is.
+/// Returns the address that other nodes are told, of a host that has found `own` behind a name.
+/// Many have their own name stand for a loopback address (127.0.1.1, ::1), where no other host
+/// finds them. An address or `localhost` is meant as it is.
 pub fn for_others(name: &str, own: IpAddr) -> IpAddr {
     let is_meant = name == "localhost" || name.ends_with(".localhost") || name.parse::<IpAddr>().is_ok();
     if !own.is_loopback() || is_meant {
@@ -128,10 +130,11 @@ fn is_for_others(ip: &IpAddr) -> bool {
     }
 }
 
-/// Returns an address of this host that others may reach: that of its way to everywhere else, else any that is not its own
-/// affair.
+/// Returns an address of this host that others may reach: that of its way to everywhere else, else
+/// any that is not its own affair.
 pub(super) fn address_for_others() -> Option<IpAddr> {
-    // Addresses for examples (RFC 5737 and 3849), which nobody has: only a default route leads there.
+    // Addresses for examples (RFC 5737 and 3849), which nobody has: only a default route leads
+    // there.
     let anywhere: [IpAddr; 2] = [[192, 0, 2, 1].into(), [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into()];
     let by_route = anywhere.into_iter().find_map(|target| source_towards(target).ok().filter(is_for_others));
     by_route.or_else(|| own_addresses().into_iter().map(|own| own.ip).find(is_for_others))

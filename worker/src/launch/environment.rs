@@ -173,7 +173,8 @@ fn of_attached(attached: &Attached, local_rank: u32, env: &mut BTreeMap<OsString
         env.insert("MASTER_ADDR".into(), host.into());
         env.insert("MASTER_PORT".into(), port.to_string().into());
     }
-    // Of parts of GPUs a process sees the first of its list alone, so that all ranks would have the same.
+    // Of parts of GPUs a process sees the first of its list alone, so that all ranks would have the
+    // same.
     let visible = env.get(OsStr::new("CUDA_VISIBLE_DEVICES")).and_then(|list| list.to_str());
     let parts: Vec<&str> = visible.unwrap_or_default().split(',').map(str::trim).collect();
     let is_parts = parts.len() > 1 && parts.iter().all(|name| name.starts_with("MIG-"));

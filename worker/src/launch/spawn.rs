@@ -172,8 +172,9 @@ impl Child<'_> {
         if let Some(user) = &self.program.user {
             become_user(user)?;
         }
-        // SAFETY: system calls on texts and sets that live through them. SIGPIPE is ignored in a program of Rust, and
-        // SIGHUP under nohup; no rank expects the one, and torchrun's ranks have the default of the other.
+        // SAFETY: system calls on texts and sets that live through them. SIGPIPE is ignored in a
+        // program of Rust, and SIGHUP under nohup; no rank expects the one, and torchrun's ranks
+        // have the default of the other.
         unsafe {
             // As the user that it is by now: nobody starts where he may not go.
             check(libc::chdir(self.program.dir.as_ptr()))?;

@@ -1,5 +1,5 @@
-//! Whether the gang's first node can be reached at the address that its ranks are told: better said at the launch than found out
-//! by ranks that wait for half an hour.
+//! Checks before a launch that the gang's first node can be reached at the address that its ranks
+//! are told. Otherwise they would wait for half an hour.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
@@ -11,7 +11,8 @@ use crate::devices::network::source_towards;
 /// Time for a connection on loopback: the kernel itself answers.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 
-/// Returns, as an error in words, why ranks here cannot reach their store at `port` of the first node.
+/// Returns, as an error in words, why ranks here cannot reach their store at `port` of the first
+/// node.
 pub(crate) fn check(assignment: &Assignment, port: u16) -> Result<(), String> {
     if assignment.placement.group_rank == 0 {
         return Ok(());

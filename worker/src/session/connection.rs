@@ -101,8 +101,9 @@ async fn dial(uri: Uri, notes: Notes) -> io::Result<tokio::net::TcpStream> {
     Err(failed)
 }
 
-/// Returns the address at which other nodes reach this one: that from which it reaches the coordinator, whose connection has
-/// gone to `peer`. Connecting a UDP socket sends nothing; it asks the kernel for the route.
+/// Returns the address at which other nodes reach this one: that from which it reaches the
+/// coordinator, whose connection has gone to `peer`. Connecting a UDP socket sends nothing; it asks
+/// the kernel for the route.
 pub(super) async fn address_towards(endpoint: &Endpoint, peer: Option<SocketAddr>) -> Result<IpAddr, Status> {
     if is_socket(endpoint) {
         return Ok(Ipv4Addr::LOCALHOST.into());

@@ -96,15 +96,16 @@ impl Sockets {
     }
 }
 
-/// Makes a private directory whose path leaves room for the name of a socket: where temporary things are, or in one of
-/// the usual places if that is too deep.
+/// Makes a private directory whose path leaves room for the name of a socket: where temporary
+/// things are, or in one of the usual places if that is too deep.
 fn short_dir(temporary: &Path) -> io::Result<PathBuf> {
     let mut last = io::Error::from(io::ErrorKind::InvalidFilename);
     for place in [temporary].into_iter().chain(SHORT_PLACES.map(Path::new)) {
         if place.as_os_str().len() + DIR_BYTES_MAX + NAME_BYTES_MAX > PATH_BYTES_MAX {
             continue;
         }
-        // Only this user's programs may report, or those to whom a socket is given; none can put anything there.
+        // Only this user's programs may report, or those to whom a socket is given; nobody else can
+        // create files there.
         let private = Permissions::from_mode(0o700);
         match tempfile::Builder::new().prefix("muster-").permissions(private).tempdir_in(place) {
             Ok(dir) => return Ok(dir.keep()),

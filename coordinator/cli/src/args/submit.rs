@@ -65,7 +65,8 @@ pub(crate) struct SubmitArgs {
     /// Jobs of a higher priority are placed first. Above 100, or what the coordinator was told, only operators submit.
     #[arg(long, allow_negative_numbers = true)]
     pub priority: Option<i32>,
-    /// Model of the GPUs that nodes must have, by words of its name in capitals or not, such as h100; the same as
+    /// Model of the GPUs that nodes must have, by words of its name in capitals or not, such as
+    /// h100; the same as
     /// --node-selector gpu-model=NAME.
     #[arg(long, value_name = "NAME")]
     pub gpu_model: Option<String>,

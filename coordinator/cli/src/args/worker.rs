@@ -37,8 +37,9 @@ pub(crate) struct WorkerArgs {
     /// Directory for logs; one daemon at a time.
     #[arg(long, default_value = "muster-worker", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Address at which other nodes reach this one. Default: the one from which it reaches the coordinator; where that is
-    /// loopback behind a name, as in Debian's /etc/hosts, the one of the default route.
+    /// Address at which other nodes reach this one. Default: the one from which it reaches the
+    /// coordinator; where that is loopback behind a name, as in Debian's /etc/hosts, the one of the
+    /// default route.
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
     /// Label for node selectors; may be repeated. Where the node is in the network is taken from zone, spine and leaf, or as

@@ -1,6 +1,8 @@
-//! What answers at the place where nodes meet: another node, a store of torch's, or something else.
+//! Tells apart who answers at the place where nodes meet: another node, torch's store, or another
+//! server.
 //!
-//! gRPC alone would not tell: a store of torch's takes the connection, and breaks it off at the first call.
+//! gRPC alone would not tell: a store of torch's takes the connection, and breaks it off at the
+//! first call.
 
 use std::fmt;
 use std::io;
@@ -9,38 +11,40 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Time for one question and its answer. Whoever serves answers at once, or is held up and asked again.
+/// Time for one question and its answer. Whoever serves answers at once, or is held up and asked
+/// again.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// Time for a node to answer before a store is asked for as well. Nodes take milliseconds.
 const HEAD_START: Duration = Duration::from_millis(200);
-/// What HTTP/2 begins with, and empty settings. The server's own settings come back.
+/// Start of an HTTP/2 connection, with empty settings. The server's own settings come back.
 const HTTP2_START: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
-/// Bytes that every frame of HTTP/2 begins with, and which of them names its kind: that of settings.
+/// Bytes that every frame of HTTP/2 begins with, and which of them names its kind: that of
+/// settings.
 const FRAME_BYTES: usize = 9;
 const FRAME_KIND: (usize, u8) = (3, 4);
-/// What a refusal begins with in TLS: an alert, and the version.
+/// First bytes of a refusal in TLS: an alert, and the version.
 const TLS_ALERT: [u8; 2] = [0x15, 0x03];
 /// The number that torch's clients send first.
 const STORE_MAGIC: u32 = 0x3C85_F7CE;
 /// Longest value that is taken from a store: an address.
 const VALUE_BYTES_MAX: usize = 1024;
-/// What torchrun's nodes keep in a store under c10d, before the name of their run.
+/// Prefix of the key under which torchrun's nodes keep their run in a c10d store.
 const TORCHRUN_KEY: &str = "torch.rendezvous.";
 
-/// What answers.
+/// Kind of server that answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     /// Nothing takes the connection, and why.
     Nothing(io::ErrorKind, String),
-    /// It speaks HTTP/2, as a coordinator does.
+    /// Speaks HTTP/2, as a coordinator does.
     Http2,
     /// A store of torch's, in which nodes of torchrun meet as the same run.
     Torchrun,
     /// A store of torch's.
     Store,
-    /// It speaks TLS.
+    /// Speaks TLS.
     Tls,
-    /// It speaks something else, or says nothing.
+    /// Speaks another protocol, or says nothing.
     Other,
 }
 
@@ -50,7 +54,7 @@ impl Answer {
         Self::Nothing(error.kind(), error.to_string())
     }
 
-    /// Whether whoever listened there has ended.
+    /// Returns whether nothing listens there any more.
     pub fn is_refused(&self) -> bool {
         matches!(self, Self::Nothing(io::ErrorKind::ConnectionRefused, _))
     }
@@ -126,7 +130,8 @@ fn of_first_frame(first: &[u8]) -> Answer {
     }
 }
 
-/// Returns the first bytes of the answer to the start of HTTP/2: fewer than those of a frame if it ends before.
+/// Returns the first bytes of the answer to the start of HTTP/2: fewer than those of a frame if it
+/// ends before.
 async fn first_frame(host: &str, port: u16) -> io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect((host, port)).await?;
     let mut first = Vec::new();
@@ -159,14 +164,15 @@ impl Store {
         self.0.local_addr().map(|address| address.ip())
     }
 
-    /// Whether it holds a key.
+    /// Returns whether it holds a key.
     pub async fn has(&mut self, key: &str) -> io::Result<bool> {
         let request = [&[CHECK][..], &1_u64.to_le_bytes(), &text(&user_key(key))].concat();
         self.0.write_all(&request).await?;
         Ok(self.0.read_u8().await? == READY)
     }
 
-    /// Sets a key if it has this value, or none and this is empty. Returns the value that it has then.
+    /// Sets a key if it has this value, or none and this is empty. Returns the value that it has
+    /// then.
     pub async fn compare_set(&mut self, key: &str, expected: &str, value: &str) -> io::Result<String> {
         let fields = [user_key(key).as_str(), expected, value].map(text);
         self.0.write_all(&[&[COMPARE_SET][..], &fields.concat()].concat()).await?;

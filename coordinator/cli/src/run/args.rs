@@ -19,8 +19,9 @@ pub(crate) struct RunArgs {
     /// Nodes, or the fewest and the most.
     #[arg(long, env = "PET_NNODES", default_value = "1:1", value_name = "N|MIN:MAX")]
     pub nnodes: NodeRange,
-    /// Ranks per node: a number, or auto, gpu or cpu for as many as there are. Parts of GPUs (MIG) that CUDA_VISIBLE_DEVICES
-    /// names are counted, and where it names several each rank sees its own.
+    /// Ranks per node: a number, or auto, gpu or cpu for as many as there are. Parts of GPUs (MIG)
+    /// that CUDA_VISIBLE_DEVICES names are counted, and where it names several each rank sees its
+    /// own.
     #[arg(long, alias = "nproc_per_node", env = "PET_NPROC_PER_NODE", default_value = "1", value_name = "N")]
     pub nproc_per_node: ProcsPerNode,
     /// How the nodes meet: static (--master-addr, --node-rank), c10d (--rdzv-endpoint), or muster (a coordinator).

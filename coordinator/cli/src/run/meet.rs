@@ -1,4 +1,5 @@
-//! How this node finds the others: it serves the run, or finds who does, within the time that there is for it.
+//! How this node finds the others: it serves the run, or finds who does, within the time that there
+//! is for it.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -64,8 +65,8 @@ async fn bind(host: &str, port: u16, wanted: Serve) -> Result<Option<TcpListener
     let mut last = "the name has no address".to_owned();
     let is_meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
     for address in found {
-        // A name may have addresses that this machine does not know of, and stand for loopback here: whatever the others find
-        // behind it serves, as with torchrun.
+        // A name may have addresses that this machine does not know of, and stand for loopback
+        // here: whatever the others find behind it serves, as with torchrun.
         let own = UdpSocket::bind((address.ip(), 0));
         let bound = match own {
             _ if is_meant => muster_coordinator::listen(address),
@@ -102,7 +103,8 @@ pub(super) async fn reach_coordinator(
     reach(url, global, waits.left()).await
 }
 
-/// Finds the others by the store of the job whose ranks they are. The first of them writes there where it serves.
+/// Finds the others by the store of the job whose ranks they are. The first of them writes there
+/// where it serves.
 async fn meet_in_store(
     meeting: &Meeting,
     args: &RunArgs,

@@ -54,7 +54,8 @@ pub(super) struct Meeting {
     pub join_timeout: Duration,
     /// Once the fewest are there, time for more to come before the first start.
     pub last_call: Duration,
-    /// The place is the store of the job that this command is a rank of: nodes find each other there.
+    /// The place is the store of the job that this command is a rank of: nodes find each other
+    /// there.
     pub is_agent_store: bool,
 }
 
@@ -188,7 +189,8 @@ impl Meeting {
     }
 }
 
-/// Whether this process is a rank of a job whose store serves at that place, as torch's clients see it.
+/// Whether this process is a rank of a job whose store serves at that place, as torch's clients see
+/// it.
 fn is_agent_store(host: &str, port: u16, variable: impl Fn(&str) -> Option<String>) -> bool {
     let is = |name: &str, expected: &str| {
         variable(name).is_some_and(|value| value.trim_matches(['[', ']']).eq_ignore_ascii_case(expected))

@@ -31,7 +31,8 @@ enum Matters {
 
 const MATTERS: usize = Matters::Left as usize + 1;
 
-/// The nodes that refuse a job. Few are kept, whatever their number: most of ten thousand are but counted.
+/// The nodes that refuse a job. Few are kept, whatever their number: most of ten thousand are but
+/// counted.
 #[derive(Default)]
 pub(super) struct Refusals<'a> {
     kept: [Vec<(&'a NodeName, Misfit<'a>)>; MATTERS],

@@ -59,7 +59,8 @@ pub struct EtcdConfig {
 }
 
 impl EtcdConfig {
-    /// Reads `etcd://host:2379,[fd00::2]:2379/name`, the name being optional, and spaces around members passed over.
+    /// Reads `etcd://host:2379,[fd00::2]:2379/name`, the name being optional, and spaces around
+    /// members passed over.
     pub fn parse(url: &str) -> Result<Self, String> {
         // Not shown, not even to say what is wrong with it.
         if url.contains('@') {
